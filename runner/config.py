@@ -1,0 +1,167 @@
+"""Flags and a TOML file of the same names -> one frozen, checked RunConfig.
+
+Does not open the files it names (the stage that reads a file checks it), nor know devices.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from runner.errors import ConfigError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "mode": ("data-parallel", "single"),
+    "pooling": ("padded-mean", "mean", "last"),
+    "text_format": ("raw", "turns"),
+    "dtype": ("auto", "float32", "float16", "bfloat16"),
+}
+PATHS = ("input", "output", "preset", "lora_weights", "head_kernel", "head_bias", "report")
+COUNTS = ("sequence_length", "num_workers", "max_tokens_per_batch")
+AUTO_COUNTS = ("num_workers", "max_tokens_per_batch")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """What a person asked for. `None` means: the demo's file, or decided from the devices.
+
+    Raises:
+        ConfigError: a value is outside its choices, or the files named do not make a whole.
+    """
+
+    mode: str = "data-parallel"
+    input: Path | None = None
+    output: Path = Path("submission.csv")
+    preset: Path | None = None
+    lora_weights: Path | None = None
+    head_kernel: Path | None = None
+    head_bias: Path | None = None
+    pooling: str = "padded-mean"
+    sequence_length: int = 512
+    text_format: str = "raw"
+    num_workers: int | None = None
+    dtype: str = "auto"
+    max_tokens_per_batch: int | None = None
+    report: Path | None = None
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{flag(name)} must be one of {', '.join(allowed)}. "
+                    f"Received: {flag(name)} {getattr(self, name)}"
+                )
+        for name in COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(
+                    f"{flag(name)} must be a whole number of at least 1. "
+                    f"Received: {flag(name)} {value}"
+                )
+        if self.mode == "single" and self.num_workers not in (None, 1):
+            raise ConfigError(
+                "--mode single is one process; use --mode data-parallel for several workers. "
+                f"Received: --num-workers {self.num_workers}"
+            )
+        self._check_model_files()
+        if self.output.suffix.lower() in (".parquet", ".json", ".jsonl"):
+            raise ConfigError(
+                f"A submission is written as CSV; name it so. Received: --output {self.output}"
+            )
+        named = [path for path in (self.input, self.output, self.report_path) if path is not None]
+        if len({path.resolve() for path in named}) != len(named):
+            raise ConfigError(
+                "--input, --output and --report must be different files. Received: "
+                + ", ".join(str(path) for path in named)
+            )
+
+    @property
+    def report_path(self) -> Path:
+        return self.report or self.output.with_name(self.output.name + ".report.json")
+
+    @property
+    def uses_demo_model(self) -> bool:
+        return self.preset is None
+
+    def _check_model_files(self) -> None:
+        head = {"head_kernel": self.head_kernel, "head_bias": self.head_bias}
+        if self.preset is None:
+            given = {**head, "lora_weights": self.lora_weights}
+            if stray := [flag(name) for name, path in given.items() if path is not None]:
+                raise ConfigError(
+                    f"{' and '.join(stray)} needs --preset DIR: without it the demo model runs."
+                )
+        elif missing := [flag(name) for name, path in head.items() if path is None]:
+            raise ConfigError(
+                f"--preset needs a head: --head-kernel FILE.npy of shape (hidden, classes) and "
+                f"--head-bias FILE.npy of shape (classes,). Missing: {' and '.join(missing)}"
+            )
+
+
+def flag(name: str) -> str:
+    """Return the flag of a field: head_kernel -> --head-kernel."""
+    return "--" + name.replace("_", "-")
+
+
+def make_config(flags: Mapping[str, Any], config_file: Path | None = None) -> RunConfig:
+    """Return the config that a TOML file and flags make together; flags win.
+
+    Args:
+        flags: field name -> value, only those that were given.
+        config_file: a flat TOML table of the flags' names, with - or _. Paths in it are relative
+            to the working directory, as on the command line.
+
+    Raises:
+        ConfigError: the file cannot be read, names an unknown key or a value of another type.
+    """
+    values = _read_toml(config_file) if config_file is not None else {}
+    return RunConfig(**{**values, **flags})
+
+
+def parse_count(name: str, value: Any) -> int | None:
+    """Return a whole number, or None for `auto` where the field allows it.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    automatic = name in AUTO_COUNTS
+    if automatic and value == "auto":
+        return None
+    try:
+        if isinstance(value, (bool, float)):
+            raise ValueError
+        return int(value)
+    except ValueError:
+        raise ConfigError(
+            f"{flag(name)} must be a whole number of at least 1{' or auto' if automatic else ''}. "
+            f"Received: {flag(name)} {value}"
+        ) from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"--config must be a TOML file. Received: {path} ({error})") from None
+    known = {field.name for field in fields(RunConfig)}
+    values = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            raise ConfigError(f"{path} names an unknown key. Received: {key} = {value!r}")
+        values[name] = _typed(path, name, value)
+    return values
+
+
+def _typed(path: Path, name: str, value: Any) -> Any:
+    if name in COUNTS:
+        return parse_count(name, value)
+    expected = bool if name == "verbose" else str
+    if not isinstance(value, expected):
+        raise ConfigError(
+            f"{path} gives {name} a value of another type than {expected.__name__}. "
+            f"Received: {name} = {value!r}"
+        )
+    return Path(value) if name in PATHS else value

@@ -1,0 +1,221 @@
+"""A small Gemma 2 preset with random weights and a seeded arena-like test set, for a first run.
+
+Made on first use and kept in the cache folder. The driver writes texts and trains the tokenizer;
+the preset needs Keras and so is saved by a process of its own (`python -m runner.demo DIR`).
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.errors import WorkerError
+from runner.progress import Progress
+
+# Raise it when anything below changes, so that an old cache is not taken for the new demo.
+VERSION = 1
+ROWS = 600
+SEED = 20240711
+VOCABULARY_SIZE = 2048
+LORA_RANK = 4
+CLASSES = 3
+BACKBONE = {
+    "vocabulary_size": VOCABULARY_SIZE,
+    "num_layers": 4,
+    "num_query_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_dim": 256,
+    "intermediate_dim": 2048,  # two gated projections of 1,024
+    "head_dim": 64,
+    "query_head_dim_normalize": True,
+    "use_post_ffw_norm": True,
+    "use_post_attention_norm": True,
+    "attention_logit_soft_cap": 50.0,
+    "final_logit_soft_cap": 30.0,
+    "use_sliding_window_attention": True,
+    "sliding_window_size": 4096,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DemoFiles:
+    """Where the demo lies: the same files that a real job names."""
+
+    folder: Path
+
+    @property
+    def test_set(self) -> Path:
+        return self.folder / "test.csv"
+
+    @property
+    def model_files(self) -> dict[str, Path]:
+        return {
+            "preset": self.folder / "preset",
+            "lora_weights": self.folder / "model.lora.h5",
+            "head_kernel": self.folder / "head_kernel.npy",
+            "head_bias": self.folder / "head_bias.npy",
+        }
+
+
+def ensure_demo(progress: Progress) -> DemoFiles:
+    """Return the demo's files, made now if this is their first use.
+
+    Raises:
+        WorkerError: the process that saves the preset failed.
+    """
+    from runner.pipeline import cache_folder
+
+    folder = cache_folder() / f"demo-{VERSION}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        try:
+            progress.stage("making the demo test set and training its tokenizer (first use)")
+            rows = make_rows(ROWS, SEED)
+            write_test_set(aside / "test.csv", rows)
+            train_tokenizer(aside / "vocabulary.spm", [text for row in rows for text in row[1:]])
+            progress.stage("saving the demo preset, a small Gemma 2 with random weights (first use)")
+            _save_model_in_process(aside)
+            (aside / "vocabulary.spm").unlink()
+            try:
+                aside.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another run was faster
+                    raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return DemoFiles(folder)
+
+
+def make_rows(count: int, seed: int) -> list[tuple[str, str, str, str]]:
+    """Return (id, prompt, response_a, response_b), each text a JSON list of turns.
+
+    Like the arena's: word frequencies after Zipf, log-normal lengths (a median near 300 words a
+    row, a long tail), some rows of two turns, some with a null turn, code or other scripts.
+    """
+    rng = random.Random(seed)
+    words = _make_words(rng, 3000)
+    weights = [1 / (rank + 2) for rank in range(len(words))]
+    ids = rng.sample(range(10_000, 2**32), count)
+    rows = []
+    for row_id in ids:
+        turns = 2 if rng.random() < 0.15 else 1
+        cells = []
+        for median in (25, 130, 130):
+            texts: list[str | None] = [
+                _make_text(rng, words, weights, median / turns) for _ in range(turns)
+            ]
+            if rng.random() < 0.01:
+                texts[-1] = None
+            cells.append(json.dumps(texts).replace("/", "\\/"))
+        rows.append((str(row_id), *cells))
+    return rows  # type: ignore[return-value]
+
+
+def write_test_set(path: Path, rows: list[tuple[str, str, str, str]]) -> None:
+    """Write rows as the contest's test.csv."""
+    import pandas as pd
+
+    columns = ["id", "prompt", "response_a", "response_b"]
+    pd.DataFrame(rows, columns=columns).to_csv(path, index=False)
+
+
+def train_tokenizer(path: Path, texts: list[str], vocabulary_size: int = VOCABULARY_SIZE) -> None:
+    """Train a SentencePiece model with Gemma's special tokens and byte fallback."""
+    import sentencepiece
+
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=file,
+            vocab_size=vocabulary_size,
+            model_type="bpe",
+            byte_fallback=True,
+            pad_id=0,
+            eos_id=1,
+            bos_id=2,
+            unk_id=3,
+            pad_piece="<pad>",
+            eos_piece="<eos>",
+            bos_piece="<bos>",
+            unk_piece="<unk>",
+            max_sentence_length=100_000,
+            minloglevel=2,
+        )
+
+
+def save_model(folder: Path, vocabulary: Path, backbone: dict[str, Any], seed: int) -> None:
+    """Save a random preset, a LoRA file and a head in the real on-disk formats.
+
+    The LoRA update and the head are large enough that every row gets its own probabilities.
+    """
+    import keras
+    import keras_hub
+    import numpy as np
+
+    keras.utils.set_random_seed(seed)
+    rng = np.random.default_rng(seed)
+    model = keras_hub.models.GemmaBackbone(**backbone)
+    preprocessor = keras_hub.models.GemmaCausalLMPreprocessor(
+        keras_hub.models.GemmaTokenizer(vocabulary.read_bytes()), sequence_length=512
+    )
+    model.save_to_preset(str(folder / "preset"))
+    preprocessor.save_to_preset(str(folder / "preset"))
+    model.enable_lora(LORA_RANK)
+    for variable in model.trainable_variables:
+        scale = 0.3 / math.sqrt(variable.shape[-2])
+        variable.assign(rng.normal(0, scale, variable.shape).astype(np.float32))
+    model.save_lora_weights(str(folder / "model.lora.h5"))
+    hidden = backbone["hidden_dim"]
+    np.save(folder / "head_kernel.npy", rng.normal(0, 0.2, (hidden, CLASSES)).astype(np.float32))
+    np.save(folder / "head_bias.npy", rng.normal(0, 0.1, CLASSES).astype(np.float32))
+
+
+def _save_model_in_process(folder: Path) -> None:
+    repository = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, [repository, os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-m", "runner.demo", str(folder)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        last_line = (done.stderr.strip().splitlines() or [""])[-1]
+        raise WorkerError(f"The demo preset could not be made: {last_line}")
+
+
+def _make_words(rng: random.Random, count: int) -> list[str]:
+    syllables = [c + v for c in "b c d f g h l m n p r s t v w st tr ch".split() for v in "aeiou"]
+    words = {"".join(rng.choices(syllables, k=rng.choice((1, 2, 2, 3, 4)))) for _ in range(count)}
+    return sorted(words, key=lambda word: (len(word), word))
+
+
+def _make_text(rng: random.Random, words: list[str], weights: list[float], median: float) -> str:
+    count = max(1, min(2000, round(rng.lognormvariate(math.log(median), 0.9))))
+    chosen = rng.choices(words, weights, k=count)
+    for position in range(rng.randrange(4, 12), count, 11):
+        chosen[position] += rng.choice((".", ",", "?", ":\n\n- ", ".\n"))
+    kind = rng.random()
+    if kind < 0.05:
+        chosen.append("```python\ndef f(x):\n    return x / 2\n```")
+    elif kind < 0.10:
+        chosen += rng.choice(("これはテストです。", "Как это работает?", "¿Qué es esto? 🙂")).split()
+    return " ".join(chosen)
+
+
+if __name__ == "__main__":
+    from runner.workers import prepare_process
+    from sharding.topology import ReplicaSlot
+
+    prepare_process(ReplicaSlot(0, "cpu"), verbose=False)
+    target = Path(sys.argv[1])
+    save_model(target, target / "vocabulary.spm", BACKBONE, SEED)

@@ -1,0 +1,212 @@
+"""Model files on disk -> checked facts about them, read from JSON and array headers alone.
+
+A wrong file is found here, in the driver, before any worker starts. Needs neither Keras nor JAX;
+`loading.py` makes the model itself.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from runner.errors import DataError
+from sharding.costs import ModelShape, model_shape
+
+# Tokenizer class -> the tokens its preprocessor packs around a text (KerasHub's
+# `_add_special_token(..., "start_token" | "end_token")`). All are SentencePiece models.
+SENTENCEPIECE_TOKENIZERS = {
+    "GemmaTokenizer": ("<bos>", "<eos>"),
+    "LlamaTokenizer": ("<s>", "</s>"),
+    "MistralTokenizer": ("<s>", "</s>"),
+}
+VOCABULARY = Path("assets", "tokenizer", "vocabulary.spm")
+WEIGHTS = "model.weights.h5"
+SHARDED_WEIGHTS_INDEX = "model.weights.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """How a preset turns text into tokens."""
+
+    class_name: str
+    vocabulary: Path
+    start_token: str
+    end_token: str
+    add_start: bool
+    add_end: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A KerasHub preset directory whose files are all there."""
+
+    path: Path
+    class_name: str
+    shape: ModelShape
+    tokenizer: TokenizerFiles
+    weight_files: tuple[Path, ...]
+
+
+def read_preset(path: Path) -> Preset:
+    """Return what a KerasHub preset directory holds.
+
+    Raises:
+        DataError: a file is missing or unreadable, or the class is no text decoder backbone.
+    """
+    if not path.is_dir():
+        raise DataError(f"--preset must be a KerasHub preset directory. Received: {path}")
+    config = _read_json(path / "config.json")
+    module, class_name = str(config.get("module")), str(config.get("class_name"))
+    if not module.startswith(("keras_hub.", "keras_nlp.")):
+        raise DataError(
+            f"{path / 'config.json'} must describe a backbone of keras_hub or keras_nlp. "
+            f"Received: module={module!r}, class_name={class_name!r}"
+        )
+    try:
+        shape = model_shape(class_name, config.get("config") or {})
+    except ValueError as error:
+        raise DataError(f"{path} is no preset this runner can use. {error}") from None
+    return Preset(path, class_name, shape, _read_tokenizer(path), _weight_files(path))
+
+
+def check_lora(path: Path, shape: ModelShape) -> int:
+    """Return the rank of a LoRA file after checking that it can belong to the backbone.
+
+    `load_lora_weights` files hold `lora/<layer>/vars/lora_kernel_{a,b}` for the query and value
+    projection of every layer. That each fits the very layer it names is checked when it is merged.
+
+    Raises:
+        DataError: no such file, ranks that disagree, or another backbone's dimensions.
+    """
+    if not path.is_file():
+        raise DataError(f"--lora-weights must be a *.lora.h5 file that exists. Received: {path}")
+    try:
+        with h5py.File(path, "r") as file:
+            rank = int(file["lora/vars/rank"][()])
+            pairs = {
+                name: (group["vars/lora_kernel_a"].shape, group["vars/lora_kernel_b"].shape)
+                for name, group in file["lora"].items()
+                if name != "vars"
+            }
+    except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{path} is no LoRA file as backbone.save_lora_weights writes it: {error}"
+        ) from None
+    if len(pairs) != 2 * shape.num_layers:
+        raise DataError(
+            f"{path} belongs to another backbone: expected LoRA kernels for the query and value of "
+            f"{shape.num_layers} layers, {2 * shape.num_layers} in all. Received: {len(pairs)}"
+        )
+    for name, (a, b) in pairs.items():
+        if not a or not b or a[-1] != rank or b[0] != rank:
+            raise DataError(
+                f"{path} is not of one rank: expected rank {rank} as it says itself. "
+                f"Received: layer {name} with kernels of shape {a} and {b}"
+            )
+        if shape.hidden_dim not in a[:-1]:
+            raise DataError(
+                f"{path} belongs to another backbone: expected hidden size {shape.hidden_dim}. "
+                f"Received: layer {name} with a kernel of shape {a}"
+            )
+    return rank
+
+
+def read_head(
+    kernel_path: Path, bias_path: Path, *, hidden_dim: int, classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the head's kernel, float32 (hidden, classes), and bias, float32 (classes,).
+
+    Raises:
+        DataError: a file is missing, needs unpickling, or does not fit the backbone.
+    """
+    kernel = _read_array("--head-kernel", kernel_path)
+    bias = _read_array("--head-bias", bias_path)
+    if kernel.shape != (hidden_dim, classes):
+        raise DataError(
+            f"--head-kernel must have shape (hidden, classes) = {(hidden_dim, classes)} to fit "
+            f"the backbone. Received: {kernel_path} of shape {kernel.shape}"
+        )
+    if bias.shape != (classes,):
+        raise DataError(
+            f"--head-bias must have shape (classes,) = {(classes,)} to fit the head kernel. "
+            f"Received: {bias_path} of shape {bias.shape}"
+        )
+    return kernel, bias
+
+
+def _read_array(name: str, path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise DataError(f"{name} must be a .npy file that exists. Received: {path}")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{name} must be a plain .npy array. Received: {path} ({error})") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        kind = getattr(array, "dtype", type(array).__name__)
+        raise DataError(f"{name} must be a .npy array of numbers. Received: {path} of {kind}")
+    if not np.isfinite(array).all():
+        raise DataError(f"{name} must hold finite numbers. Received: {path} with NaN or infinity")
+    return array.astype(np.float32)
+
+
+def _read_tokenizer(path: Path) -> TokenizerFiles:
+    class_name = str(_read_json(path / "tokenizer.json").get("class_name"))
+    if class_name not in SENTENCEPIECE_TOKENIZERS:
+        raise DataError(
+            f"{path / 'tokenizer.json'} must name one of "
+            f"{', '.join(sorted(SENTENCEPIECE_TOKENIZERS))}. Received: class_name={class_name!r}"
+        )
+    vocabulary = path / VOCABULARY
+    if not vocabulary.is_file():
+        raise DataError(f"The preset lacks its vocabulary. Expected: {vocabulary}")
+    options: dict[str, Any] = {}
+    if (path / "preprocessor.json").is_file():
+        options = _read_json(path / "preprocessor.json").get("config") or {}
+    start, end = SENTENCEPIECE_TOKENIZERS[class_name]
+    return TokenizerFiles(
+        class_name=class_name,
+        vocabulary=vocabulary,
+        start_token=start,
+        end_token=end,
+        add_start=bool(options.get("add_start_token", True)),
+        add_end=bool(options.get("add_end_token", True)),
+    )
+
+
+def _weight_files(path: Path) -> tuple[Path, ...]:
+    files = [path / WEIGHTS]
+    if not files[0].is_file():
+        index = path / SHARDED_WEIGHTS_INDEX
+        if not index.is_file():
+            raise DataError(f"The preset has no weights. Expected: {files[0]} or {index}")
+        weight_map = _read_json(index).get("weight_map") or {}
+        names = {
+            name
+            for value in weight_map.values()
+            for name in (value if isinstance(value, list) else [value])
+        }
+        files = [path / str(name) for name in sorted(names)]
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"The preset lacks a part of its weights. Expected: {file}")
+        try:
+            with h5py.File(file, "r"):
+                pass
+        except OSError as error:
+            raise DataError(f"{file} is damaged or cut short: {error}") from None
+    return tuple(files)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise DataError(f"The preset lacks a file. Expected: {path}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is no readable JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} must hold a JSON object. Received: {type(content).__name__}")
+    return content

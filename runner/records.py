@@ -1,0 +1,124 @@
+"""Nouns shared by the stages of a run. Imports nothing of ours."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """The test set: ids as they were spelled and one tuple of cells for each text column."""
+
+    ids: tuple[str, ...]
+    columns: dict[str, tuple[str, ...]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTable:
+    """Token ids of all rows end to end: row r is `values[offsets[r]:offsets[r + 1]]`.
+
+    values: int32 (tokens,). offsets: int64 (rows + 1,). Two arrays, so that workers on one
+    machine read one copy from shared memory.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row: int64 (rows,)."""
+        return np.diff(self.offsets)
+
+    def batch_arrays(
+        self, rows: tuple[int, ...], num_rows: int, length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return `rows` as int32 (num_rows, length), zeros after each row's end, and the token
+        counts as int32 (num_rows,); rows past `len(rows)` are filler of length 0."""
+        starts = self.offsets[list(rows)]
+        counts = self.offsets[np.add(rows, 1)] - starts
+        tokens = np.zeros((num_rows, length), dtype=np.int32)
+        lengths = np.zeros(num_rows, dtype=np.int32)
+        lengths[: len(rows)] = counts
+        within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+        real = np.arange(length) < lengths[:, None]
+        tokens[real] = self.values[np.repeat(starts, counts) + within]
+        return tokens, lengths
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """All a worker needs to make a replica. Paths and names only: models do not travel."""
+
+    preset: str
+    lora_weights: str | None
+    head_kernel: str
+    head_bias: str
+    classes: int
+    pooling: str
+    dtype: str
+    compilation_cache: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaInfo:
+    """What a replica says of itself once it is loaded."""
+
+    kind: str
+    device: str
+    dtype: str
+    weight_bytes: int
+    load_s: float
+    matmul_flops_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CompileInfo:
+    """How long one shape took, and whether its program was read from the cache on disk."""
+
+    seconds: float
+    cached: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """Probabilities of one batch: float32 (len(rows), classes), in the order of `rows`."""
+
+    batch: int
+    rows: tuple[int, ...]
+    probabilities: np.ndarray
+    seconds: float
+    peak_rss_bytes: int
+
+
+@dataclass(slots=True)
+class WorkerStats:
+    """One line of the report's `workers`."""
+
+    replica: int
+    member: int = 0
+    device: str = ""
+    rows: int = 0
+    batches: int = 0
+    busy_s: float = 0.0
+    idle_s: float = 0.0
+    peak_rss_bytes: int = 0
+    restarts: int = 0
+    load_s: float = 0.0
+    compile_s: float = 0.0
+    compiled_shapes: int = 0
+    cached_shapes: int = 0
+
+
+@dataclass(slots=True)
+class Faults:
+    """What went wrong and was survived; the report's `faults`."""
+
+    worker_deaths: int = 0
+    hangs: int = 0
+    memory_splits: int = 0
+    retried_batches: int = 0
+    nonfinite_rows: int = 0
+    quarantined_rows: int = 0

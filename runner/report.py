@@ -1,0 +1,110 @@
+"""Facts of a finished run -> the JSON report and a short summary in words."""
+
+import importlib.metadata
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from runner import __version__
+from runner.config import RunConfig
+from runner.records import Faults, ReplicaInfo, WorkerStats
+
+SCHEMA = 1
+PACKAGES = ("jax", "keras", "keras-hub", "keras-nlp", "numpy", "pandas", "ray", "sentencepiece")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a run's numbers depend on."""
+    found = {"arena-runner": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def make_report(
+    config: RunConfig,
+    *,
+    fingerprint: str,
+    rows: int,
+    real_tokens: int,
+    padded_tokens: int,
+    model_flops: float,
+    seconds: dict[str, float],
+    info: ReplicaInfo | None,
+    workers: list[WorkerStats],
+    faults: Faults,
+    plan: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the report; every duration in seconds, every rate over `seconds["predict"]`.
+
+    `rates.mfu` is model FLOPs of real tokens over what the workers' devices did in a large matmul
+    measured in this run, all workers together.
+    """
+    predict_s = seconds["predict"]
+    flops_per_s = model_flops / predict_s if predict_s else None
+    peak = info.matmul_flops_per_s * len(workers) if info else 0.0
+    return {
+        "schema": SCHEMA,
+        "config": {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in asdict(config).items()
+        },
+        "versions": versions(),
+        "fingerprint": fingerprint,
+        "mode": config.mode,
+        "strategy": None,
+        "rows": {"total": rows, "predicted": rows, "resumed": 0, "shortened": 0, "filled": 0},
+        "tokens": {"real": real_tokens, "padded": padded_tokens},
+        "seconds": {key: round(value, 4) for key, value in seconds.items()},
+        "rates": {
+            "rows_per_s": rows / predict_s if predict_s else None,
+            "tokens_per_s": real_tokens / predict_s if predict_s else None,
+            "model_flops_per_s": flops_per_s,
+            "mfu": flops_per_s / peak if flops_per_s and peak else None,
+        },
+        "workers": [asdict(worker) for worker in workers],
+        "faults": asdict(faults),
+        "deadline": {
+            "limit_s": None,
+            "finished_s": round(seconds["total"], 4),
+            "slack_s": None,
+            "events": [],
+        },
+        "model": asdict(info) if info else None,
+        "plan": plan,
+    }
+
+
+def summarize(report: dict[str, Any], config: RunConfig, *, is_demo_model: bool) -> str:
+    """Return the few lines a person reads at the end."""
+    rows, seconds = report["rows"], report["seconds"]
+    lines = [
+        f"{rows['total']:,} rows -> {config.output} in {seconds['total']:.1f} s "
+        f"(until the first batch {seconds['total'] - seconds['predict'] - seconds['merge']:.1f} s, "
+        f"predicting {seconds['predict']:.1f} s)"
+    ]
+    if report["rates"]["rows_per_s"]:
+        padding = 1 - report["tokens"]["real"] / report["tokens"]["padded"]
+        lines.append(
+            f"{report['rates']['rows_per_s']:,.1f} rows/s, "
+            f"{report['rates']['tokens_per_s']:,.0f} real tokens/s, {padding:.0%} padding; "
+            f"{len(report['workers'])} x {report['model']['device'].split(',')[0]}, "
+            f"{report['model']['dtype']}"
+        )
+    faults = report["faults"]
+    if faults["worker_deaths"]:
+        lines.append(
+            f"{faults['worker_deaths']} worker deaths were survived; "
+            f"{faults['retried_batches']} batches in flight were computed again."
+        )
+    if is_demo_model:
+        lines.append(
+            "The model is the demo preset: its weights are random, so its probabilities mean "
+            "nothing. Name your own with --preset, --head-kernel and --head-bias."
+        )
+    lines.append(f"Report: {config.report_path}")
+    return "\n".join(lines)

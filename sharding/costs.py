@@ -1,0 +1,97 @@
+"""A backbone's config -> its dimensions, and from them FLOPs and bytes.
+
+Knows the names of KerasHub's config keys, and nothing of Keras itself.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sharding.batches import BatchShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The dimensions of a decoder that decide what it costs.
+
+    `intermediate_dim` is the width of one of the two gated feed-forward projections.
+    """
+
+    vocabulary_size: int
+    num_layers: int
+    hidden_dim: int
+    num_query_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_dim: int
+
+    @property
+    def layer_parameters(self) -> int:
+        """Matmul parameters of one layer; norms are left out."""
+        attention = (
+            2 * self.hidden_dim * self.head_dim * (self.num_query_heads + self.num_key_value_heads)
+        )
+        return attention + 3 * self.hidden_dim * self.intermediate_dim
+
+    @property
+    def flops_per_token(self) -> int:
+        """Matmul FLOPs of one token without attention scores: two for each parameter."""
+        return 2 * self.num_layers * self.layer_parameters
+
+    def attention_flops(self, length: int) -> int:
+        """FLOPs of causal scores and values for one row of `length` tokens.
+
+        Four for each query head, head dim and pair of positions, of which causality leaves half.
+        """
+        return 2 * self.num_layers * self.num_query_heads * self.head_dim * length * length
+
+    def batch_flops(self, shape: BatchShape) -> int:
+        """FLOPs of a padded batch, the cost by which shards are cut."""
+        return shape.tokens * self.flops_per_token + shape.rows * self.attention_flops(shape.length)
+
+
+def _gemma(config: Mapping[str, Any]) -> ModelShape:
+    # KerasHub's Gemma names the two gated projections together: each has half the width.
+    return _shape(config, head_dim=config["head_dim"], intermediate=config["intermediate_dim"] // 2)
+
+
+def _llama(config: Mapping[str, Any]) -> ModelShape:
+    head_dim = config.get("head_dim") or config["hidden_dim"] // config["num_query_heads"]
+    return _shape(config, head_dim=head_dim, intermediate=config["intermediate_dim"])
+
+
+def _shape(config: Mapping[str, Any], *, head_dim: int, intermediate: int) -> ModelShape:
+    return ModelShape(
+        vocabulary_size=int(config["vocabulary_size"]),
+        num_layers=int(config["num_layers"]),
+        hidden_dim=int(config["hidden_dim"]),
+        num_query_heads=int(config["num_query_heads"]),
+        num_key_value_heads=int(config["num_key_value_heads"]),
+        head_dim=int(head_dim),
+        intermediate_dim=int(intermediate),
+    )
+
+
+# KerasHub class name -> how its config is read. A new decoder family is one line here.
+FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelShape]] = {
+    "GemmaBackbone": _gemma,
+    "LlamaBackbone": _llama,
+    "MistralBackbone": _llama,
+}
+
+
+def model_shape(class_name: str, config: Mapping[str, Any]) -> ModelShape:
+    """Return the dimensions of the backbone that a KerasHub config.json describes.
+
+    Raises:
+        ValueError: the class is no decoder listed in `FAMILIES`, or a key is missing.
+    """
+    if class_name not in FAMILIES:
+        raise ValueError(
+            f"Expected a text decoder backbone, one of {', '.join(sorted(FAMILIES))}. "
+            f"Received: class_name={class_name!r}"
+        )
+    try:
+        return FAMILIES[class_name](config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"The config of {class_name} lacks or garbles {error}.") from error
