@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray._raylet import AuthenticationTokenLoader, Config
 
 from runner.errors import ArenaRunnerError, ConfigError, WorkerError
 from runner.progress import Progress
@@ -335,6 +336,9 @@ def _start_ray(num_cpus: int, *, verbose: bool) -> None:
     """
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # Both were read when ray was imported.
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray starts its workers at the lowest priority but one; ours are the work itself.
