@@ -29,8 +29,8 @@ HELP = {
     "lora_weights": "*.lora.h5 saved from that backbone; merged into its kernels",
     "head_kernel": ".npy of shape (hidden, classes)",
     "head_bias": ".npy of shape (classes,)",
-    "pooling": "hidden states -> one vector; padded-mean is the notebook's mean over all positions, "
-    "padding included (default: padded-mean)",
+    "pooling": "hidden states -> one vector; padded-mean is the notebook's mean over all "
+    "positions, padding included (default: padded-mean)",
     "sequence_length": "tokens a row is cut to; use the length of training (default: 512)",
     "text_format": "raw: cells as they stand; turns: JSON lists decoded, turns joined by a newline "
     "(default: raw)",
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         return _fail(f"error: {error}", EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        return _fail("interrupted: nothing was written", EXIT_INTERRUPTED)
+        return _fail("interrupted", EXIT_INTERRUPTED)
     except ArenaRunnerError as error:
         if verbose:
             raise
@@ -97,7 +97,9 @@ def parse_arguments(argv: Sequence[str]) -> RunConfig:
         else:
             options["metavar"] = "N"
         parser.add_argument(flag(name), **options)
-    parser.add_argument("--config", type=Path, metavar="FILE.toml", help="the same names; flags win")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE.toml", help="the same names; flags win"
+    )
     parser.add_argument("--verbose", action="store_true", help="library logs and tracebacks too")
     flags = vars(parser.parse_args(argv))
     config_file = flags.pop("config", None)

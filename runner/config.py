@@ -159,9 +159,9 @@ def _typed(path: Path, name: str, value: Any) -> Any:
     if name in COUNTS:
         return parse_count(name, value)
     expected = bool if name == "verbose" else str
-    if not isinstance(value, expected):
+    if type(value) is not expected:
         raise ConfigError(
             f"{path} gives {name} a value of another type than {expected.__name__}. "
             f"Received: {name} = {value!r}"
         )
-    return Path(value) if name in PATHS else value
+    return Path(str(value)) if name in PATHS else value

@@ -110,9 +110,7 @@ def _read_parquet(path: Path, wanted: Sequence[str]) -> pd.DataFrame:
         is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
         is_id = name == wanted[0]
         if not (
-            is_text
-            or pa.types.is_null(column.type)
-            or (is_id and pa.types.is_integer(column.type))
+            is_text or pa.types.is_null(column.type) or (is_id and pa.types.is_integer(column.type))
         ):
             raise DataError(
                 f"{path}: column {name} must hold text{' or whole numbers' if is_id else ''}. "
@@ -150,5 +148,6 @@ def _check_ids(path: Path, id_column: str, ids: list[str]) -> None:
         first_seen[value] = number
         if any("\ud800" <= character <= "\udfff" for character in value):
             raise DataError(
-                f"{path}: ids must be valid Unicode. Received: {id_column} {value!r} in row {number}"
+                f"{path}: ids must be valid Unicode. "
+                f"Received: {id_column} {value!r} in row {number}"
             )

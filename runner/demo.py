@@ -82,7 +82,9 @@ def ensure_demo(progress: Progress) -> DemoFiles:
             rows = make_rows(ROWS, SEED)
             write_test_set(aside / "test.csv", rows)
             train_tokenizer(aside / "vocabulary.spm", [text for row in rows for text in row[1:]])
-            progress.stage("saving the demo preset, a small Gemma 2 with random weights (first use)")
+            progress.stage(
+                "saving the demo preset, a small Gemma 2 with random weights (first use)"
+            )
             _save_model_in_process(aside)
             (aside / "vocabulary.spm").unlink()
             try:
@@ -194,7 +196,8 @@ def _save_model_in_process(folder: Path) -> None:
 
 
 def _make_words(rng: random.Random, count: int) -> list[str]:
-    syllables = [c + v for c in "b c d f g h l m n p r s t v w st tr ch".split() for v in "aeiou"]
+    consonants = [*"bcdfghlmnprstvw", "st", "tr", "ch"]
+    syllables = [consonant + vowel for consonant in consonants for vowel in "aeiou"]
     words = {"".join(rng.choices(syllables, k=rng.choice((1, 2, 2, 3, 4)))) for _ in range(count)}
     return sorted(words, key=lambda word: (len(word), word))
 
@@ -208,7 +211,9 @@ def _make_text(rng: random.Random, words: list[str], weights: list[float], media
     if kind < 0.05:
         chosen.append("```python\ndef f(x):\n    return x / 2\n```")
     elif kind < 0.10:
-        chosen += rng.choice(("これはテストです。", "Как это работает?", "¿Qué es esto? 🙂")).split()
+        chosen += rng.choice(
+            ("これはテストです。", "Как это работает?", "¿Qué es esto? 🙂")
+        ).split()
     return " ".join(chosen)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 import ray.exceptions
-from ray._raylet import AuthenticationTokenLoader, Config
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from runner.errors import ArenaRunnerError, ConfigError, WorkerError
 from runner.progress import Progress
@@ -55,6 +55,7 @@ class _Worker:
     warm: set[BatchShape] = field(default_factory=set)
     compiling: BatchShape | None = None
     ready_at: float | None = None
+    alive_s: float = 0.0
     shard: deque[Batch] = field(default_factory=deque)
     in_flight: deque[Batch] = field(default_factory=deque)
     given_up: bool = False
@@ -156,7 +157,9 @@ class RayReplicas:
                 if answer.batch in missing:
                     missing.remove(answer.batch)
                     yield answer
-        self._count_idle()
+        for worker in self._workers:
+            self._stop_clock(worker)
+            worker.stats.idle_s = max(0.0, worker.alive_s - worker.stats.busy_s)
 
     def _spawn(self, worker: _Worker) -> None:
         """Fill a slot with a new actor and send it to load."""
@@ -167,7 +170,7 @@ class RayReplicas:
             options["resources"] = {"TPU": 1}
         actor_class = ray.remote(Replica).options(**options, max_restarts=0, max_task_retries=0)
         worker.actor = actor_class.remote(worker.slot, verbose=self._verbose)
-        worker.loaded, worker.warm, worker.compiling, worker.ready_at = False, set(), None, None
+        worker.loaded, worker.warm, worker.compiling = False, set(), None
         self._progress.set_worker(worker.slot.replica, "starting")
         self._call(worker, "ping")
         self._call(worker, "load", self._spec)
@@ -266,12 +269,10 @@ class RayReplicas:
         worker.stats.busy_s += result.seconds
         worker.stats.peak_rss_bytes = max(worker.stats.peak_rss_bytes, result.peak_rss_bytes)
 
-    def _count_idle(self) -> None:
-        now = time.monotonic()
-        for worker in self._workers:
-            if worker.ready_at is not None:
-                alive = now - worker.ready_at
-                worker.stats.idle_s += max(0.0, alive - worker.stats.busy_s)
+    def _stop_clock(self, worker: _Worker) -> None:
+        if worker.ready_at is not None:
+            worker.alive_s += time.monotonic() - worker.ready_at
+            worker.ready_at = None
 
     def _bury(self, worker: _Worker, death: Exception) -> None:
         """Take back a dead worker's batches and fill its slot again, if it may be."""
@@ -282,7 +283,8 @@ class RayReplicas:
         worker.calls.clear()
         worker.in_flight.clear()
         worker.shard.clear()
-        worker.loaded, worker.compiling, worker.ready_at = False, None, None
+        self._stop_clock(worker)
+        worker.loaded, worker.compiling = False, None
         if batches:
             self._queue.appendleft(tuple(batches))
         if suspect is not None:

@@ -73,5 +73,3 @@ def _merge_kernel(path: str, kernel: Any, a: np.ndarray, b: np.ndarray) -> None:
 def _some(names: Any) -> str:
     ordered = sorted(names, key=lambda name: (len(name), name))
     return ", ".join(ordered[:6]) + (", ..." if len(ordered) > 6 else "")
-
-

@@ -75,7 +75,7 @@ def run(
             return _finish_without_rows(config, started, seconds)
 
         def count(rows: int) -> None:
-            progress.stage(f"tokenizing {rows:,}/{len(texts):,} rows", announce=False)
+            progress.stage(f"tokenizing {rows:,}/{len(texts):,} rows")
 
         progress.stage("tokenizing and starting workers")
         with _open_executor(config, progress) as executor:

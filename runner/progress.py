@@ -35,7 +35,7 @@ class Progress:
         self._first_row_at: float | None = None
         self._is_terminal = bool(getattr(self._stream, "isatty", lambda: False)())
         self._bar: tqdm | None = None
-        self._last_plain = float("-inf")
+        self._last_plain = self._started
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_drawing, daemon=True, name="progress")
 
@@ -53,12 +53,10 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def stage(self, text: str, *, announce: bool = True) -> None:
-        """Say what is waited for; `announce=False` for a mere count, which waits its turn."""
+    def stage(self, text: str) -> None:
+        """Say what is waited for."""
         with self._lock:
             self._stage = text
-            if announce and not self._is_terminal:
-                self._draw_plain()
 
     def note(self, text: str) -> None:
         """Say something that stays on the screen."""

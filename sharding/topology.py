@@ -34,7 +34,7 @@ def place_replicas(
     for every eight cores but two where there are two cores: each holds a copy of the weights.
 
     Raises:
-        ValueError: more workers than devices on GPU or TPU; no device at all.
+        ValueError: more workers than devices on GPU or TPU.
     """
     if kind == "cpu":
         count = num_workers or max(min(2, len(cores)), len(cores) // 8)
@@ -42,12 +42,10 @@ def place_replicas(
             ReplicaSlot(replica, kind, _share_of_cores(cores, replica, count))
             for replica in range(count)
         )
-    if num_devices < 1:
-        raise ValueError(f"There is no {kind} to put a worker on.")
-    count = num_workers or num_devices
+    count = num_workers or max(1, num_devices)
     if count > num_devices:
         raise ValueError(
-            f"Each worker needs a {kind} of its own: expected at most {num_devices} workers. "
+            f"Each worker needs a {kind} of its own and {num_devices} were found. "
             f"Received: --num-workers {count}"
         )
     return tuple(ReplicaSlot(replica, kind) for replica in range(count))
