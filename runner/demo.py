@@ -130,8 +130,15 @@ def write_test_set(path: Path, rows: list[tuple[str, str, str, str]]) -> None:
     pd.DataFrame(rows, columns=columns).to_csv(path, index=False)
 
 
-def train_tokenizer(path: Path, texts: list[str], vocabulary_size: int = VOCABULARY_SIZE) -> None:
-    """Train a SentencePiece model with Gemma's special tokens and byte fallback."""
+def train_tokenizer(
+    path: Path,
+    texts: list[str],
+    vocabulary_size: int = VOCABULARY_SIZE,
+    *,
+    start: str = "<bos>",
+    end: str = "<eos>",
+) -> None:
+    """Train a SentencePiece model with byte fallback and Gemma's ids for its special tokens."""
     import sentencepiece
 
     with open(path, "wb") as file:
@@ -146,8 +153,8 @@ def train_tokenizer(path: Path, texts: list[str], vocabulary_size: int = VOCABUL
             bos_id=2,
             unk_id=3,
             pad_piece="<pad>",
-            eos_piece="<eos>",
-            bos_piece="<bos>",
+            eos_piece=end,
+            bos_piece=start,
             unk_piece="<unk>",
             max_sentence_length=100_000,
             minloglevel=2,

@@ -1,0 +1,162 @@
+"""Small presets, real rows and a way to run the command as a person does."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from runner.demo import make_rows, write_test_set
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+TOLERANCE = 1e-5
+LENGTH = 96
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model's files on disk."""
+
+    folder: Path
+
+    @property
+    def preset(self) -> Path:
+        return self.folder / "preset"
+
+    def flags(self) -> list[str]:
+        return [
+            *("--preset", str(self.preset), "--lora-weights", str(self.folder / "model.lora.h5")),
+            *("--head-kernel", str(self.folder / "kernel.npy")),
+            *("--head-bias", str(self.folder / "bias.npy")),
+        ]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a run left on disk."""
+
+    ids: list[str]
+    probabilities: np.ndarray
+    report: dict
+    stderr: str
+
+
+def environment(cache: Path, **extra: str) -> dict[str, str]:
+    """The environment of a fresh user, whatever the test process' own is."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "JAX_"))}
+    for name in ("KERAS_BACKEND", "XLA_FLAGS", "NPROC"):
+        env.pop(name, None)
+    return env | {"XDG_CACHE_HOME": str(cache)} | extra
+
+
+def run_script(cache: Path, name: str, *arguments: object) -> None:
+    """Run a Keras script of the tests in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / name, *map(str, arguments)],
+        env=environment(cache, KERAS_BACKEND="jax", TF_CPP_MIN_LOG_LEVEL="3"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def cli(cache: Path):
+    """Run `python run.py FLAGS` and return the finished process."""
+
+    def run(*flags: str, timeout: float = 240, **extra: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "run.py"), *flags],
+            env=environment(cache, **extra),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+@pytest.fixture
+def predict(cli, tmp_path: Path):
+    """Run the command to its end and return what it left."""
+
+    def run(*flags: str, **extra: str) -> Answer:
+        output = tmp_path / "submission.csv"
+        done = cli(*flags, "--output", str(output), **extra)
+        assert done.returncode == 0, done.stderr
+        table = pd.read_csv(output, dtype={"id": str}, keep_default_na=False)
+        assert list(table.columns) == ["id", "winner_model_a", "winner_model_b", "winner_tie"]
+        report = json.loads((tmp_path / "submission.csv.report.json").read_text())
+        return Answer(
+            table["id"].tolist(), table.iloc[:, 1:].to_numpy(dtype=float), report, done.stderr
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, Model]:
+    """Presets by name: gemma1, gemma2, llama, mistral, sharded, arena."""
+    from runner.demo import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("models")
+    texts = [text for row in make_rows(60, seed=5) for text in row[1:]]
+    gemma, llama = folder / "gemma.spm", folder / "llama.spm"
+    train_tokenizer(gemma, texts, vocabulary_size=600)
+    train_tokenizer(llama, texts, vocabulary_size=600, start="<s>", end="</s>")
+    real = SHARED / "gemma_tokenizer.model"
+    run_script(cache, "make_presets.py", folder, gemma, llama, real if real.is_file() else gemma)
+    return {path.name: Model(path) for path in folder.iterdir() if path.is_dir()}
+
+
+@pytest.fixture(scope="session")
+def test_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few rows of every kind: short, cut by the length, two turns, null turns, other scripts."""
+    rows = make_rows(20, seed=11)
+    rows += [
+        ("0042", '["short"]', '["a"]', '["b"]'),
+        ("4294967295", '["nulls", null]', "[null]", "[]"),
+        ("row-of-text", '["\\ud83d broken \\u00e9"]', '["日本語のテキスト"]', '["a\\/b"]'),
+    ]
+    path = tmp_path_factory.mktemp("rows") / "test.csv"
+    write_test_set(path, rows)
+    return path
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory, cache: Path, test_set: Path):
+    """Return the notebook loop's answers for a model: 'raw mean' and the like -> (rows, 3)."""
+    folder = tmp_path_factory.mktemp("reference")
+    done: dict[str, dict[str, np.ndarray]] = {}
+
+    def answers(model: Model) -> dict[str, np.ndarray]:
+        name = model.folder.name
+        if name not in done:
+            out = folder / f"{name}.npz"
+            run_script(cache, "reference.py", model.folder, test_set, LENGTH, out)
+            done[name] = dict(np.load(out))
+        return done[name]
+
+    return answers
+
+
+@pytest.fixture(scope="session")
+def arena_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 905 real rows where they are, else as many generated ones."""
+    real = SHARED / "arena_dev.csv"
+    if real.is_file():
+        return real
+    path = tmp_path_factory.mktemp("arena") / "arena.csv"
+    write_test_set(path, make_rows(905, seed=905))
+    return path

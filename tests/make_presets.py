@@ -1,0 +1,76 @@
+"""python make_presets.py DIR VOCAB.spm...: small random presets in the real on-disk format.
+
+A process of its own, so that the test process need not start Keras. Written with KerasHub alone.
+"""
+
+import sys
+from pathlib import Path
+
+import keras
+import keras_hub
+import numpy as np
+
+GEMMA_1 = {
+    "num_layers": 3,
+    "num_query_heads": 4,
+    "num_key_value_heads": 1,
+    "hidden_dim": 48,
+    "intermediate_dim": 192,
+    "head_dim": 16,
+}
+GEMMA_2 = GEMMA_1 | {
+    "num_key_value_heads": 2,
+    "use_post_ffw_norm": True,
+    "use_post_attention_norm": True,
+    "attention_logit_soft_cap": 50.0,
+    "final_logit_soft_cap": 30.0,
+    "use_sliding_window_attention": True,
+    "sliding_window_size": 24,
+}
+LLAMA = {
+    "num_layers": 2,
+    "num_query_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_dim": 48,
+    "intermediate_dim": 96,
+}
+MODELS = keras_hub.models
+FAMILIES = {
+    "gemma1": ("Gemma", GEMMA_1),
+    "gemma2": ("Gemma", GEMMA_2),
+    "llama": ("Llama", LLAMA),
+    "mistral": ("Mistral", LLAMA | {"sliding_window": 24}),
+}
+
+
+def save(folder: Path, name: str, vocabulary: Path, *, rank: int = 4, shard_gb: float = 10) -> None:
+    """Save preset, LoRA file and head as a trained model would leave them."""
+    family, config = FAMILIES[name]
+    tokenizer = getattr(MODELS, f"{family}Tokenizer")(vocabulary.read_bytes())
+    backbone = getattr(MODELS, f"{family}Backbone")(
+        vocabulary_size=tokenizer.vocabulary_size(), **config
+    )
+    backbone.save_to_preset(str(folder / "preset"), max_shard_size=shard_gb)
+    preprocessor = getattr(MODELS, f"{family}CausalLMPreprocessor")(tokenizer, sequence_length=64)
+    preprocessor.save_to_preset(str(folder / "preset"))
+    rng = np.random.default_rng(7)
+    backbone.enable_lora(rank)
+    for variable in backbone.trainable_variables:
+        variable.assign(rng.normal(0, 0.2, variable.shape))
+    backbone.save_lora_weights(str(folder / "model.lora.h5"))
+    np.save(folder / "kernel.npy", rng.normal(0, 0.5, (config["hidden_dim"], 3)).astype("float32"))
+    np.save(folder / "bias.npy", rng.normal(0, 0.1, 3).astype("float32"))
+
+
+if __name__ == "__main__":
+    target, gemma_vocabulary, llama_vocabulary, large_vocabulary = map(Path, sys.argv[1:])
+    keras.utils.set_random_seed(3)
+    for name, (family, _) in FAMILIES.items():
+        (target / name).mkdir(parents=True)
+        save(target / name, name, gemma_vocabulary if family == "Gemma" else llama_vocabulary)
+    # One preset in several weight files, as Kaggle ships the large ones.
+    (target / "sharded").mkdir()
+    save(target / "sharded", "gemma2", gemma_vocabulary, shard_gb=2e-4)
+    # One with the real tokenizer's size, for the real rows.
+    (target / "arena").mkdir()
+    save(target / "arena", "gemma2", large_vocabulary)

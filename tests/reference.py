@@ -1,0 +1,59 @@
+"""python reference.py MODEL_DIR TEST.csv LENGTH OUT.npz: the answers by a plain Keras loop.
+
+Written like the notebook's: eager calls, every row padded to the full length, LoRA not merged, the
+preset's own preprocessor (through TensorFlow Text where that is installed). Shares no code with
+the runner, and is run as a process of its own.
+"""
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+import keras
+import keras_hub
+import numpy as np
+
+
+def main(folder: Path, test_set: Path, length: int, out: Path) -> None:
+    preset = str(folder / "preset")
+    backbone = keras_hub.models.Backbone.from_preset(preset, dtype="float32")
+    backbone.load_lora_weights(str(folder / "model.lora.h5"))
+    preprocessor = keras_hub.models.CausalLMPreprocessor.from_preset(preset, sequence_length=length)
+    head = keras.layers.Dense(3, activation="softmax")
+    head.build((None, backbone.output.shape[-1]))
+    head.set_weights([np.load(folder / "kernel.npy"), np.load(folder / "bias.npy")])
+    average = keras.layers.GlobalAveragePooling1D()
+
+    csv.field_size_limit(sys.maxsize)
+    with open(test_set, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    answers: dict[str, list[np.ndarray]] = {}
+    lengths = []
+    for text_format in ("raw", "turns"):
+        for row in rows:
+            cells = [row["prompt"], row["response_a"], row["response_b"]]
+            if text_format == "turns":
+                cells = ["\n".join(turn or "" for turn in json.loads(cell)) for cell in cells]
+            text = "\n\nPROMPT\n\n" + "\n\nRESPONSE:\n\n".join(cells)
+            text = re.sub(r"[\ud800-\udfff]", "", text)
+            batch = preprocessor([text])[0]
+            hidden = backbone(batch)
+            mask = keras.ops.convert_to_numpy(batch["padding_mask"])
+            count = int(mask.sum())
+            pooled = {
+                "padded-mean": average(hidden),
+                "mean": average(hidden, mask=mask),
+                "last": hidden[:, count - 1],
+            }
+            for pooling, vector in pooled.items():
+                probabilities = keras.ops.convert_to_numpy(head(vector))[0]
+                answers.setdefault(f"{text_format} {pooling}", []).append(probabilities)
+            if text_format == "raw":
+                lengths.append(count)
+    np.savez(out, lengths=lengths, **{name: np.array(rows) for name, rows in answers.items()})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
