@@ -3,13 +3,11 @@
 Does not know what the cells mean.
 """
 
+import csv
 import io
-import warnings
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
-import pandas as pd
 
 from runner.errors import DataError
 from runner.records import Examples
@@ -38,12 +36,11 @@ def read_examples(
         table = _read_parquet(path, wanted) if is_parquet else _read_csv(path, wanted)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from None
-    ids = table[id_column].tolist()
-    _check_ids(path, id_column, ids)
-    return Examples(tuple(ids), {name: tuple(table[name].tolist()) for name in text_columns})
+    _check_ids(path, id_column, table[id_column])
+    return Examples(tuple(table[id_column]), {name: tuple(table[name]) for name in text_columns})
 
 
-def _read_csv(path: Path, wanted: Sequence[str]) -> pd.DataFrame:
+def _read_csv(path: Path, wanted: Sequence[str]) -> dict[str, list[str]]:
     data = path.read_bytes()
     try:
         # Surrogates pass here and are removed from the prompts, as in the notebook.
@@ -53,46 +50,33 @@ def _read_csv(path: Path, wanted: Sequence[str]) -> pd.DataFrame:
         raise DataError(
             f"{path} must be UTF-8. Received: byte 0x{data[error.start]:02x} in line {line}"
         ) from None
-    _check_columns(path, wanted, _header(path, text))
+    # Not pandas: it cannot pass surrogates, and reads over a quote that never closes or a row
+    # that is too long unless asked in several ways.
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        with warnings.catch_warnings():
-            # pandas only warns when it drops the cells of rows that are too long.
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            table = pd.read_csv(
-                io.StringIO(text),
-                dtype=object,
-                keep_default_na=False,
-                na_filter=False,
-                index_col=False,
-                encoding_errors="surrogatepass",
-                usecols=None,
-                low_memory=False,
+        header = next(reader, None)
+        if not header:
+            raise DataError(f"{path} is empty: expected a header line with the columns.")
+        _check_columns(path, wanted, header)
+        rows = [row for row in reader if row]
+    except csv.Error as error:
+        raise DataError(f"{path} is no well-formed CSV: line {reader.line_num}: {error}") from None
+    for number, row in enumerate(rows, start=1):
+        if len(row) > len(header):
+            raise DataError(
+                f"{path} is no well-formed CSV: expected {len(header)} cells a row. "
+                f"Received: {len(row)} in row {number}"
             )
-    except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeError) as error:
-        raise DataError(f"{path} is no well-formed CSV: {str(error).strip()}") from None
-    # A row that ends early has NaN in the columns it lacks, filter or no filter.
-    return table[list(wanted)].map(lambda cell: cell if isinstance(cell, str) else "")
+    # A row that ends early lacks cells: they are empty.
+    return {
+        name: [row[place] if place < len(row) else "" for row in rows]
+        for name in wanted
+        for place in [header.index(name)]
+    }
 
 
-def _header(path: Path, text: str) -> list[str]:
-    """Column names as spelled; read_csv alone would rename a second `id` to `id.1`."""
-    try:
-        first = pd.read_csv(
-            io.StringIO(text),
-            header=None,
-            nrows=1,
-            dtype=object,
-            na_filter=False,
-            encoding_errors="surrogatepass",
-        )
-    except pd.errors.EmptyDataError:
-        raise DataError(f"{path} is empty: expected a header line with the columns.") from None
-    except (pd.errors.ParserError, UnicodeError) as error:
-        raise DataError(f"{path} is no well-formed CSV: {str(error).strip()}") from None
-    return [str(name) for name in first.iloc[0]]
-
-
-def _read_parquet(path: Path, wanted: Sequence[str]) -> pd.DataFrame:
+def _read_parquet(path: Path, wanted: Sequence[str]) -> dict[str, list[str]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -116,9 +100,8 @@ def _read_parquet(path: Path, wanted: Sequence[str]) -> pd.DataFrame:
                 f"{path}: column {name} must hold text{' or whole numbers' if is_id else ''}. "
                 f"Received: {name} of type {column.type}"
             )
-        cells = column.cast(pa.string()).to_pylist()
-        columns[name] = np.array([cell or "" for cell in cells], dtype=object)
-    return pd.DataFrame(columns)
+        columns[name] = [cell or "" for cell in column.cast(pa.large_string()).to_pylist()]
+    return columns
 
 
 def _check_columns(path: Path, wanted: Sequence[str], received: Sequence[str]) -> None:

@@ -75,9 +75,14 @@ def run(
             return _finish_without_rows(config, started, seconds)
 
         def count(rows: int) -> None:
-            progress.stage(f"tokenizing {rows:,}/{len(texts):,} rows")
+            done = rows == len(texts)
+            progress.stage(
+                "starting, loading and compiling"
+                if done
+                else f"tokenizing {rows:,}/{len(texts):,} rows"
+            )
 
-        progress.stage("tokenizing and starting workers")
+        progress.stage("tokenizing")
         with _open_executor(config, progress) as executor:
             tokenizing = _in_background(
                 lambda: _tokenize(texts, preset, config.sequence_length, count)
@@ -88,7 +93,6 @@ def run(
                 executor.poll()
                 time.sleep(0.05)
             tokens, seconds["tokenize"] = tokenizing.result()
-            progress.stage("loading and compiling")
 
             plan = plan_run(tokens, config, executor.kind)
             costs = [float(preset.shape.batch_flops(batch.shape)) for batch in plan.batches]

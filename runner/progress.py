@@ -4,6 +4,7 @@ On a terminal a tqdm line; elsewhere plain lines. A thread of its own redraws it
 lives while the main thread is inside Ray or JAX.
 """
 
+import os
 import sys
 import threading
 import time
@@ -41,8 +42,15 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if self._is_terminal:
+            # A terminal that does not know its width says 0, and tqdm would then draw nothing.
+            knows_width = os.get_terminal_size(self._stream.fileno()).columns > 0
             self._bar = tqdm(
-                total=1, file=self._stream, dynamic_ncols=True, bar_format="{desc}", leave=False
+                total=1,
+                file=self._stream,
+                ncols=None if knows_width else 100,
+                dynamic_ncols=knows_width,
+                bar_format="{desc}",
+                leave=False,
             )
         self._thread.start()
         return self

@@ -93,5 +93,5 @@ def model_shape(class_name: str, config: Mapping[str, Any]) -> ModelShape:
         )
     try:
         return FAMILIES[class_name](config)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"The config of {class_name} lacks or garbles {error}.") from error

@@ -49,7 +49,9 @@ class Answer:
 
 def environment(cache: Path, **extra: str) -> dict[str, str]:
     """The environment of a fresh user, whatever the test process' own is."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "JAX_"))}
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "JAX_"))
+    }
     for name in ("KERAS_BACKEND", "XLA_FLAGS", "NPROC"):
         env.pop(name, None)
     return env | {"XDG_CACHE_HOME": str(cache)} | extra

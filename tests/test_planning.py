@@ -1,0 +1,202 @@
+"""sharding/: properties that hold for every test set, in milliseconds, without any framework."""
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sharding.batches import BatchShape, plan_batches
+from sharding.buckets import bucket_of, choose_buckets
+from sharding.costs import FAMILIES, model_shape
+from sharding.shards import cut_shards
+from sharding.topology import place_replicas
+from tests.conftest import ROOT
+
+lengths_lists = st.lists(st.integers(0, 512), max_size=200)
+
+
+def plan_for(lengths, budget=2048, max_buckets=8):
+    lengths = np.array(lengths, dtype=np.int64)
+    buckets = choose_buckets(lengths, sequence_length=512, max_buckets=max_buckets)
+    return plan_batches(lengths, buckets=buckets, max_tokens_per_batch=budget)
+
+
+@settings(max_examples=300, deadline=None)
+@given(lengths_lists, st.integers(1, 5000), st.integers(1, 9))
+def test_plan_holds_its_promises(lengths, budget, max_buckets):
+    plan = plan_for(lengths, budget, max_buckets)
+    rows = [row for batch in plan.batches for row in batch.rows]
+    assert sorted(rows) == list(range(len(lengths))), "every row once"
+    taken = [lengths[row] for row in rows]
+    assert taken == sorted(taken, reverse=True), "longest first"
+    assert rows == sorted(rows, key=lambda row: (-lengths[row], row)), "ties go by row"
+    for number, batch in enumerate(plan.batches):
+        assert batch.index == number
+        assert 1 <= len(batch.rows) <= batch.shape.rows
+        assert max(lengths[row] for row in batch.rows) <= batch.shape.length <= 512
+        assert batch.shape.tokens <= budget or batch.shape.rows == 1
+        if number < len(plan.batches) - 1:
+            assert len(batch.rows) == batch.shape.rows, "only the last batch has filler"
+    assert len(plan.shapes) <= max_buckets
+    assert set(plan.shapes) == {batch.shape for batch in plan.batches}
+    assert plan == plan_for(lengths, budget, max_buckets), "the same plan each time"
+    assert plan.real_tokens == sum(lengths)
+    assert plan.num_rows == len(lengths)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=40), st.integers(1, 4))
+def test_buckets_waste_the_least(lengths, max_buckets):
+    """Against all choices, by brute force, with candidates at every multiple of 8."""
+    options = {"sequence_length": 64, "max_buckets": max_buckets, "multiple_of": 8}
+    buckets = choose_buckets(np.array(lengths), **options)
+    assert 1 <= len(buckets) <= max_buckets
+    assert list(buckets) == sorted(set(buckets))
+    best = min(
+        sum(min(bucket for bucket in choice if bucket >= length) for length in lengths)
+        for size in range(1, max_buckets + 1)
+        for choice in itertools.combinations(range(8, 65, 8), size)
+        if choice[-1] >= max(lengths)
+    )
+    assert bucket_of(np.array(lengths), buckets).sum() == best
+
+
+def test_buckets_by_hand():
+    lengths = np.array([3, 15, 16, 17, 100, 512])
+    assert choose_buckets(lengths, sequence_length=512, max_buckets=3) == (32, 112, 512)
+    assert choose_buckets(lengths, sequence_length=512, max_buckets=1) == (512,)
+    assert choose_buckets(np.array([5]), sequence_length=500, multiple_of=16) == (16,)
+    assert choose_buckets(np.array([499]), sequence_length=500) == (500,)
+    assert choose_buckets(np.array([5]), sequence_length=10) == (10,)
+    assert choose_buckets(np.array([], dtype=int), sequence_length=10) == ()
+    with pytest.raises(ValueError, match="longest=11"):
+        choose_buckets(np.array([11]), sequence_length=10)
+    with pytest.raises(ValueError, match="max_buckets=0"):
+        choose_buckets(np.array([1]), sequence_length=10, max_buckets=0)
+
+
+def test_a_short_last_batch_takes_a_shape_that_is_there():
+    plan = plan_batches(np.full(5, 10), buckets=(16,), max_tokens_per_batch=32)
+    assert [batch.rows for batch in plan.batches] == [(0, 1), (2, 3), (4,)]
+    assert plan.shapes == (BatchShape(2, 16),)
+    assert plan.padded_tokens == 96
+    alone = plan_batches(np.array([10]), buckets=(16,), max_tokens_per_batch=32)
+    assert alone.shapes == (BatchShape(1, 16),)
+    with pytest.raises(ValueError, match="max_tokens_per_batch=0"):
+        plan_batches(np.array([1]), buckets=(16,), max_tokens_per_batch=0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(0.1, 100), max_size=120), st.integers(1, 9))
+def test_shards_cover_all_batches_and_shrink(costs, replicas):
+    costs = sorted(costs, reverse=True)
+    shards = cut_shards(costs, replicas)
+    covered = [index for shard in shards for index in range(shard.start, shard.stop)]
+    assert covered == list(range(len(costs)))
+    total = sum(costs)
+    for shard in shards:
+        cost = sum(costs[shard.start : shard.stop])
+        assert cost <= total / (2 * replicas) + 1e-6 or shard.stop - shard.start == 1
+    if shards:
+        assert shards[-1].stop - shards[-1].start == 1, "the last shard is one batch"
+
+
+def test_even_batches_end_together():
+    """Two replicas that pull shards of equal batches end within one batch of each other."""
+    costs = [1.0] * 101
+    clocks = [0.0, 0.0]
+    for shard in cut_shards(costs, 2):
+        clocks[clocks.index(min(clocks))] += sum(costs[shard.start : shard.stop])
+    assert abs(clocks[0] - clocks[1]) <= 1
+    with pytest.raises(ValueError, match="replicas=0"):
+        cut_shards(costs, 0)
+
+
+@pytest.mark.parametrize(
+    ("workers", "cores", "expected"),
+    [
+        (None, [0], [(0,)]),
+        (None, [0, 1], [(0,), (1,)]),
+        (None, [0, 1, 2, 3], [(0, 1), (2, 3)]),
+        (1, [0, 1], [(0, 1)]),
+        (3, [4, 6], [(4,), (6,), (4,)]),
+        (3, [0, 1, 2, 3], [(0,), (1,), (2, 3)]),
+    ],
+)
+def test_cpu_workers_share_out_the_cores(workers, cores, expected):
+    slots = place_replicas(kind="cpu", num_devices=0, num_workers=workers, cores=cores)
+    assert [slot.cores for slot in slots] == expected
+    assert [slot.replica for slot in slots] == list(range(len(expected)))
+
+
+def test_each_gpu_worker_has_a_gpu():
+    slots = place_replicas(kind="gpu", num_devices=3, num_workers=None, cores=[0])
+    assert len(slots) == 3
+    assert all(slot.kind == "gpu" and slot.cores == () for slot in slots)
+    assert len(place_replicas(kind="gpu", num_devices=3, num_workers=2, cores=[0])) == 2
+    with pytest.raises(ValueError, match=r"a gpu of its own and 2 were found.*--num-workers 3"):
+        place_replicas(kind="gpu", num_devices=2, num_workers=3, cores=[0])
+    with pytest.raises(ValueError, match="a tpu of its own and 0 were found"):
+        place_replicas(kind="tpu", num_devices=0, num_workers=None, cores=[0])
+
+
+GEMMA_2_9B = {
+    "vocabulary_size": 256000,
+    "num_layers": 42,
+    "num_query_heads": 16,
+    "num_key_value_heads": 8,
+    "hidden_dim": 3584,
+    "intermediate_dim": 28672,
+    "head_dim": 256,
+}
+
+
+def test_gemma_2_9b_costs_what_was_published():
+    """16.65 GFLOP a token and 344,064 x length FLOPs of causal attention a token."""
+    shape = model_shape("GemmaBackbone", GEMMA_2_9B)
+    assert shape.flops_per_token == pytest.approx(16.65e9, rel=1e-3)
+    assert shape.attention_flops(1000) == 344_064 * 1000 * 1000
+    one = shape.batch_flops(BatchShape(1, 512))
+    assert shape.batch_flops(BatchShape(3, 512)) == 3 * one
+    assert one == 512 * shape.flops_per_token + shape.attention_flops(512)
+
+
+def test_llama_derives_its_head_dim():
+    config = {name: GEMMA_2_9B[name] for name in GEMMA_2_9B if name != "head_dim"}
+    shape = model_shape("LlamaBackbone", config)
+    assert (shape.head_dim, shape.intermediate_dim) == (3584 // 16, 28672)
+    assert set(FAMILIES) == {"GemmaBackbone", "LlamaBackbone", "MistralBackbone"}
+    with pytest.raises(ValueError, match="class_name='ResNetBackbone'"):
+        model_shape("ResNetBackbone", config)
+    with pytest.raises(ValueError, match="intermediate_dim"):
+        model_shape("LlamaBackbone", {"hidden_dim": 8, "num_query_heads": 2, "vocabulary_size": 3})
+
+
+def test_planning_needs_no_framework():
+    """sharding imports neither Ray nor JAX nor Keras nor pandas, nor the runner."""
+    modules = sorted(path.stem for path in (ROOT / "sharding").glob("*.py"))
+    assert len(modules) > 5
+    code = (
+        "import sys\n"
+        + "".join(f"import sharding.{name}\n" for name in modules if name != "__init__")
+        + "heavy = {'ray', 'jax', 'keras', 'keras_hub', 'tensorflow', 'pandas', 'runner'}\n"
+        + "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_planning_25_000_rows_takes_moments():
+    import time
+
+    lengths = np.minimum(np.random.default_rng(0).lognormal(6.5, 0.8, 25_000).astype(int) + 2, 1024)
+    started = time.perf_counter()
+    buckets = choose_buckets(lengths, sequence_length=1024)
+    plan = plan_batches(lengths, buckets=buckets, max_tokens_per_batch=4096)
+    cut_shards([float(batch.shape.tokens) for batch in plan.batches], 8)
+    assert time.perf_counter() - started < 1.0
+    assert plan.num_rows == 25_000

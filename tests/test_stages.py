@@ -1,0 +1,297 @@
+"""The stages that need no model: files and tables in, records out."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runner.config import RunConfig, make_config
+from runner.dataset import read_examples
+from runner.demo import make_rows
+from runner.errors import ConfigError, DataError, MergeError
+from runner.fingerprint import WEIGHT_SAMPLE_BYTES, fingerprint
+from runner.merge import Merger
+from runner.progress import Progress
+from runner.prompts import render_prompts
+from runner.records import BatchResult, Examples, TokenTable
+from runner.submission import write_submission, write_whole
+from runner.tokenization import tokenize
+from tests.conftest import LENGTH, SHARED, run_script
+
+COLUMNS = ["id", "prompt", "response_a", "response_b"]
+cells = st.text(st.characters(codec="utf-8"), max_size=12)
+ids = st.text(st.characters(codec="utf-8", min_codepoint=33), min_size=1, max_size=8)
+
+
+class TestDataset:
+    @settings(max_examples=200, deadline=None)
+    @given(st.lists(st.tuples(ids, cells, cells, cells), max_size=8, unique_by=lambda row: row[0]))
+    def test_csv_cells_survive_as_spelled(self, tmp_path_factory, rows):
+        buffer = io.StringIO(newline="")
+        csv.writer(buffer).writerows([COLUMNS, *rows])
+        path = tmp_path_factory.mktemp("csv") / "t.csv"
+        path.write_bytes(buffer.getvalue().encode())
+        examples = read_examples(path)
+        assert examples.ids == tuple(row[0] for row in rows)
+        for place, name in enumerate(COLUMNS[1:], start=1):
+            assert examples.columns[name] == tuple(row[place] for row in rows)
+
+    def test_csv_by_hand(self, tmp_path):
+        path = tmp_path / "t.csv"
+        path.write_bytes(
+            b"\xef\xbb\xbfother,response_b,id,prompt,response_a\r\n"
+            b'x,NA,007,"a\r\n""b""",null\r\n'
+            b"\r\n"
+            b"y,,18446744073709551615\r\n"
+            b"z,b,3.0,p\xed\xa0\x80q,a\x00\r\n"
+        )
+        examples = read_examples(path)
+        assert examples.ids == ("007", "18446744073709551615", "3.0")
+        assert examples.columns["prompt"] == ('a\r\n"b"', "", "p\ud800q")
+        assert examples.columns["response_a"] == ("null", "", "a\x00")
+        assert examples.columns["response_b"] == ("NA", "", "b")
+
+    @pytest.mark.parametrize("kind", ["uint32", "int64", "str", "category"])
+    def test_parquet(self, tmp_path, kind):
+        path = tmp_path / "t.parquet"
+        numbers = ["4294967295", "7"]
+        table = pd.DataFrame(
+            {
+                "id": numbers,
+                "prompt": ["p", None],
+                "response_a": ["", "é"],
+                "response_b": ["b", "c"],
+            }
+        )
+        table["id"] = table["id"].astype(kind)
+        table.to_parquet(path)
+        examples = read_examples(path)
+        assert examples.ids == ("4294967295", "7")
+        assert examples.columns["prompt"] == ("p", "")
+        assert examples.columns["response_a"] == ("", "é")
+
+    def test_parquet_null_id(self, tmp_path):
+        path = tmp_path / "t.parquet"
+        pd.DataFrame([("x", "p", "a", "b"), (None, "p", "a", "b")], columns=COLUMNS).to_parquet(
+            path
+        )
+        with pytest.raises(DataError, match="empty id in row 2"):
+            read_examples(path)
+
+
+def examples_of(*cells):
+    return Examples(("9",), dict(zip(COLUMNS[1:], ((cell,) for cell in cells), strict=True)))
+
+
+class TestPrompts:
+    def test_raw_is_the_notebooks_text(self):
+        rendered = render_prompts(examples_of('["p"]', "a\ud83d", ""), text_format="raw")
+        assert rendered == ['\n\nPROMPT\n\n["p"]\n\nRESPONSE:\n\na\n\nRESPONSE:\n\n']
+
+    def test_turns_are_decoded_and_joined(self):
+        examples = examples_of('["one", null, "three"]', '["\\ud83d\\u00e9\\/"]', "")
+        assert render_prompts(examples, text_format="turns") == [
+            "\n\nPROMPT\n\none\n\nthree\n\nRESPONSE:\n\né/\n\nRESPONSE:\n\n"
+        ]
+
+    @pytest.mark.parametrize(
+        "cell", ["plain", "null", "3", '"s"', "[1]", '[["a"]]', "{}", "[" * 9999]
+    )
+    def test_what_is_no_list_of_turns(self, cell):
+        with pytest.raises(DataError, match=r"Row 1 \(id 9\), column response_a"):
+            render_prompts(examples_of("[]", cell, "[]"), text_format="turns")
+
+
+class TestTokens:
+    @pytest.mark.parametrize("length", [1, 2, 3, 16, LENGTH])
+    def test_as_the_presets_preprocessor(self, models, cache, arena_rows, tmp_path, length):
+        """Token for token, on real rows with the real vocabulary where they are here."""
+        from runner.presets import read_preset
+
+        examples = read_examples(arena_rows)
+        texts = ["", "a", " b  c ", "<bos>x<eos><start_of_turn>\x00\n", "日本語🙂"]
+        texts += render_prompts(examples, text_format="turns")[:: 1 if length == LENGTH else 100]
+        (tmp_path / "texts.json").write_text(json.dumps(texts))
+        model = models["arena"]
+        out = tmp_path / "tokens.npz"
+        run_script(cache, "preprocess.py", model.preset, tmp_path / "texts.json", length, out)
+        expected = np.load(out)
+        table = tokenize(texts, read_preset(model.preset).tokenizer, sequence_length=length)
+        tokens, lengths = table.batch_arrays(tuple(range(len(texts))), len(texts), length)
+        assert np.array_equal(lengths, expected["padding_mask"].sum(axis=1))
+        assert np.array_equal(tokens, expected["token_ids"])
+        assert (lengths == length).any()
+        assert SHARED.is_dir() == (expected["token_ids"].max() > 5000 or length < 16)
+
+    def test_batch_arrays(self):
+        table = TokenTable(np.arange(1, 7, dtype=np.int32), np.array([0, 3, 3, 4, 6]))
+        tokens, lengths = table.batch_arrays((3, 0, 1), 4, 4)
+        assert tokens.tolist() == [[5, 6, 0, 0], [1, 2, 3, 0], [0] * 4, [0] * 4]
+        assert lengths.tolist() == [2, 3, 0, 0]
+        assert table.lengths.tolist() == [3, 0, 1, 2]
+
+
+def result(rows, probabilities, batch=0):
+    return BatchResult(batch, rows, np.array(probabilities, dtype=np.float32), 0.1, 0)
+
+
+class TestMerge:
+    def test_any_order_gives_the_order_of_the_test_set(self):
+        merger = Merger(["a", "b", "c"], 3)
+        merger.add(result((2, 0), [[0.2, 0.3, 0.5], [1, 0, 0]], batch=1))
+        merger.add(result((1,), [[0, 0.5, 0.50001]]))
+        table = merger.finish()
+        assert table == pytest.approx(
+            np.array([[1, 0, 0], [0, 0.5, 0.5], [0.2, 0.3, 0.5]]), abs=1e-5
+        )
+        assert np.abs(table.sum(axis=1) - 1).max() < 1e-15
+
+    def test_what_it_refuses(self):
+        even = [[1 / 3] * 3]
+        merger = Merger(["a", "b"], 3)
+        merger.add(result((0,), even))
+        with pytest.raises(MergeError, match="1 rows have no result: id b"):
+            merger.finish()
+        with pytest.raises(MergeError, match=r"repeats rows\. Received: id a"):
+            merger.add(result((0,), even))
+        with pytest.raises(MergeError, match="repeats rows"):
+            merger.add(result((1, 1), even * 2))
+        with pytest.raises(MergeError, match="not there"):
+            merger.add(result((2,), even))
+        with pytest.raises(MergeError, match="shape"):
+            merger.add(result((1,), [[0.5, 0.5]]))
+
+    @pytest.mark.parametrize(
+        ("row", "message"),
+        [
+            ([np.nan] * 3, "NaN"),
+            ([np.inf, 0, 0], "NaN"),
+            ([0.5] * 3, "no prob"),
+            ([2, -1, 0], "no prob"),
+        ],
+    )
+    def test_rows_that_are_no_probabilities(self, row, message):
+        merger = Merger(["a", "bad"], 3)
+        merger.add(result((0, 1), [[1, 0, 0], row]))
+        with pytest.raises(MergeError, match=f"{message}.*id bad"):
+            merger.finish()
+
+
+class TestSubmission:
+    def test_ids_as_spelled(self, tmp_path):
+        path = tmp_path / "s.csv"
+        names = ["007", "4294967295", 'a,"b"', "é"]
+        write_submission(path, names, np.full((4, 3), 1 / 3))
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+        assert [row[0] for row in rows[1:]] == names
+        assert float(rows[1][1]) == 1 / 3
+        assert [path.name for path in tmp_path.iterdir()] == ["s.csv"]
+
+    def test_the_old_file_stands_until_the_new_one_is_whole(self, tmp_path, monkeypatch):
+        path = tmp_path / "s.csv"
+        path.write_text("old")
+
+        def fail(*_):
+            raise OSError("disk full")
+
+        with monkeypatch.context() as patched:
+            patched.setattr("os.fsync", fail)
+            with pytest.raises(OSError, match="disk full"):
+                write_whole(path, "new")
+        assert path.read_text() == "old"
+        assert len(list(tmp_path.iterdir())) == 1
+        write_whole(path, "new")
+        assert path.read_text() == "new"
+
+
+class TestConfig:
+    def test_flags_win_over_the_file(self, tmp_path):
+        path = tmp_path / "run.toml"
+        path.write_text(
+            'sequence-length = 64\nnum_workers = "auto"\ninput = "x.csv"\npooling = "last"'
+        )
+        config = make_config({"pooling": "mean"}, path)
+        assert (config.sequence_length, config.num_workers, config.pooling) == (64, None, "mean")
+        assert str(config.input) == "x.csv"
+        assert str(config.report_path) == "submission.csv.report.json"
+
+    def test_it_is_frozen_and_keyword_only(self):
+        with pytest.raises(AttributeError):
+            RunConfig().mode = "single"  # type: ignore[misc]
+        with pytest.raises(TypeError):
+            RunConfig("single")  # type: ignore[misc]
+
+    @pytest.mark.parametrize(
+        "text", ["a = ", "mode = 1", "verbose = 1", "num_workers = 1.5", "sequence_length = true"]
+    )
+    def test_bad_files(self, tmp_path, text):
+        path = tmp_path / "run.toml"
+        path.write_text(text)
+        with pytest.raises(ConfigError):
+            make_config({}, path)
+
+
+def test_fingerprint_sees_what_changes_answers(tmp_path):
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_bytes(b"head")
+    large.write_bytes(bytes(3 * WEIGHT_SAMPLE_BYTES))
+
+    def of(settings=("mean",), texts=("a", "b")):
+        return fingerprint(
+            settings={"pooling": settings}, files=[small], weight_files=[large], texts=texts
+        )
+
+    first = of()
+    assert of() == first
+    assert len({first, of(settings=("last",)), of(texts=("ab", "")), of(texts=("b", "a"))}) == 4
+    small.write_bytes(b"Head")
+    second = of()
+    large.write_bytes(bytes(3 * WEIGHT_SAMPLE_BYTES - 1) + b"x")
+    assert len({first, second, of()}) == 3
+
+
+def test_demo_rows_are_seeded_and_arena_like():
+    rows = make_rows(300, seed=1)
+    assert rows == make_rows(300, seed=1)
+    assert rows != make_rows(300, seed=2)
+    assert len({row[0] for row in rows}) == 300
+    assert any(int(row[0]) > 2**31 for row in rows)
+    cells = [json.loads(cell) for row in rows for cell in row[1:]]
+    assert {len(cell) for cell in cells} == {1, 2}
+    assert any(None in cell for cell in cells)
+    words = np.array([sum(len(json.dumps(c).split()) for c in row[1:]) for row in rows])
+    assert words.max() > 4 * np.median(words)
+
+
+class TestProgress:
+    def test_plain_lines(self, monkeypatch):
+        monkeypatch.setattr("runner.progress.REDRAW_S", 0.01)
+        monkeypatch.setattr("runner.progress.PLAIN_WAITING_S", 0.05)
+        monkeypatch.setattr("runner.progress.PLAIN_RUNNING_S", 0.05)
+        stream = io.StringIO()
+        import time
+
+        with Progress(stream=stream) as progress:
+            progress.stage("reading test.csv")
+            progress.set_worker(0, "loading")
+            time.sleep(0.2)
+            progress.expect(rows=10, cost=100.0)
+            progress.advance(rows=2, tokens=5, cost=20.0)
+            time.sleep(0.1)
+            progress.advance(rows=2, tokens=50, cost=20.0)
+            time.sleep(0.2)
+            for number in range(6):
+                progress.set_worker(number, "compiling 1/8" if number else "busy")
+            time.sleep(0.2)
+        text = stream.getvalue()
+        assert "[0:00] reading test.csv; w0 loading\n" in text
+        assert "2/10 rows, time left ?; w0 loading\n" in text
+        assert "4/10 rows, " in text
+        assert "tokens/s, 0:0" in text
+        assert "workers: 5 compiling, 1 busy\n" in text
