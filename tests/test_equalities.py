@@ -49,7 +49,7 @@ def test_single_equals_the_notebook(models, reference, test_set, predict, poolin
 )
 def test_other_presets_equal_the_notebook(models, reference, test_set, predict, name, pooling):
     model = models[name]
-    assert len(list(model.preset.glob("*.weights.h5"))) == (1 if name != "sharded" else 3)
+    assert len(list(model.preset.glob("*.weights.h5"))) == (2 if name == "sharded" else 1)
     answer = predict(
         *("--mode", "single", *model.flags(), "--input", str(test_set)),
         *("--pooling", pooling, "--text-format", "turns", *FLAGS),
