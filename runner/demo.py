@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.errors import WorkerError
+from runner.errors import ConfigError, WorkerError
 from runner.progress import Progress
 
 # Raise it when anything below changes, so that an old cache is not taken for the new demo.
@@ -63,20 +63,24 @@ class DemoFiles:
         }
 
 
-def ensure_demo(progress: Progress) -> DemoFiles:
-    """Return the demo's files, made now if this is their first use.
+def ensure_demo(cache: Path, progress: Progress) -> DemoFiles:
+    """Return the demo's files under a cache folder, made now if this is their first use.
 
     Raises:
+        ConfigError: the cache folder cannot be written to.
         WorkerError: the process that saves the preset failed.
     """
-    from runner.pipeline import cache_folder
-
-    folder = cache_folder() / f"demo-{VERSION}"
+    folder = cache / f"demo-{VERSION}"
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
         aside = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError(
+                f"The demo is kept in {cache}, which cannot be written to ({error.strerror}). "
+                "Set XDG_CACHE_HOME to a folder that can, or name --preset and --input."
+            ) from None
         try:
             progress.stage("making the demo test set and training its tokenizer (first use)")
             rows = make_rows(ROWS, SEED)

@@ -162,7 +162,7 @@ def _find_files(config: RunConfig, progress: Progress) -> dict[str, Path]:
     if config.preset is None or config.input is None:
         from runner.demo import ensure_demo
 
-        demo = ensure_demo(progress)
+        demo = ensure_demo(cache_folder(), progress)
         if config.preset is None:
             named |= demo.model_files
         if config.input is None:

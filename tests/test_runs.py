@@ -114,6 +114,34 @@ def test_no_rows_make_a_header(cli, models, tmp_path, mode):
     assert report["rows"]["total"] == 0
 
 
+def test_results_that_are_no_numbers_are_never_written(cli, models, test_set, tmp_path):
+    """A head this large overflows float32."""
+    model = models["gemma2"]
+    np.save(tmp_path / "huge.npy", np.full((48, 3), 3e38, "float32"))
+    flags = model.flags()
+    flags[flags.index("--head-kernel") + 1] = str(tmp_path / "huge.npy")
+    output = tmp_path / "s.csv"
+    done = cli("--mode", "single", *flags, "--input", str(test_set), "--output", str(output))
+    assert done.returncode == 1
+    assert "rows came out as NaN or infinity: id " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not output.exists()
+
+
+def test_the_demo_says_where_it_cannot_be_kept(cli, tmp_path):
+    done = cli("--output", str(tmp_path / "s.csv"), XDG_CACHE_HOME="/proc")
+    assert done.returncode == 2
+    assert "XDG_CACHE_HOME" in done.stderr
+
+
+def test_the_demo_runs_with_few_flags(predict):
+    """Preset, LoRA, head and rows are made on first use and read like any others."""
+    answer = predict("--sequence-length", "64", "--pooling", "mean")
+    assert answer.report["rows"]["total"] == 600
+    assert answer.probabilities.std(axis=0).min() > 0.01
+    assert answer.report["config"]["preset"] is None
+
+
 def test_one_long_row_and_three_workers(models, predict, tmp_path):
     """Fewer rows than workers, a row longer than the sequence and than the budget."""
     path = tmp_path / "one.parquet"
