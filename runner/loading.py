@@ -1,32 +1,56 @@
-"""Preset directory, LoRA file and dtype -> a Keras backbone with its weights, LoRA merged.
+"""Preset directory, LoRA file and dtype -> a Keras backbone that holds its weights, LoRA merged.
 
 Runs in the process that predicts. Imports Keras, so `workers.prepare_process` must come first.
 """
 
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import h5py
+import jax
 import jax.numpy as jnp
 import keras
 import keras_hub
 import numpy as np
+from keras.src.backend.common import global_state
 
 from runner.errors import DataError
+from runner.weights import StoredWeight, find_weights
 
 
-def load_backbone(preset: str, *, dtype: str) -> keras.Model:
-    """Return the backbone of a KerasHub preset directory.
+def load_backbone(preset: str, lora_weights: str | None, *, dtype: str) -> keras.Model:
+    """Return the backbone of a preset with all its weights on this process' device.
+
+    Raises:
+        DataError: as `build_backbone` and `locate_weights`.
+    """
+    backbone = build_backbone(preset, dtype=dtype)
+    fill(backbone.variables, locate_weights(backbone, preset, lora_weights), place_whole)
+    return backbone
+
+
+def build_backbone(preset: str, *, dtype: str) -> keras.Model:
+    """Return the backbone of a KerasHub preset directory, its variables without values.
 
     Configs are deserialized in Keras' safe mode: no code comes from the directory.
 
     Raises:
-        DataError: the weights do not fit the config, or the class takes more than token ids.
+        DataError: the config does not make a backbone, or one that takes more than token ids.
     """
     try:
-        backbone = keras_hub.models.Backbone.from_preset(preset, dtype=dtype)
+        with keras.StatelessScope(initialize_variables=False):
+            backbone = keras_hub.models.Backbone.from_preset(
+                preset, load_weights=False, dtype=dtype
+            )
     except (ValueError, KeyError, TypeError, OSError) as error:
         first_line = (str(error).strip().splitlines() or [""])[0]
         raise DataError(f"{preset} does not load as a preset: {first_line}") from error
+    finally:
+        # Else the next scope that ends, inside the first trace, would fill them at random.
+        global_state.set_global_attribute("uninitialized_variables", [])
     if set(backbone.input) != {"token_ids", "padding_mask"}:
         raise DataError(
             f"{preset} must be a text backbone that takes token_ids and padding_mask. "
@@ -35,11 +59,46 @@ def load_backbone(preset: str, *, dtype: str) -> keras.Model:
     return backbone
 
 
-def merge_lora(backbone: keras.Model, path: str) -> None:
-    """Add the LoRA update of a `*.lora.h5` file to the kernels, which then cost nothing extra.
+def locate_weights(
+    backbone: keras.Model, preset: str, lora_weights: str | None
+) -> dict[int, StoredWeight]:
+    """Return where the values of each variable lie, LoRA factors with their kernels.
 
-    kernel + A @ B, computed in float32 for one kernel at a time (Hu et al. 2021, section 4.1).
-    KerasHub saves no alpha and loads with alpha equal to the rank, so their quotient is 1 here.
+    Raises:
+        DataError: weights or LoRA file do not fit the backbone.
+    """
+    stored = find_weights(backbone, Path(preset))
+    if lora_weights is not None:
+        for kernel, factors in _read_lora(backbone, lora_weights):
+            stored[id(kernel)] = replace(stored[id(kernel)], lora=factors)
+    return stored
+
+
+def fill(
+    variables: Iterable[keras.Variable],
+    stored: dict[int, StoredWeight],
+    place: Callable[[keras.Variable, StoredWeight], jax.Array],
+) -> None:
+    """Give each variable its values, one at a time; `place` reads them onto devices."""
+    for variable in variables:
+        if id(variable) in stored:
+            variable._value = place(variable, stored[id(variable)])
+            variable._initializer = None
+        else:
+            # The state of a random generator: nothing here is random, and no file holds it.
+            assert math.prod(variable.shape) <= 2, f"this is a bug: no values for {variable.path}"
+            variable._deferred_initialize()
+
+
+def place_whole(variable: keras.Variable, stored: StoredWeight) -> jax.Array:
+    """Read all values of a variable onto this process' device."""
+    return jnp.asarray(stored.read(dtype=variable.dtype))
+
+
+def _read_lora(
+    backbone: keras.Model, path: str
+) -> list[tuple[keras.Variable, tuple[np.ndarray, np.ndarray]]]:
+    """Return (kernel, its LoRA factors in float32) for each layer of a `*.lora.h5` file.
 
     Raises:
         DataError: the file's layers or shapes are not this backbone's.
@@ -48,26 +107,24 @@ def merge_lora(backbone: keras.Model, path: str) -> None:
     layers = [layer for layer in backbone._flatten_layers(include_self=False) if layer.weights]
     targets = set(backbone.default_lora_layer_names())
     expected = {str(i): layer for i, layer in enumerate(layers) if layer.name in targets}
+    found = []
     with h5py.File(path, "r") as file:
-        found = set(file["lora"]) - {"vars"}
-        if found != set(expected):
+        names = set(file["lora"]) - {"vars"}
+        if names != set(expected):
             raise DataError(
                 f"{path} belongs to another backbone: expected LoRA kernels for layers "
-                f"{_some(expected)}. Received: layers {_some(found)}"
+                f"{_some(expected)}. Received: layers {_some(names)}"
             )
         for index, layer in expected.items():
             a, b = (file[f"lora/{index}/vars/lora_kernel_{part}"][()] for part in "ab")
-            _merge_kernel(path, layer.kernel, a, b)
-
-
-def _merge_kernel(path: str, kernel: Any, a: np.ndarray, b: np.ndarray) -> None:
-    if (*a.shape[:-1], b.shape[-1]) != tuple(kernel.shape) or b.shape != (a.shape[-1], b.shape[-1]):
-        raise DataError(
-            f"{path} belongs to another backbone: {kernel.path} has shape {tuple(kernel.shape)}. "
-            f"Received: LoRA kernels of shape {a.shape} and {b.shape}"
-        )
-    update = np.matmul(a.astype(np.float32), b.astype(np.float32))
-    kernel.assign((jnp.asarray(kernel.value, jnp.float32) + update).astype(kernel.dtype))
+            kernel, shape = layer.kernel, tuple(layer.kernel.shape)
+            if (*a.shape[:-1], b.shape[-1]) != shape or b.shape != (a.shape[-1], shape[-1]):
+                raise DataError(
+                    f"{path} belongs to another backbone: {kernel.path} has shape {shape}. "
+                    f"Received: LoRA kernels of shape {a.shape} and {b.shape}"
+                )
+            found.append((kernel, (a.astype(np.float32), b.astype(np.float32))))
+    return found
 
 
 def _some(names: Any) -> str:

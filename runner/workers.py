@@ -62,14 +62,12 @@ class Replica:
         """
         started = time.perf_counter()
         device = _start_jax(self._slot.kind, spec.compilation_cache)
-        from runner.loading import load_backbone, merge_lora
+        from runner.loading import load_backbone
         from runner.predictor import Predictor, matmul_rate, resolve_dtype
         from runner.presets import read_head
 
         dtype = resolve_dtype(spec.dtype, device)
-        backbone = load_backbone(spec.preset, dtype=dtype)
-        if spec.lora_weights is not None:
-            merge_lora(backbone, spec.lora_weights)
+        backbone = load_backbone(spec.preset, spec.lora_weights, dtype=dtype)
         head = read_head(
             Path(spec.head_kernel),
             Path(spec.head_bias),
