@@ -155,10 +155,11 @@ def test_one_long_row_and_three_workers(models, predict, tmp_path):
     assert answer.report["tokens"] == {"real": LENGTH, "padded": LENGTH}
 
 
-def test_report_holds_the_contract(models, test_set, predict):
+def test_report_holds_the_contract(models, test_set, predict, tmp_path):
     flags = (*models["gemma2"].flags(), "--input", str(test_set), "--pooling", "mean",
              "--sequence-length", "80", "--max-tokens-per-batch", "256")  # fmt: skip
-    first = predict("--num-workers", "2", *flags)
+    fresh = str(tmp_path / "cache")
+    first = predict("--num-workers", "2", *flags, XDG_CACHE_HOME=fresh)
     report = first.report
     keys = "schema config versions fingerprint mode strategy rows tokens seconds rates workers"
     assert {*keys.split(), "faults", "deadline"} <= set(report)
@@ -179,7 +180,7 @@ def test_report_holds_the_contract(models, test_set, predict):
     assert 1 < shapes <= 8
     compiled = sum(worker["compiled_shapes"] for worker in report["workers"])
     assert compiled == shapes, "each shape is compiled by one worker, the other reads the cache"
-    again = predict("--num-workers", "2", *flags)
+    again = predict("--num-workers", "2", *flags, XDG_CACHE_HOME=fresh)
     assert sum(worker["compiled_shapes"] for worker in again.report["workers"]) == 0
     assert again.report["fingerprint"] == report["fingerprint"]
     other = predict("--mode", "single", *flags)

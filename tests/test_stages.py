@@ -126,7 +126,8 @@ class TestTokens:
         assert np.array_equal(lengths, expected["padding_mask"].sum(axis=1))
         assert np.array_equal(tokens, expected["token_ids"])
         assert (lengths == length).any()
-        assert SHARED.is_dir() == (expected["token_ids"].max() > 5000 or length < 16)
+        if SHARED.is_dir() and length >= 16:
+            assert expected["token_ids"].max() > 5000, "the real vocabulary was used"
 
     def test_batch_arrays(self):
         table = TokenTable(np.arange(1, 7, dtype=np.int32), np.array([0, 3, 3, 4, 6]))
