@@ -22,7 +22,8 @@ EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 
 HELP = {
-    "mode": "data-parallel: Ray workers, one replica each; single: this process, no Ray",
+    "mode": "data-parallel: Ray workers, one replica each; model-parallel: groups of Ray workers, "
+    "one replica a group; single: this process, no Ray (default: data-parallel)",
     "input": "CSV or Parquet with id, prompt, response_a, response_b (default: the demo set)",
     "output": "where the submission is written (default: submission.csv)",
     "preset": "KerasHub preset directory (default: the demo preset, random weights)",
@@ -36,6 +37,9 @@ HELP = {
     "(default: raw)",
     "num_workers": "one replica and one device each (default: auto, every GPU or TPU, on a CPU two "
     "workers or one for every eight cores)",
+    "group_size": "model-parallel: workers that hold one replica together (default: 2)",
+    "strategy": "model-parallel: pipeline, layers cut into stages; tensor, every large weight cut "
+    "into slices; auto says which it takes and why (default: auto)",
     "dtype": "auto: float32 on CPU, bfloat16 where the device has it, else float16 (default: auto)",
     "max_tokens_per_batch": "rows x padded length of a batch (default: auto, by device)",
     "report": "where the JSON report is written (default: OUTPUT.report.json)",

@@ -12,13 +12,15 @@ from typing import Any
 from runner.errors import ConfigError
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "mode": ("data-parallel", "single"),
+    "mode": ("data-parallel", "model-parallel", "single"),
+    "strategy": ("auto", "tensor", "pipeline"),
     "pooling": ("padded-mean", "mean", "last"),
     "text_format": ("raw", "turns"),
     "dtype": ("auto", "float32", "float16", "bfloat16"),
 }
 PATHS = ("input", "output", "preset", "lora_weights", "head_kernel", "head_bias", "report")
-COUNTS = ("sequence_length", "num_workers", "max_tokens_per_batch")
+COUNTS = ("sequence_length", "num_workers", "group_size", "max_tokens_per_batch")
+DEFAULT_GROUP_SIZE = 2
 AUTO_COUNTS = ("num_workers", "max_tokens_per_batch")
 
 
@@ -41,6 +43,8 @@ class RunConfig:
     sequence_length: int = 512
     text_format: str = "raw"
     num_workers: int | None = None
+    group_size: int | None = None
+    strategy: str | None = None
     dtype: str = "auto"
     max_tokens_per_batch: int | None = None
     report: Path | None = None
@@ -48,7 +52,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
+            if getattr(self, name) not in (*allowed, None):
                 raise ConfigError(
                     f"{flag(name)} must be one of {', '.join(allowed)}. "
                     f"Received: {flag(name)} {getattr(self, name)}"
@@ -65,6 +69,7 @@ class RunConfig:
                 "--mode single is one process; use --mode data-parallel for several workers. "
                 f"Received: --num-workers {self.num_workers}"
             )
+        self._check_groups()
         self._check_model_files()
         if self.output.suffix.lower() in (".parquet", ".json", ".jsonl"):
             raise ConfigError(
@@ -82,8 +87,33 @@ class RunConfig:
         return self.report or self.output.with_name(self.output.name + ".report.json")
 
     @property
+    def members(self) -> int:
+        """Workers that hold one replica together."""
+        return (self.group_size or DEFAULT_GROUP_SIZE) if self.mode == "model-parallel" else 1
+
+    @property
     def uses_demo_model(self) -> bool:
         return self.preset is None
+
+    def _check_groups(self) -> None:
+        if self.mode != "model-parallel":
+            for name in ("group_size", "strategy"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"{flag(name)} is for --mode model-parallel. Received: --mode {self.mode} "
+                        f"{flag(name)} {getattr(self, name)}"
+                    )
+            return
+        if self.members < 2:
+            raise ConfigError(
+                "A group has at least two members; one device holds a replica in --mode "
+                f"data-parallel. Received: --group-size {self.members}"
+            )
+        if self.num_workers is not None and self.num_workers % self.members:
+            raise ConfigError(
+                f"Workers must make whole groups of {self.members}. "
+                f"Received: --num-workers {self.num_workers}"
+            )
 
     def _check_model_files(self) -> None:
         head = {"head_kernel": self.head_kernel, "head_bias": self.head_bias}

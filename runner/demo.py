@@ -230,8 +230,8 @@ def _make_text(rng: random.Random, words: list[str], weights: list[float], media
 
 if __name__ == "__main__":
     from runner.workers import prepare_process
-    from sharding.topology import ReplicaSlot
+    from sharding.topology import WorkerSlot
 
-    prepare_process(ReplicaSlot(0, "cpu"), verbose=False)
+    prepare_process(WorkerSlot(0, "cpu"), verbose=False)
     target = Path(sys.argv[1])
     save_model(target, target / "vocabulary.spm", BACKBONE, SEED)

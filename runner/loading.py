@@ -59,6 +59,33 @@ def build_backbone(preset: str, *, dtype: str) -> keras.Model:
     return backbone
 
 
+def cut_stage(backbone: keras.Model, start: int, stop: int) -> keras.Model:
+    """Return the part of a backbone's graph that computes decoder layers `start` to `stop`.
+
+    It takes token_ids, or hidden where layers come before it, and padding_mask. The first part has
+    the embedding, the last the final norm. No layer is copied: the parts share the backbone's.
+
+    Raises:
+        DataError: the backbone is no chain of decoder layers.
+    """
+    layers = getattr(backbone, "transformer_layers", None)
+    if not layers or not 0 <= start < stop <= len(layers):
+        raise DataError(
+            f"{type(backbone).__name__} cannot be cut into stages: expected transformer_layers "
+            f"{start} to {stop}. Received: {len(layers or ())} layers"
+        )
+    inputs = dict(backbone.input)
+    if start > 0:
+        inputs = {"hidden": _entry(layers[start]), "padding_mask": inputs["padding_mask"]}
+    output = backbone.output if stop == len(layers) else _entry(layers[stop])
+    return keras.Model(inputs, output)
+
+
+def _entry(layer: keras.Layer) -> Any:
+    """The hidden states that go into a decoder layer, a symbolic tensor."""
+    return layer.input[0] if isinstance(layer.input, (list, tuple)) else layer.input
+
+
 def locate_weights(
     backbone: keras.Model, preset: str, lora_weights: str | None
 ) -> dict[int, StoredWeight]:

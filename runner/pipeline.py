@@ -24,8 +24,9 @@ from runner.merge import Merger
 from runner.presets import Preset, check_lora, read_head, read_preset
 from runner.progress import Progress
 from runner.prompts import render_prompts
-from runner.records import Faults, ModelSpec, ReplicaInfo, TokenTable
+from runner.records import Faults, ModelSpec, TokenTable, WorkerInfo
 from runner.report import make_report, summarize, versions
+from runner.strategy import Strategy, choose_strategy
 from runner.submission import LABEL_COLUMNS, check_writable, write_submission, write_whole
 from runner.tokenization import tokenize
 from sharding.batches import Plan, plan_batches
@@ -82,8 +83,11 @@ def run(
                 else f"tokenizing {rows:,}/{len(texts):,} rows"
             )
 
+        strategy = choose_strategy(config, preset)
+        if strategy is not None:
+            progress.note(strategy.why)
         progress.stage("tokenizing")
-        with _open_executor(config, progress) as executor:
+        with _open_executor(config, preset, strategy, progress) as executor:
             tokenizing = _in_background(
                 lambda: _tokenize(texts, preset, config.sequence_length, count)
             )
@@ -130,6 +134,7 @@ def run(
             workers=executor.stats,
             faults=executor.faults,
             plan=_describe(plan),
+            strategy=strategy,
         )
         write_whole(config.report_path, json.dumps(report, indent=1) + "\n")
     print(summarize(report, config, is_demo_model=config.uses_demo_model), flush=True)
@@ -199,14 +204,24 @@ def cache_folder() -> Path:
     return Path(base) / "arena-runner"
 
 
-def _open_executor(config: RunConfig, progress: Progress) -> "RayReplicas | InProcess":
+def _open_executor(
+    config: RunConfig, preset: Preset, strategy: Strategy | None, progress: Progress
+) -> "RayReplicas | InProcess":
     if config.mode == "single":
         from runner.single import InProcess
 
         return InProcess(verbose=config.verbose, progress=progress)
     from runner.dispatch import RayReplicas
 
-    return RayReplicas(num_workers=config.num_workers, verbose=config.verbose, progress=progress)
+    return RayReplicas(
+        num_workers=config.num_workers,
+        verbose=config.verbose,
+        progress=progress,
+        strategy=strategy.name if strategy else None,
+        group_size=config.members,
+        stages=strategy.stages if strategy else (),
+        family=preset.class_name,
+    )
 
 
 def _tokenize(
@@ -268,7 +283,7 @@ def _fingerprint(
     preset: Preset,
     ids: Sequence[str],
     texts: Sequence[str],
-    info: ReplicaInfo | None,
+    info: WorkerInfo | None,
 ) -> str:
     lora = [files["lora_weights"]] if "lora_weights" in files else []
     return fingerprint(

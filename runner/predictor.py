@@ -41,74 +41,108 @@ POOLINGS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 }
 
 
+Head = tuple[np.ndarray, np.ndarray]
+
+
 class Predictor:
-    """One replica on the devices of this process.
+    """A model, or a stage of one, compiled for each shape.
 
     Args:
-        backbone: a functional KerasHub backbone, LoRA merged; its weights stay where they are.
-        kernel: (hidden, classes). bias: (classes,).
+        model: a functional model over {"token_ids" or "hidden", "padding_mask"}, LoRA merged; its
+            weights stay where they are.
+        head: kernel (hidden, classes) and bias (classes,), or None: hidden states come out.
         pooling: a key of `POOLINGS`.
+        replicated: over a mesh of several processes, the sharding of what all of them hold whole.
     """
 
     def __init__(
-        self, backbone: keras.Model, kernel: np.ndarray, bias: np.ndarray, *, pooling: str
+        self,
+        model: keras.Model,
+        head: Head | None,
+        *,
+        pooling: str,
+        replicated: jax.sharding.Sharding | None = None,
     ) -> None:
-        self._backbone = backbone
+        self._model = model
+        self._entry = "token_ids" if "token_ids" in model.input else "hidden"
         self._pool = POOLINGS[pooling]
+        self._replicated = replicated
         self._arguments = (
-            [variable.value for variable in backbone.trainable_variables],
-            [variable.value for variable in backbone.non_trainable_variables],
-            jnp.asarray(kernel, jnp.float32),
-            jnp.asarray(bias, jnp.float32),
+            [variable.value for variable in model.trainable_variables],
+            [variable.value for variable in model.non_trainable_variables],
+            [self._on_device(np.asarray(array, np.float32)) for array in head or ()],
         )
         # TF32 would break the float32 equalities on a GPU.
-        self._precision = "highest" if backbone.compute_dtype == "float32" else "default"
+        self._precision = "highest" if model.compute_dtype == "float32" else "default"
         self._programs: dict[BatchShape, Any] = {}
         self._cache_hits = 0
         jax.monitoring.register_event_listener(self._count_cache_hits)
 
     @property
     def weight_bytes(self) -> int:
-        return sum(array.nbytes for array in jax.tree.leaves(self._arguments))
+        """Bytes of weights that this process holds."""
+        return sum(
+            shard.data.nbytes
+            for array in jax.tree.leaves(self._arguments)
+            for shard in array.addressable_shards
+        )
 
     def compile(self, shape: BatchShape) -> CompileInfo:
         """Make the program for one shape, from JAX's cache on disk where it is there."""
         started, hits = time.perf_counter(), self._cache_hits
         if shape not in self._programs:
-            tokens = jax.ShapeDtypeStruct((shape.rows, shape.length), jnp.int32)
-            lengths = jax.ShapeDtypeStruct((shape.rows,), jnp.int32)
+            entry = self._model.input[self._entry]
+            trailing = entry.shape[2:]
             with jax.default_matmul_precision(self._precision):
-                lowered = jax.jit(self._forward).lower(*self._arguments, tokens, lengths)
+                lowered = jax.jit(self._forward, out_shardings=self._replicated).lower(
+                    *self._arguments,
+                    self._abstract((shape.rows, shape.length, *trailing), entry.dtype),
+                    self._abstract((shape.rows,), "int32"),
+                )
                 self._programs[shape] = lowered.compile()
         return CompileInfo(time.perf_counter() - started, self._cache_hits > hits)
 
-    def predict(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Return float32 (rows, classes) that sum to one along the last dim.
+    def predict(self, entry: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Return probabilities, float32 (rows, classes) that sum to one along the last dim, or
+        without a head hidden states, (rows, length, hidden).
 
         Args:
-            tokens: int32 (rows, length), zeros after each row's end.
+            entry: token ids, int32 (rows, length), zeros after each row's end; or hidden states.
             lengths: int32 (rows,), real tokens of each row; 0 marks a filler row.
         """
-        shape = BatchShape(*tokens.shape)
+        shape = BatchShape(*entry.shape[:2])
         self.compile(shape)
-        return np.asarray(self._programs[shape](*self._arguments, tokens, lengths))
+        output = self._programs[shape](
+            *self._arguments, self._on_device(entry), self._on_device(lengths)
+        )
+        return np.asarray(output.addressable_data(0))
 
     def _forward(
         self,
         trainable: list[jax.Array],
         non_trainable: list[jax.Array],
-        kernel: jax.Array,
-        bias: jax.Array,
-        tokens: jax.Array,
+        head: list[jax.Array],
+        entry: jax.Array,
         lengths: jax.Array,
     ) -> jax.Array:
-        mask = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
-        hidden, _ = self._backbone.stateless_call(
-            trainable, non_trainable, {"token_ids": tokens, "padding_mask": mask}, training=False
+        mask = jnp.arange(entry.shape[1])[None, :] < lengths[:, None]
+        hidden, _ = self._model.stateless_call(
+            trainable, non_trainable, {self._entry: entry, "padding_mask": mask}, training=False
         )
+        if not head:
+            return hidden
+        kernel, bias = head
         pooled = self._pool(hidden.astype(jnp.float32), lengths)
         logits = jnp.matmul(pooled, kernel, precision="highest") + bias
         return jax.nn.softmax(logits, axis=-1)
+
+    def _abstract(self, shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._replicated)
+
+    def _on_device(self, array: np.ndarray) -> jax.Array:
+        if self._replicated is None:
+            return jnp.asarray(array)
+        return jax.make_array_from_callback(array.shape, self._replicated, array.__getitem__)
 
     def _count_cache_hits(self, event: str, **_: Any) -> None:
         self._cache_hits += event == "/jax/compilation_cache/cache_hits"

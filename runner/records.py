@@ -63,15 +63,21 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaInfo:
-    """What a replica says of itself once it is loaded."""
+class WorkerInfo:
+    """What a worker says of itself once it is loaded.
+
+    `rss_after_imports_bytes` is its resident memory before the first weight; `notes` are sentences
+    for the person.
+    """
 
     kind: str
     device: str
     dtype: str
     weight_bytes: int
+    rss_after_imports_bytes: int
     load_s: float
     matmul_flops_per_s: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +89,36 @@ class CompileInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """What one worker spent on one batch."""
+
+    seconds: float
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class BatchResult:
-    """Probabilities of one batch: float32 (len(rows), classes), in the order of `rows`."""
+    """Probabilities of one batch: float32 (len(rows), classes), in the order of `rows`.
+
+    work: one entry for each worker that had a part in it, in the order of the group's members.
+    """
 
     batch: int
     rows: tuple[int, ...]
     probabilities: np.ndarray
-    seconds: float
-    peak_rss_bytes: int
+    work: tuple[Work, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """What travels from one pipeline stage to the next.
+
+    hidden: (rows, length, hidden_dim) in the model's dtype. lengths: int32 (rows,).
+    """
+
+    hidden: np.ndarray
+    lengths: np.ndarray
+    work: tuple[Work, ...]
 
 
 @dataclass(slots=True)
@@ -106,10 +134,26 @@ class WorkerStats:
     idle_s: float = 0.0
     peak_rss_bytes: int = 0
     restarts: int = 0
+    weight_bytes: int = 0
+    rss_after_imports_bytes: int = 0
     load_s: float = 0.0
     compile_s: float = 0.0
     compiled_shapes: int = 0
     cached_shapes: int = 0
+
+    def count(self, rows: int, work: Work) -> None:
+        """Add a finished batch."""
+        self.rows += rows
+        self.batches += 1
+        self.busy_s += work.seconds
+        self.peak_rss_bytes = max(self.peak_rss_bytes, work.peak_rss_bytes)
+
+    def introduce(self, info: WorkerInfo) -> None:
+        """Take over what a worker said of itself."""
+        self.device = info.device
+        self.weight_bytes = info.weight_bytes
+        self.rss_after_imports_bytes = info.rss_after_imports_bytes
+        self.load_s = info.load_s
 
 
 @dataclass(slots=True)

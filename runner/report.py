@@ -8,7 +8,8 @@ from typing import Any
 
 from runner import __version__
 from runner.config import RunConfig
-from runner.records import Faults, ReplicaInfo, WorkerStats
+from runner.records import Faults, WorkerInfo, WorkerStats
+from runner.strategy import Strategy
 
 SCHEMA = 1
 PACKAGES = ("jax", "keras", "keras-hub", "keras-nlp", "numpy", "pandas", "ray", "sentencepiece")
@@ -34,10 +35,11 @@ def make_report(
     padded_tokens: int,
     model_flops: float,
     seconds: dict[str, float],
-    info: ReplicaInfo | None,
+    info: WorkerInfo | None,
     workers: list[WorkerStats],
     faults: Faults,
     plan: dict[str, Any],
+    strategy: Strategy | None = None,
 ) -> dict[str, Any]:
     """Return the report; every duration in seconds, every rate over `seconds["predict"]`.
 
@@ -56,7 +58,7 @@ def make_report(
         "versions": versions(),
         "fingerprint": fingerprint,
         "mode": config.mode,
-        "strategy": None,
+        "strategy": strategy.name if strategy else None,
         "rows": {"total": rows, "predicted": rows, "resumed": 0, "shortened": 0, "filled": 0},
         "tokens": {"real": real_tokens, "padded": padded_tokens},
         "seconds": {key: round(value, 4) for key, value in seconds.items()},
@@ -76,6 +78,20 @@ def make_report(
         },
         "model": asdict(info) if info else None,
         "plan": plan,
+        "group": _describe_group(strategy, workers),
+    }
+
+
+def _describe_group(strategy: Strategy | None, workers: list[WorkerStats]) -> dict[str, Any] | None:
+    """Why this strategy, what travels, and how long workers stood idle (a pipeline's bubble)."""
+    if strategy is None:
+        return None
+    alive = sum(worker.busy_s + worker.idle_s for worker in workers)
+    return {
+        "why": strategy.why,
+        "stages": [asdict(stage) for stage in strategy.stages],
+        "bytes_between_members_per_token": strategy.bytes_per_token,
+        "idle_share": sum(worker.idle_s for worker in workers) / alive if alive else None,
     }
 
 
@@ -94,6 +110,12 @@ def summarize(report: dict[str, Any], config: RunConfig, *, is_demo_model: bool)
             f"{report['rates']['tokens_per_s']:,.0f} real tokens/s, {padding:.0%} padding; "
             f"{len(report['workers'])} x {report['model']['device'].split(',')[0]}, "
             f"{report['model']['dtype']}"
+        )
+    if report["group"]:
+        held = ", ".join(f"{worker['weight_bytes'] / 1e6:,.0f}" for worker in report["workers"])
+        lines.append(
+            f"{report['strategy']}: the members hold {held} MB of weights each; they stood idle "
+            f"{report['group']['idle_share']:.0%} of the time"
         )
     faults = report["faults"]
     if faults["worker_deaths"]:

@@ -4,23 +4,23 @@ import time
 from collections.abc import Iterator, Sequence
 
 from runner.progress import Progress
-from runner.records import BatchResult, Faults, ModelSpec, ReplicaInfo, TokenTable, WorkerStats
+from runner.records import BatchResult, Faults, ModelSpec, TokenTable, WorkerInfo, WorkerStats
 from runner.workers import Replica
 from sharding.batches import Plan
-from sharding.topology import ReplicaSlot
+from sharding.topology import WorkerSlot
 
 
 class InProcess:
     """One replica on the first device JAX finds, on all cores where that is the CPU."""
 
     def __init__(self, *, verbose: bool, progress: Progress) -> None:
-        self._replica = Replica(ReplicaSlot(0, "auto"), verbose=verbose)
+        self._replica = Replica(WorkerSlot(0, "auto"), verbose=verbose)
         self._progress = progress
         self.stats = [WorkerStats(replica=0)]
         self.faults = Faults()
         self.start_workers_s = 0.0
         self.predict_s = 0.0
-        self.info: ReplicaInfo | None = None
+        self.info: WorkerInfo | None = None
 
     def __enter__(self) -> "InProcess":
         return self
@@ -33,8 +33,7 @@ class InProcess:
         self._progress.set_worker(0, "loading")
         self.info = self._replica.load(spec)
         self.kind = self.info.kind
-        self.stats[0].device = self.info.device
-        self.stats[0].load_s = self.info.load_s
+        self.stats[0].introduce(self.info)
 
     def poll(self) -> None:
         """Nothing happens beside this thread."""
@@ -55,10 +54,7 @@ class InProcess:
         started = time.monotonic()
         for batch in plan.batches:
             result = self._replica.predict(batch)
-            stats.rows += len(result.rows)
-            stats.batches += 1
-            stats.busy_s += result.seconds
-            stats.peak_rss_bytes = max(stats.peak_rss_bytes, result.peak_rss_bytes)
+            stats.count(len(result.rows), result.work[0])
             self.predict_s = time.monotonic() - started
             stats.idle_s = self.predict_s - stats.busy_s
             yield result

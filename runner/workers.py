@@ -4,22 +4,36 @@
 """
 
 import os
+import socket
 import sys
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from runner.errors import WorkerError
-from runner.records import BatchResult, CompileInfo, ModelSpec, ReplicaInfo, TokenTable
+from runner.records import (
+    Activations,
+    BatchResult,
+    CompileInfo,
+    ModelSpec,
+    TokenTable,
+    Work,
+    WorkerInfo,
+)
 from sharding.batches import Batch, BatchShape
-from sharding.topology import ReplicaSlot
+from sharding.stages import Stage
+from sharding.topology import WorkerSlot
 
 # Share of a GPU that JAX takes at its start: the process has the card to itself.
 GPU_MEMORY_FRACTION = "0.92"
+# Seconds in which all members of a group must have come to its address.
+GROUP_MEETS_WITHIN_S = 120
 
 
-def prepare_process(slot: ReplicaSlot, *, verbose: bool) -> None:
+def prepare_process(slot: WorkerSlot, *, verbose: bool) -> None:
     """Tie this process to its device and quieten its libraries, before JAX starts.
 
     XLA sizes its CPU thread pool by the cores this process may use. TensorFlow is kept out: it
@@ -43,7 +57,7 @@ def prepare_process(slot: ReplicaSlot, *, verbose: bool) -> None:
 class Replica:
     """One copy of the weights, on one device, in this process."""
 
-    def __init__(self, slot: ReplicaSlot, *, verbose: bool = False) -> None:
+    def __init__(self, slot: WorkerSlot, *, verbose: bool = False) -> None:
         prepare_process(slot, verbose=verbose)
         self._slot = slot
         self._predictor: Any = None
@@ -53,7 +67,7 @@ class Replica:
         """Return the process id: the process is up."""
         return os.getpid()
 
-    def load(self, spec: ModelSpec) -> ReplicaInfo:
+    def load(self, spec: ModelSpec) -> WorkerInfo:
         """Load preset, LoRA and head onto the device.
 
         Raises:
@@ -63,29 +77,13 @@ class Replica:
         started = time.perf_counter()
         device = _start_jax(self._slot.kind, spec.compilation_cache)
         from runner.loading import load_backbone
-        from runner.predictor import Predictor, matmul_rate, resolve_dtype
-        from runner.presets import read_head
+        from runner.predictor import Predictor, resolve_dtype
 
+        before = peak_rss_bytes()
         dtype = resolve_dtype(spec.dtype, device)
         backbone = load_backbone(spec.preset, spec.lora_weights, dtype=dtype)
-        head = read_head(
-            Path(spec.head_kernel),
-            Path(spec.head_bias),
-            hidden_dim=int(backbone.output.shape[-1]),
-            classes=spec.classes,
-        )
-        self._predictor = Predictor(backbone, *head, pooling=spec.pooling)
-        name = device.device_kind
-        if self._slot.cores:
-            name = f"cpu, cores {','.join(map(str, self._slot.cores))}"
-        return ReplicaInfo(
-            kind=device.platform,
-            device=name,
-            dtype=dtype,
-            weight_bytes=self._predictor.weight_bytes,
-            load_s=time.perf_counter() - started,
-            matmul_flops_per_s=matmul_rate(dtype, device),
-        )
+        self._predictor = Predictor(backbone, _head(spec, backbone), pooling=spec.pooling)
+        return self._introduce(device, dtype, started, before)
 
     def hold_tokens(self, tokens: TokenTable) -> None:
         """Keep the token table, read from shared memory where there is some."""
@@ -97,19 +95,141 @@ class Replica:
 
     def predict(self, batch: Batch) -> BatchResult:
         """Return the probabilities of a batch; filler rows are left out."""
-        assert self._tokens is not None, "this is a bug: no tokens before the first batch"
         started = time.perf_counter()
-        tokens, lengths = self._tokens.batch_arrays(
-            batch.rows, batch.shape.rows, batch.shape.length
-        )
+        tokens, lengths = self._arrays(batch)
         probabilities = self._predictor.predict(tokens, lengths)[: len(batch.rows)]
-        return BatchResult(
-            batch=batch.index,
-            rows=batch.rows,
-            probabilities=probabilities,
-            seconds=time.perf_counter() - started,
-            peak_rss_bytes=peak_rss_bytes(),
+        return BatchResult(batch.index, batch.rows, probabilities, (_work_since(started),))
+
+    def _arrays(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        assert self._tokens is not None, "this is a bug: no tokens before the first batch"
+        return self._tokens.batch_arrays(batch.rows, batch.shape.rows, batch.shape.length)
+
+    def _introduce(
+        self, device: Any, dtype: str, started: float, before: int, notes: tuple[str, ...] = ()
+    ) -> WorkerInfo:
+        from runner.predictor import matmul_rate
+
+        load_s = time.perf_counter() - started
+        name = device.device_kind
+        if self._slot.cores:
+            name = f"cpu, cores {','.join(map(str, self._slot.cores))}"
+        return WorkerInfo(
+            kind=device.platform,
+            device=name,
+            dtype=dtype,
+            weight_bytes=self._predictor.weight_bytes,
+            rss_after_imports_bytes=before,
+            load_s=load_s,
+            matmul_flops_per_s=matmul_rate(dtype, device),
+            notes=notes,
         )
+
+
+class PipelineStage(Replica):
+    """Some of a replica's layers; what it computes goes on to the next stage."""
+
+    def load(self, spec: ModelSpec, stage: Stage | None = None) -> WorkerInfo:
+        """Load the weights of one stage, and the head where it is the last.
+
+        Raises:
+            DataError: the files do not fit each other.
+            WorkerError: the device is not there.
+        """
+        assert stage is not None, "this is a bug: a stage must know its layers"
+        started = time.perf_counter()
+        device = _start_jax(self._slot.kind, spec.compilation_cache)
+        from runner.loading import build_backbone, cut_stage, fill, locate_weights, place_whole
+        from runner.predictor import Predictor, resolve_dtype
+
+        before = peak_rss_bytes()
+        dtype = resolve_dtype(spec.dtype, device)
+        backbone = build_backbone(spec.preset, dtype=dtype)
+        model = cut_stage(backbone, stage.start, stage.stop)
+        fill(model.variables, locate_weights(backbone, spec.preset, spec.lora_weights), place_whole)
+        is_last = stage.stop == len(backbone.transformer_layers)
+        head = _head(spec, backbone) if is_last else None
+        self._predictor = Predictor(model, head, pooling=spec.pooling)
+        return self._introduce(device, dtype, started, before)
+
+    def begin(self, batch: Batch) -> Activations:
+        """The first stage: token ids in, hidden states out."""
+        started = time.perf_counter()
+        tokens, lengths = self._arrays(batch)
+        hidden = self._predictor.predict(tokens, lengths)
+        return Activations(hidden, lengths, (_work_since(started),))
+
+    def carry_on(self, activations: Activations) -> Activations:
+        """A stage between: hidden states in and out."""
+        started = time.perf_counter()
+        hidden = self._predictor.predict(activations.hidden, activations.lengths)
+        work = (*activations.work, _work_since(started))
+        return Activations(hidden, activations.lengths, work)
+
+    def finish(self, batch: Batch, activations: Activations) -> BatchResult:
+        """The last stage: hidden states in, probabilities out."""
+        started = time.perf_counter()
+        output = self._predictor.predict(activations.hidden, activations.lengths)
+        work = (*activations.work, _work_since(started))
+        return BatchResult(batch.index, batch.rows, output[: len(batch.rows)], work)
+
+
+class TensorMember(Replica):
+    """A slice of every large weight; all members of the group compute each batch together."""
+
+    def reserve_address(self) -> str:
+        """Return a free address on this machine where the group can meet."""
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            return f"127.0.0.1:{server.getsockname()[1]}"
+
+    def load(
+        self, spec: ModelSpec, address: str = "", group_size: int = 0, family: str = ""
+    ) -> WorkerInfo:
+        """Meet the group and load this member's slices.
+
+        Raises:
+            ConfigError: a weight cannot be split over the group.
+            DataError: the files do not fit each other.
+            WorkerError: the device is not there.
+        """
+        started = time.perf_counter()
+        _join_group(address, group_size, self._slot.member)
+        device = _start_jax(self._slot.kind, spec.compilation_cache)
+        import keras
+
+        from runner.loading import build_backbone, fill, locate_weights
+        from runner.predictor import Predictor, resolve_dtype
+        from runner.tensor_parallel import audit, lay_out_backbone, place_slices
+        from sharding.mesh import distribute
+
+        before = peak_rss_bytes()
+        dtype = resolve_dtype(spec.dtype, device)
+        keras.utils.set_random_seed(0)
+        backbone = build_backbone(spec.preset, dtype=dtype)
+        layouts = lay_out_backbone(backbone, family, group_size)
+        distribution, replicated = distribute(layouts, group_size)
+        stored = locate_weights(backbone, spec.preset, spec.lora_weights)
+        fill(backbone.variables, stored, place_slices(distribution))
+        notes = audit(backbone, layouts)
+        self._predictor = Predictor(
+            backbone, _head(spec, backbone), pooling=spec.pooling, replicated=replicated
+        )
+        return self._introduce(device, dtype, started, before, notes)
+
+
+def _head(spec: ModelSpec, backbone: Any) -> tuple[np.ndarray, np.ndarray]:
+    from runner.presets import read_head
+
+    return read_head(
+        Path(spec.head_kernel),
+        Path(spec.head_bias),
+        hidden_dim=int(backbone.output.shape[-1]),
+        classes=spec.classes,
+    )
+
+
+def _work_since(started: float) -> Work:
+    return Work(time.perf_counter() - started, peak_rss_bytes())
 
 
 def peak_rss_bytes() -> int:
@@ -127,6 +247,21 @@ def peak_rss_bytes() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _join_group(address: str, group_size: int, member: int) -> None:
+    """Make JAX see the devices of all members as one mesh; blocks until all have come."""
+    import jax
+
+    if os.environ["JAX_PLATFORMS"] == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        coordinator_address=address,
+        num_processes=group_size,
+        process_id=member,
+        coordinator_bind_address=address if member == 0 else None,
+        initialization_timeout=GROUP_MEETS_WITHIN_S,
+    )
 
 
 def _start_jax(kind: str, compilation_cache: str | None) -> Any:

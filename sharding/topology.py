@@ -13,46 +13,64 @@ DEFAULT_TOKENS_PER_BATCH = {"cpu": 2048, "gpu": 16384, "tpu": 16384}
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaSlot:
-    """The place of one replica: its number, the kind of device, and its cores on a CPU.
+class WorkerSlot:
+    """The place of one worker: its replica, its number in that replica's group, and its device.
 
-    `kind` is cpu, gpu or tpu, or auto: whatever JAX finds.
+    `kind` is cpu, gpu or tpu, or auto: whatever JAX finds. `cores` are its own, on a CPU.
     """
 
     replica: int
     kind: str
     cores: tuple[int, ...] = ()
+    member: int = 0
 
 
-def place_replicas(
-    *, kind: str, num_devices: int, num_workers: int | None, cores: Sequence[int]
-) -> tuple[ReplicaSlot, ...]:
-    """Return one slot a worker.
+def place_workers(
+    *,
+    kind: str,
+    num_devices: int,
+    num_workers: int | None,
+    cores: Sequence[int],
+    group_size: int = 1,
+) -> tuple[WorkerSlot, ...]:
+    """Return one slot a worker; every `group_size` neighbours make one replica.
 
-    On GPU and TPU each worker has a device of its own; `num_workers=None` takes all. On a CPU the
-    cores are dealt out evenly (more workers than cores share them), and `None` means one worker
-    for every eight cores but two where there are two cores: each holds a copy of the weights.
+    On GPU and TPU each worker has a device of its own; `num_workers=None` takes as many as make
+    whole groups. On a CPU the cores are dealt out evenly (more workers than cores share them),
+    and `None` means one group, or for whole replicas one worker for every eight cores but two
+    where there are two cores: each holds a copy of the weights.
 
     Raises:
-        ValueError: more workers than devices on GPU or TPU.
+        ValueError: more workers than devices on GPU or TPU; workers that do not make whole groups.
     """
-    if kind == "cpu":
-        count = num_workers or max(min(2, len(cores)), len(cores) // 8)
-        return tuple(
-            ReplicaSlot(replica, kind, _share_of_cores(cores, replica, count))
-            for replica in range(count)
-        )
-    count = num_workers or max(1, num_devices)
-    if count > num_devices:
+    if num_workers is None:
+        if kind != "cpu":
+            num_workers = max(group_size, num_devices // group_size * group_size)
+        else:
+            num_workers = group_size if group_size > 1 else max(min(2, len(cores)), len(cores) // 8)
+    if kind != "cpu" and num_workers > num_devices:
         raise ValueError(
             f"Each worker needs a {kind} of its own and {num_devices} were found. "
-            f"Received: --num-workers {count}"
+            f"Received: --num-workers {num_workers}"
         )
-    return tuple(ReplicaSlot(replica, kind) for replica in range(count))
+    if num_workers % group_size:
+        raise ValueError(
+            f"Workers must make whole groups of {group_size}. "
+            f"Received: --num-workers {num_workers} --group-size {group_size}"
+        )
+    return tuple(
+        WorkerSlot(
+            replica=number // group_size,
+            kind=kind,
+            cores=_share_of_cores(cores, number, num_workers) if kind == "cpu" else (),
+            member=number % group_size,
+        )
+        for number in range(num_workers)
+    )
 
 
-def _share_of_cores(cores: Sequence[int], replica: int, count: int) -> tuple[int, ...]:
+def _share_of_cores(cores: Sequence[int], number: int, count: int) -> tuple[int, ...]:
     if count >= len(cores):
-        return (cores[replica % len(cores)],)
-    start, stop = (len(cores) * edge // count for edge in (replica, replica + 1))
+        return (cores[number % len(cores)],)
+    start, stop = (len(cores) * edge // count for edge in (number, number + 1))
     return tuple(cores[start:stop])

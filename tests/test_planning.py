@@ -13,7 +13,7 @@ from sharding.batches import BatchShape, plan_batches
 from sharding.buckets import bucket_of, choose_buckets
 from sharding.costs import FAMILIES, model_shape
 from sharding.shards import cut_shards
-from sharding.topology import place_replicas
+from sharding.topology import place_workers
 from tests.conftest import ROOT
 
 lengths_lists = st.lists(st.integers(0, 512), max_size=200)
@@ -128,20 +128,35 @@ def test_even_batches_end_together():
     ],
 )
 def test_cpu_workers_share_out_the_cores(workers, cores, expected):
-    slots = place_replicas(kind="cpu", num_devices=0, num_workers=workers, cores=cores)
+    slots = place_workers(kind="cpu", num_devices=0, num_workers=workers, cores=cores)
     assert [slot.cores for slot in slots] == expected
     assert [slot.replica for slot in slots] == list(range(len(expected)))
+    assert all(slot.member == 0 for slot in slots)
+
+
+def test_groups_are_neighbours():
+    options = {"kind": "cpu", "num_devices": 0, "cores": [0, 1]}
+    slots = place_workers(**options, num_workers=4, group_size=2)
+    assert [(slot.replica, slot.member) for slot in slots] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [slot.cores for slot in slots] == [(0,), (1,), (0,), (1,)]
+    assert len(place_workers(**options, num_workers=None, group_size=3)) == 3
+    with pytest.raises(ValueError, match=r"whole groups of 2.*--num-workers 3 --group-size 2"):
+        place_workers(**options, num_workers=3, group_size=2)
+    gpus = {"kind": "gpu", "cores": [0], "num_workers": None, "group_size": 2}
+    assert len(place_workers(**gpus, num_devices=5)) == 4
+    with pytest.raises(ValueError, match=r"1 were found.*--num-workers 2"):
+        place_workers(**gpus, num_devices=1)
 
 
 def test_each_gpu_worker_has_a_gpu():
-    slots = place_replicas(kind="gpu", num_devices=3, num_workers=None, cores=[0])
+    slots = place_workers(kind="gpu", num_devices=3, num_workers=None, cores=[0])
     assert len(slots) == 3
     assert all(slot.kind == "gpu" and slot.cores == () for slot in slots)
-    assert len(place_replicas(kind="gpu", num_devices=3, num_workers=2, cores=[0])) == 2
+    assert len(place_workers(kind="gpu", num_devices=3, num_workers=2, cores=[0])) == 2
     with pytest.raises(ValueError, match=r"a gpu of its own and 2 were found.*--num-workers 3"):
-        place_replicas(kind="gpu", num_devices=2, num_workers=3, cores=[0])
+        place_workers(kind="gpu", num_devices=2, num_workers=3, cores=[0])
     with pytest.raises(ValueError, match="a tpu of its own and 0 were found"):
-        place_replicas(kind="tpu", num_devices=0, num_workers=None, cores=[0])
+        place_workers(kind="tpu", num_devices=0, num_workers=None, cores=[0])
 
 
 GEMMA_2_9B = {

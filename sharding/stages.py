@@ -1,0 +1,79 @@
+"""Layers -> pipeline stages: runs of neighbouring layers, one run a device.
+
+Cost and memory are two things: a 256,000-row embedding weighs much and computes nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Decoder layers `start` up to, not including, `stop`, and the bytes of weights they hold.
+
+    The first stage also holds the token embedding, the last the final norm and the head.
+    """
+
+    start: int
+    stop: int
+    weight_bytes: int
+
+
+def cut_stages(
+    costs: Sequence[float],
+    weight_bytes: Sequence[int],
+    num_stages: int,
+    *,
+    first_bytes: int = 0,
+    last_bytes: int = 0,
+    max_bytes: int | None = None,
+) -> tuple[Stage, ...]:
+    """Cut layers into `num_stages` runs so that the slowest stage is as fast as it can be.
+
+    Among cuts equally fast the one whose heaviest stage is lightest is taken, then the one that
+    cuts earliest. Found by dynamic programming in O(num_stages * layers^2).
+
+    Args:
+        costs: time of each layer, any unit.
+        weight_bytes: bytes of each layer's weights.
+        first_bytes, last_bytes: what the first and the last stage hold besides layers.
+        max_bytes: what a device can hold of weights; None for no limit.
+
+    Raises:
+        ValueError: fewer layers than stages, or no cut keeps every stage under `max_bytes`.
+    """
+    layers = len(costs)
+    if not 1 <= num_stages <= layers:
+        raise ValueError(
+            f"Each stage needs a layer and there are {layers}. Received: --group-size {num_stages}"
+        )
+
+    def held(start: int, stop: int) -> int:
+        ends = (first_bytes if start == 0 else 0) + (last_bytes if stop == layers else 0)
+        return sum(weight_bytes[start:stop]) + ends
+
+    # best[stop]: (slowest cost, heaviest bytes, edges) of the stages so far, up to `stop`.
+    best: dict[int, tuple[float, int, tuple[int, ...]]] = {0: (0.0, 0, (0,))}
+    for number in range(1, num_stages + 1):
+        following: dict[int, tuple[float, int, tuple[int, ...]]] = {}
+        for stop in range(number, layers - (num_stages - number) + 1):
+            for start, (slowest, heaviest, edges) in best.items():
+                if start >= stop or (max_bytes is not None and held(start, stop) > max_bytes):
+                    continue
+                cut = (
+                    max(slowest, sum(costs[start:stop])),
+                    max(heaviest, held(start, stop)),
+                    (*edges, stop),
+                )
+                if stop not in following or cut < following[stop]:
+                    following[stop] = cut
+        best = following
+    if layers not in best:
+        total = sum(weight_bytes) + first_bytes + last_bytes
+        raise ValueError(
+            f"{total / 1e9:.1f} GB of weights cannot be cut into {num_stages} stages of at most "
+            f"{(max_bytes or 0) / 1e9:.1f} GB. Use a larger --group-size or a smaller --dtype."
+        )
+    edges = best[layers][2]
+    return tuple(Stage(start, stop, held(start, stop)) for start, stop in pairwise(edges))
