@@ -3,8 +3,11 @@
 Runs in the process that predicts. Imports Keras, so `workers.prepare_process` must come first.
 """
 
+import ctypes
 import math
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,14 +110,44 @@ def fill(
     place: Callable[[keras.Variable, StoredWeight], jax.Array],
 ) -> None:
     """Give each variable its values, one at a time; `place` reads them onto devices."""
+    with _large_blocks_go_back():
+        _fill(variables, stored, place)
+
+
+def _fill(
+    variables: Iterable[keras.Variable],
+    stored: dict[int, StoredWeight],
+    place: Callable[[keras.Variable, StoredWeight], jax.Array],
+) -> None:
     for variable in variables:
         if id(variable) in stored:
-            variable._value = place(variable, stored[id(variable)])
+            # Wait for the copy, else several tensors are in host memory twice.
+            variable._value = jax.block_until_ready(place(variable, stored[id(variable)]))
             variable._initializer = None
         else:
             # The state of a random generator: nothing here is random, and no file holds it.
             assert math.prod(variable.shape) <= 2, f"this is a bug: no values for {variable.path}"
             variable._deferred_initialize()
+
+
+@contextmanager
+def _large_blocks_go_back() -> Iterator[None]:
+    """Within, memory of a megabyte or more goes back to the system as soon as it is freed.
+
+    glibc otherwise raises its limit to the size of the first tensor read, keeps the next ones in
+    its heaps and leaves holes: a fifth of the weights' size, measured on 512 MB.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    mallopt = getattr(libc, "mallopt", None)
+    m_mmap_threshold, default_most = -3, 32 << 20
+    if mallopt is not None:
+        mallopt(m_mmap_threshold, 1 << 20)
+    try:
+        yield
+    finally:
+        # Afterwards large: a program's work space should stay mapped from batch to batch.
+        if mallopt is not None:
+            mallopt(m_mmap_threshold, default_most)
 
 
 def place_whole(variable: keras.Variable, stored: StoredWeight) -> jax.Array:

@@ -49,8 +49,9 @@ class StoredWeight:
         if self.lora is not None:
             a, b = self.lora
             update = np.matmul(a[index[:-1]], b[:, index[-1]])
-            values = values.astype(np.float32) + update
-        return values if dtype is None else values.astype(dtype)
+            update += values
+            values = update
+        return values if dtype is None else values.astype(dtype, copy=False)
 
 
 class _LazyStore(saving_lib.H5IOStore):
