@@ -11,8 +11,8 @@ demo: $(VENV)/.installed
 test: lint types
 	$(BIN)/python -m pytest
 
-# Nothing is behind a marker yet: the default suite is the whole suite.
-test-all: test
+test-all: lint types
+	$(BIN)/python -m pytest -m ''
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -27,6 +27,16 @@ GEMMA_2 = GEMMA_1 | {
     "use_sliding_window_attention": True,
     "sliding_window_size": 24,
 }
+# Every dim that is split divides by three.
+THIRDS = GEMMA_2 | {"num_query_heads": 6, "num_key_value_heads": 3}
+HEAVY = GEMMA_2 | {
+    "num_layers": 10,
+    "num_query_heads": 16,
+    "num_key_value_heads": 8,
+    "hidden_dim": 1024,
+    "intermediate_dim": 8192,
+    "head_dim": 64,
+}
 LLAMA = {
     "num_layers": 2,
     "num_query_heads": 4,
@@ -38,6 +48,7 @@ MODELS = keras_hub.models
 FAMILIES = {
     "gemma1": ("Gemma", GEMMA_1),
     "gemma2": ("Gemma", GEMMA_2),
+    "thirds": ("Gemma", THIRDS),
     "llama": ("Llama", LLAMA),
     "mistral": ("Mistral", LLAMA | {"sliding_window": 24}),
 }
@@ -62,9 +73,15 @@ def save(folder: Path, name: str, vocabulary: Path, *, rank: int = 4, shard_gb: 
     np.save(folder / "bias.npy", rng.normal(0, 0.1, 3).astype("float32"))
 
 
-if __name__ == "__main__":
-    target, gemma_vocabulary, llama_vocabulary, large_vocabulary = map(Path, sys.argv[1:])
-    keras.utils.set_random_seed(3)
+def save_heavy(target: Path, vocabulary: Path) -> None:
+    FAMILIES["heavy"] = ("Gemma", HEAVY)
+    (target / "heavy").mkdir(parents=True)
+    save(target / "heavy", "heavy", vocabulary)
+
+
+def save_all(
+    target: Path, gemma_vocabulary: Path, llama_vocabulary: Path, large_vocabulary: Path
+) -> None:
     for name, (family, _) in FAMILIES.items():
         (target / name).mkdir(parents=True)
         save(target / name, name, gemma_vocabulary if family == "Gemma" else llama_vocabulary)
@@ -74,3 +91,11 @@ if __name__ == "__main__":
     # One with the real tokenizer's size, for the real rows.
     (target / "arena").mkdir()
     save(target / "arena", "gemma2", large_vocabulary)
+
+
+if __name__ == "__main__":
+    keras.utils.set_random_seed(3)
+    if sys.argv[3:] == ["heavy"]:
+        save_heavy(Path(sys.argv[1]), Path(sys.argv[2]))
+    else:
+        save_all(*map(Path, sys.argv[1:]))

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import termios
 import time
-import uuid
 
 import numpy as np
 import pandas as pd
@@ -21,77 +20,6 @@ from tests.conftest import LENGTH, ROOT, TOLERANCE, environment
 
 COLUMNS = ["id", "prompt", "response_a", "response_b"]
 SUBMISSION_HEADER = "id,winner_model_a,winner_model_b,winner_tie\n"
-
-
-class Started:
-    """A run in the background and all its processes, found by a mark in their environment."""
-
-    def __init__(self, cache, *flags):
-        self.mark = uuid.uuid4().hex
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *map(str, flags)],
-            env=environment(cache, ARENA_TEST_MARK=self.mark),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def family(self):
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("ARENA_TEST_MARK") == self.mark:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
-
-    def workers(self, doing=""):
-        """Actor processes; Ray shows the method they run in their title."""
-        found = []
-        for process in self.family():
-            try:
-                title = " ".join(process.cmdline())
-            except psutil.Error:
-                continue
-            if title.startswith(f"ray::Replica{doing}"):
-                found.append(process)
-        return found
-
-    def wait_for_workers(self, doing, count=1, timeout_s=90):
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            if len(found := self.workers(doing)) >= count:
-                return found
-            assert self.process.poll() is None, self.process.communicate()
-            time.sleep(0.05)
-        raise AssertionError(f"no worker came to {doing}")
-
-    def finish(self, timeout_s=180):
-        out, err = self.process.communicate(timeout=timeout_s)
-        return self.process.returncode, out, err
-
-    def assert_nothing_is_left(self, within_s=10):
-        deadline = time.monotonic() + within_s
-        while (left := self.family()) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert left == []
-
-
-@pytest.fixture
-def start(cache):
-    runs = []
-
-    def run(*flags):
-        runs.append(Started(cache, *flags))
-        return runs[-1]
-
-    yield run
-    for started in runs:
-        for process in started.family():
-            process.kill()
-        started.process.communicate()
 
 
 @pytest.fixture
