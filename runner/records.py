@@ -90,10 +90,11 @@ class CompileInfo:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one worker spent on one batch."""
+    """What one worker spent on one batch, and what it handed on to the next stage."""
 
     seconds: float
     peak_rss_bytes: int
+    sent_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +135,7 @@ class WorkerStats:
     idle_s: float = 0.0
     peak_rss_bytes: int = 0
     restarts: int = 0
+    sent_bytes: int = 0
     weight_bytes: int = 0
     rss_after_imports_bytes: int = 0
     load_s: float = 0.0
@@ -146,6 +148,7 @@ class WorkerStats:
         self.rows += rows
         self.batches += 1
         self.busy_s += work.seconds
+        self.sent_bytes += work.sent_bytes
         self.peak_rss_bytes = max(self.peak_rss_bytes, work.peak_rss_bytes)
 
     def introduce(self, info: WorkerInfo) -> None:

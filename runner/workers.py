@@ -156,13 +156,13 @@ class PipelineStage(Replica):
         started = time.perf_counter()
         tokens, lengths = self._arrays(batch)
         hidden = self._predictor.predict(tokens, lengths)
-        return Activations(hidden, lengths, (_work_since(started),))
+        return Activations(hidden, lengths, (_work_since(started, hidden.nbytes),))
 
     def carry_on(self, activations: Activations) -> Activations:
         """A stage between: hidden states in and out."""
         started = time.perf_counter()
         hidden = self._predictor.predict(activations.hidden, activations.lengths)
-        work = (*activations.work, _work_since(started))
+        work = (*activations.work, _work_since(started, hidden.nbytes))
         return Activations(hidden, activations.lengths, work)
 
     def finish(self, batch: Batch, activations: Activations) -> BatchResult:
@@ -228,8 +228,8 @@ def _head(spec: ModelSpec, backbone: Any) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def _work_since(started: float) -> Work:
-    return Work(time.perf_counter() - started, peak_rss_bytes())
+def _work_since(started: float, sent_bytes: int = 0) -> Work:
+    return Work(time.perf_counter() - started, peak_rss_bytes(), sent_bytes)
 
 
 def peak_rss_bytes() -> int:
