@@ -58,6 +58,18 @@ SHARDED_WEIGHTS_INDEX = "model.weights.json"
 
 
 @dataclass(frozen=True, slots=True)
+class BytePairOptions:
+    """What byte-level BPE needs beside its vocabulary.
+
+    unsplittable_tokens: strings that become one token wherever a text holds them.
+    """
+
+    merges: Path
+    unsplittable_tokens: tuple[str, ...]
+    add_prefix_space: bool
+
+
+@dataclass(frozen=True, slots=True)
 class TokenizerFiles:
     """How a preset turns text into tokens."""
 
@@ -68,19 +80,7 @@ class TokenizerFiles:
     pad_token: str | None
     add_start: bool
     add_end: bool
-    byte_pairs: "BytePairOptions | None" = None
-
-
-@dataclass(frozen=True, slots=True)
-class BytePairOptions:
-    """What byte-level BPE needs beside its vocabulary.
-
-    unsplittable_tokens: strings that become one token wherever a text holds them.
-    """
-
-    merges: Path
-    unsplittable_tokens: tuple[str, ...]
-    add_prefix_space: bool
+    byte_pairs: BytePairOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,9 +117,7 @@ class _BytePairs:
         return self._ids.get(token)
 
 
-def _id_of(
-    tokenizer: "_SentencePiece | _BytePairs", files: TokenizerFiles, token: str | None
-) -> int:
+def _id_of(tokenizer: _SentencePiece | _BytePairs, files: TokenizerFiles, token: str | None) -> int:
     assert token is not None, "this is a bug: a token is added that the family does not have"
     number = tokenizer.id_of(token)
     if number is None:
