@@ -231,7 +231,7 @@ def _tokenize(
     tokens = tokenize(
         texts, preset.tokenizer, sequence_length=sequence_length, on_progress=on_progress
     )
-    largest = int(tokens.values.max(initial=0))
+    largest = int(tokens.values.max(initial=tokens.pad_id))
     if largest >= preset.shape.vocabulary_size:
         raise DataError(
             f"{preset.tokenizer.vocabulary} does not belong to the backbone: expected token ids "
@@ -296,8 +296,7 @@ def _fingerprint(
             "versions": {name: versions().get(name) for name in ("jax", "keras", "keras-hub")},
         },
         files=[
-            preset.path / "config.json",
-            preset.tokenizer.vocabulary,
+            *preset.small_files,
             files["head_kernel"],
             files["head_bias"],
             *lora,

@@ -107,7 +107,7 @@ class Predictor:
         without a head hidden states, (rows, length, hidden).
 
         Args:
-            entry: token ids, int32 (rows, length), zeros after each row's end; or hidden states.
+            entry: token ids, int32 (rows, length), padded after each row's end; or hidden states.
             lengths: int32 (rows,), real tokens of each row; 0 marks a filler row.
         """
         shape = BatchShape(*entry.shape[:2])

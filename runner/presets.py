@@ -15,16 +15,58 @@ import numpy as np
 from runner.errors import DataError
 from sharding.costs import ModelShape, model_shape
 
-# Tokenizer class -> the tokens its preprocessor packs around a text (KerasHub's
-# `_add_special_token(..., "start_token" | "end_token")`). All are SentencePiece models.
+
+@dataclass(frozen=True, slots=True)
+class SpecialTokens:
+    """The tokens that a KerasHub preprocessor adds to a text.
+
+    start: None where the family has none. pad: None where it is the id 0, whatever its token.
+    others: further tokens that are looked for in the text, by byte-level BPE alone.
+    """
+
+    start: str | None
+    end: str
+    pad: str | None = None
+    others: tuple[str, ...] = ()
+
+
+# Tokenizer class -> its tokens, as KerasHub's classes pass them to `_add_special_token`.
 SENTENCEPIECE_TOKENIZERS = {
-    "GemmaTokenizer": ("<bos>", "<eos>"),
-    "LlamaTokenizer": ("<s>", "</s>"),
-    "MistralTokenizer": ("<s>", "</s>"),
+    "GemmaTokenizer": SpecialTokens("<bos>", "<eos>", "<pad>"),
+    "Gemma3Tokenizer": SpecialTokens("<bos>", "<eos>", "<pad>"),
+    "LlamaTokenizer": SpecialTokens("<s>", "</s>"),
+    "MistralTokenizer": SpecialTokens("<s>", "</s>"),
 }
-VOCABULARY = Path("assets", "tokenizer", "vocabulary.spm")
+BYTE_PAIR_TOKENIZERS = {
+    "Llama3Tokenizer": SpecialTokens(
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        others=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
+    "QwenTokenizer": SpecialTokens(None, "<|endoftext|>"),
+    "Qwen3Tokenizer": SpecialTokens(None, "<|im_end|>", "<|endoftext|>"),
+}
+TOKENIZERS = SENTENCEPIECE_TOKENIZERS | BYTE_PAIR_TOKENIZERS
+# Keys of a tokenizer's config that change tokens where they are set, and are not followed here.
+UNFOLLOWED_OPTIONS = (
+    *("sequence_length", "add_bos", "add_eos"),
+    *("bos_token", "eos_token", "misc_special_tokens"),
+)
+ASSETS = Path("assets", "tokenizer")
 WEIGHTS = "model.weights.h5"
 SHARDED_WEIGHTS_INDEX = "model.weights.json"
+
+
+@dataclass(frozen=True, slots=True)
+class BytePairOptions:
+    """What byte-level BPE needs beside its vocabulary.
+
+    unsplittable_tokens: strings that become one token wherever a text holds them.
+    """
+
+    merges: Path
+    unsplittable_tokens: tuple[str, ...]
+    add_prefix_space: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +75,12 @@ class TokenizerFiles:
 
     class_name: str
     vocabulary: Path
-    start_token: str
+    start_token: str | None
     end_token: str
+    pad_token: str | None
     add_start: bool
     add_end: bool
+    byte_pairs: BytePairOptions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +92,19 @@ class Preset:
     shape: ModelShape
     tokenizer: TokenizerFiles
     weight_files: tuple[Path, ...]
+
+    @property
+    def small_files(self) -> tuple[Path, ...]:
+        """All files but the weights that decide an answer."""
+        configs = (self.path / name for name in ("config.json", "tokenizer.json"))
+        preprocessor = self.path / "preprocessor.json"
+        merges = self.tokenizer.byte_pairs.merges if self.tokenizer.byte_pairs else None
+        return (
+            *configs,
+            *([preprocessor] if preprocessor.is_file() else []),
+            self.tokenizer.vocabulary,
+            *([merges] if merges else []),
+        )
 
 
 def read_preset(path: Path) -> Preset:
@@ -153,27 +210,51 @@ def _read_array(name: str, path: Path) -> np.ndarray:
 
 
 def _read_tokenizer(path: Path) -> TokenizerFiles:
-    class_name = str(_read_json(path / "tokenizer.json").get("class_name"))
-    if class_name not in SENTENCEPIECE_TOKENIZERS:
+    tokenizer = _read_json(path / "tokenizer.json")
+    class_name = str(tokenizer.get("class_name"))
+    if class_name not in TOKENIZERS:
         raise DataError(
-            f"{path / 'tokenizer.json'} must name one of "
-            f"{', '.join(sorted(SENTENCEPIECE_TOKENIZERS))}. Received: class_name={class_name!r}"
+            f"{path / 'tokenizer.json'} must name one of {', '.join(sorted(TOKENIZERS))}. "
+            f"Received: class_name={class_name!r}"
         )
-    vocabulary = path / VOCABULARY
-    if not vocabulary.is_file():
-        raise DataError(f"The preset lacks its vocabulary. Expected: {vocabulary}")
+    tokens, config = TOKENIZERS[class_name], tokenizer.get("config") or {}
+    for key in UNFOLLOWED_OPTIONS:
+        if config.get(key):
+            raise DataError(
+                f"{path / 'tokenizer.json'} must not set {key}, which this runner does not follow. "
+                f"Received: {key}={config[key]!r}"
+            )
+    byte_pairs = None
+    if class_name in BYTE_PAIR_TOKENIZERS:
+        unsplittable = config.get("unsplittable_tokens")
+        if unsplittable is None:
+            added = (tokens.start, tokens.end, tokens.pad, *tokens.others)
+            unsplittable = [token for token in added if token is not None]
+        byte_pairs = BytePairOptions(
+            merges=_asset(path, "merges.txt"),
+            unsplittable_tokens=tuple(map(str, unsplittable)),
+            add_prefix_space=bool(config.get("add_prefix_space", False)),
+        )
     options: dict[str, Any] = {}
     if (path / "preprocessor.json").is_file():
         options = _read_json(path / "preprocessor.json").get("config") or {}
-    start, end = SENTENCEPIECE_TOKENIZERS[class_name]
     return TokenizerFiles(
         class_name=class_name,
-        vocabulary=vocabulary,
-        start_token=start,
-        end_token=end,
-        add_start=bool(options.get("add_start_token", True)),
+        vocabulary=_asset(path, "vocabulary.json" if byte_pairs else "vocabulary.spm"),
+        start_token=tokens.start,
+        end_token=tokens.end,
+        pad_token=tokens.pad,
+        add_start=tokens.start is not None and bool(options.get("add_start_token", True)),
         add_end=bool(options.get("add_end_token", True)),
+        byte_pairs=byte_pairs,
     )
+
+
+def _asset(path: Path, name: str) -> Path:
+    asset = path / ASSETS / name
+    if not asset.is_file():
+        raise DataError(f"The preset lacks a file of its tokenizer. Expected: {asset}")
+    return asset
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:

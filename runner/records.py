@@ -21,11 +21,13 @@ class TokenTable:
     """Token ids of all rows end to end: row r is `values[offsets[r]:offsets[r + 1]]`.
 
     values: int32 (tokens,). offsets: int64 (rows + 1,). Two arrays, so that workers on one
-    machine read one copy from shared memory.
+    machine read one copy from shared memory. pad_id: the token that the model was trained with
+    after a row's end, which `padded-mean` sees.
     """
 
     values: np.ndarray
     offsets: np.ndarray
+    pad_id: int = 0
 
     @property
     def lengths(self) -> np.ndarray:
@@ -35,11 +37,11 @@ class TokenTable:
     def batch_arrays(
         self, rows: tuple[int, ...], num_rows: int, length: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return `rows` as int32 (num_rows, length), zeros after each row's end, and the token
+        """Return `rows` as int32 (num_rows, length), `pad_id` after each row's end, and the token
         counts as int32 (num_rows,); rows past `len(rows)` are filler of length 0."""
         starts = self.offsets[list(rows)]
         counts = self.offsets[np.add(rows, 1)] - starts
-        tokens = np.zeros((num_rows, length), dtype=np.int32)
+        tokens = np.full((num_rows, length), self.pad_id, dtype=np.int32)
         lengths = np.zeros(num_rows, dtype=np.int32)
         lengths[: len(rows)] = counts
         within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)

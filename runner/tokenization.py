@@ -1,17 +1,20 @@
 """Texts -> TokenTable, token for token what the preset's KerasHub preprocessor makes of them.
 
-Needs neither Keras nor TensorFlow: SentencePiece runs natively, on all cores, in the driver.
+Needs neither Keras nor TensorFlow: SentencePiece and Hugging Face tokenizers run natively, on all
+cores, in the driver.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
+import tokenizers
 
 from runner.errors import DataError
-from runner.presets import TokenizerFiles
+from runner.presets import BytePairOptions, TokenizerFiles
 from runner.records import TokenTable
 
 # Texts a call: large enough that all cores have work, small enough that a count can be shown
@@ -30,45 +33,96 @@ def tokenize(
 
     As `CausalLMPreprocessor` of KerasHub does: start token, tokens, end token are packed into one
     position more than asked for and the last position is dropped, so a text of at least
-    `sequence_length - 1` tokens loses its end token.
+    `sequence_length - 1` tokens loses its end token. Gemma 3's preprocessor takes a prompt and a
+    response; a text is the prompt and the response is empty.
 
     Args:
         on_progress: called with the rows done so far.
 
     Raises:
-        DataError: the vocabulary is no SentencePiece model, or lacks the start or end token.
+        DataError: the vocabulary is damaged, or lacks the start, end or padding token.
     """
-    processor = _load(files.vocabulary)
-    start = [_piece_id(processor, files, files.start_token)] if files.add_start else []
-    end = [_piece_id(processor, files, files.end_token)] if files.add_end else []
+    if files.byte_pairs is None:
+        tokenizer: _SentencePiece | _BytePairs = _SentencePiece(files.vocabulary)
+    else:
+        tokenizer = _BytePairs(files.vocabulary, files.byte_pairs)
+    start = [_id_of(tokenizer, files, files.start_token)] if files.add_start else []
+    end = [_id_of(tokenizer, files, files.end_token)] if files.add_end else []
+    pad_id = 0 if files.pad_token is None else _id_of(tokenizer, files, files.pad_token)
     room = sequence_length + 1 - len(start) - len(end)
     values: list[np.ndarray] = []
     lengths: list[int] = []
     for first in range(0, len(texts), CHUNK_ROWS):
-        encoded = processor.encode(list(texts[first : first + CHUNK_ROWS]), num_threads=-1)
+        encoded = tokenizer.encode(list(texts[first : first + CHUNK_ROWS]))
         rows = [[*start, *ids[: max(room, 0)], *end][:sequence_length] for ids in encoded]
         lengths += map(len, rows)
         values.append(np.fromiter(chain.from_iterable(rows), dtype=np.int32))
         on_progress(first + len(rows))
     offsets = np.zeros(len(texts) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    return TokenTable(np.concatenate([np.empty(0, np.int32), *values]), offsets)
+    return TokenTable(np.concatenate([np.empty(0, np.int32), *values]), offsets, pad_id)
 
 
-def _load(vocabulary: Path) -> sentencepiece.SentencePieceProcessor:
-    try:
-        return sentencepiece.SentencePieceProcessor(model_proto=vocabulary.read_bytes())
-    except (RuntimeError, OSError) as error:
-        raise DataError(f"{vocabulary} is no SentencePiece model: {error}") from None
+class _SentencePiece:
+    """A SentencePiece model, as in KerasHub's `SentencePieceTokenizer`."""
+
+    def __init__(self, vocabulary: Path) -> None:
+        try:
+            proto = vocabulary.read_bytes()
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"{vocabulary} is no SentencePiece model: {error}") from None
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return self._processor.encode(texts, num_threads=-1)
+
+    def id_of(self, token: str) -> int | None:
+        number = self._processor.piece_to_id(token)
+        return number if self._processor.id_to_piece(number) == token else None
 
 
-def _piece_id(
-    processor: sentencepiece.SentencePieceProcessor, files: TokenizerFiles, piece: str
-) -> int:
-    number = processor.piece_to_id(piece)
-    if processor.id_to_piece(number) != piece:
+class _BytePairs:
+    """Byte-level BPE, as in KerasHub's `BytePairTokenizer` outside of tf.data.
+
+    That class means to split a text into words first, but hands its regex to `Split` as a plain
+    string, which `tokenizers` looks for literally and never finds (keras-hub 0.32). So merges run
+    over the whole text between two special tokens; they do so here too.
+    """
+
+    def __init__(self, vocabulary: Path, options: BytePairOptions) -> None:
+        try:
+            ids = json.loads(vocabulary.read_text(encoding="utf-8"))
+            with open(options.merges, encoding="utf-8") as file:
+                lines = [line.rstrip() for line in file if "#version:" not in line]
+            merges = [(first, second) for first, second in (line.split(" ") for line in lines)]
+            model = tokenizers.models.BPE(vocab=ids, merges=merges)
+        except Exception as error:  # what `tokenizers` raises has no narrower class
+            raise DataError(
+                f"{vocabulary} and {options.merges} are no byte-pair encoding: {error}"
+            ) from None
+        missing = [token for token in options.unsplittable_tokens if token not in ids]
+        if missing:
+            raise DataError(f"{vocabulary} must hold the special token {missing[0]}.")
+        self._ids: dict[str, int] = ids
+        self._tokenizer = tokenizers.Tokenizer(model)
+        self._tokenizer.add_special_tokens(list(options.unsplittable_tokens))
+        self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+            add_prefix_space=options.add_prefix_space, use_regex=False
+        )
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts)]
+
+    def id_of(self, token: str) -> int | None:
+        return self._ids.get(token)
+
+
+def _id_of(tokenizer: _SentencePiece | _BytePairs, files: TokenizerFiles, token: str | None) -> int:
+    assert token is not None, "this is a bug: a token is added that the family does not have"
+    number = tokenizer.id_of(token)
+    if number is None:
         raise DataError(
-            f"{files.vocabulary} must hold the token {piece}, which {files.class_name} packs "
+            f"{files.vocabulary} must hold the token {token}, which {files.class_name} packs "
             "around every text."
         )
     return int(number)

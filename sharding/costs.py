@@ -72,25 +72,39 @@ def _shape(config: Mapping[str, Any], *, head_dim: int, intermediate: int) -> Mo
     )
 
 
-# KerasHub class name -> how its config is read. A new decoder family is one line here.
+# KerasHub class name -> how its config is read. A new decoder family is one line here. Only Gemma 1
+# and 2 double the feed-forward width; Gemma 3 and Qwen 3 name their head dim, the others may.
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelShape]] = {
     "GemmaBackbone": _gemma,
+    "Gemma3Backbone": _llama,
     "LlamaBackbone": _llama,
+    "Llama3Backbone": _llama,
     "MistralBackbone": _llama,
+    "QwenBackbone": _llama,
+    "Qwen3Backbone": _llama,
 }
+# Config keys of Gemma 3 that add inputs (images) or outputs (a pooled vector) to the backbone.
+MORE_THAN_TEXT = ("vision_encoder", "is_embedding_model")
 
 
 def model_shape(class_name: str, config: Mapping[str, Any]) -> ModelShape:
     """Return the dimensions of the backbone that a KerasHub config.json describes.
 
     Raises:
-        ValueError: the class is no decoder listed in `FAMILIES`, or a key is missing.
+        ValueError: the class is no decoder listed in `FAMILIES`, a key is missing, or the
+            backbone takes images or returns a pooled vector.
     """
     if class_name not in FAMILIES:
         raise ValueError(
             f"Expected a text decoder backbone, one of {', '.join(sorted(FAMILIES))}. "
             f"Received: class_name={class_name!r}"
         )
+    for key in MORE_THAN_TEXT:
+        if config.get(key):
+            raise ValueError(
+                f"Expected a {class_name} from token ids to hidden states alone, as in the presets "
+                f"whose name ends in _text. Received: a config with {key}"
+            )
     try:
         return FAMILIES[class_name](config)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:

@@ -63,8 +63,8 @@ class Rule:
 TOO_SMALL = "a weight of one dim is too small to be worth splitting"
 NORM = "a norm needs its whole scale on every device, and that is a few kilobytes"
 FEW_HEADS = (
-    "{size} key/value heads do not divide over {group_size} devices, so each device computes "
-    "all of them"
+    "the number of key/value heads, {size}, does not divide by the {group_size} devices, so each "
+    "computes all of them"
 )
 
 # Gemma 2 9B; 16 query heads, 8 key/value heads, hidden 3584, head dim 256.

@@ -112,7 +112,7 @@ def predict(cli, tmp_path: Path):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, Model]:
-    """Presets by name: gemma1, gemma2, llama, mistral, sharded, arena."""
+    """Presets by name: those of make_presets.FAMILIES, sharded and arena."""
     from runner.demo import train_tokenizer
 
     folder = tmp_path_factory.mktemp("models")
@@ -121,8 +121,31 @@ def models(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, M
     train_tokenizer(gemma, texts, vocabulary_size=600)
     train_tokenizer(llama, texts, vocabulary_size=600, start="<s>", end="</s>")
     real = SHARED / "gemma_tokenizer.model"
-    run_script(cache, "make_presets.py", folder, gemma, llama, real if real.is_file() else gemma)
+    byte_pairs = tmp_path_factory.mktemp("byte_pairs")
+    train_byte_pairs(byte_pairs, texts, vocabulary_size=600)
+    large = real if real.is_file() else gemma
+    run_script(cache, "make_presets.py", folder, gemma, llama, large, byte_pairs)
     return {path.name: Model(path) for path in folder.iterdir() if path.is_dir()}
+
+
+def train_byte_pairs(folder: Path, texts: list[str], *, vocabulary_size: int) -> None:
+    """Write a byte-level BPE with the special tokens of Llama 3 and Qwen after all others."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    special = ("begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id")
+    ids = model["vocab"]
+    for name in (*special, "im_start", "im_end", "endoftext"):
+        ids[f"<|{name}|>"] = len(ids)
+    (folder / "vocabulary.json").write_text(json.dumps(ids))
+    (folder / "merges.txt").write_text("".join(" ".join(pair) + "\n" for pair in model["merges"]))
 
 
 @pytest.fixture(scope="session")

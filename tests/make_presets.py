@@ -1,4 +1,4 @@
-"""python make_presets.py DIR VOCAB.spm...: small random presets in the real on-disk format.
+"""python make_presets.py DIR VOCAB.spm... BYTE_PAIRS_DIR: small random presets in real files.
 
 A process of its own, so that the test process need not start Keras. Written with KerasHub alone.
 """
@@ -44,20 +44,42 @@ LLAMA = {
     "hidden_dim": 48,
     "intermediate_dim": 96,
 }
+# The sixth layer is the first that sees past its window.
+GEMMA_3 = GEMMA_1 | {
+    "num_layers": 6,
+    "intermediate_dim": 96,
+    "num_key_value_heads": 2,
+    "image_size": None,
+    "use_post_ffw_norm": True,
+    "use_post_attention_norm": True,
+    "use_sliding_window_attention": True,
+    "sliding_window_size": 24,
+}
 MODELS = keras_hub.models
 FAMILIES = {
     "gemma1": ("Gemma", GEMMA_1),
     "gemma2": ("Gemma", GEMMA_2),
     "thirds": ("Gemma", THIRDS),
+    "gemma3": ("Gemma3", GEMMA_3),
     "llama": ("Llama", LLAMA),
+    "llama3": ("Llama3", LLAMA),
     "mistral": ("Mistral", LLAMA | {"sliding_window": 24}),
+    "qwen": ("Qwen", LLAMA | {"use_sliding_window_attention": True, "sliding_window_size": 24}),
+    "qwen3": ("Qwen3", LLAMA | {"head_dim": 16}),
 }
 
 
 def save(folder: Path, name: str, vocabulary: Path, *, rank: int = 4, shard_gb: float = 10) -> None:
     """Save preset, LoRA file and head as a trained model would leave them."""
     family, config = FAMILIES[name]
-    tokenizer = getattr(MODELS, f"{family}Tokenizer")(vocabulary.read_bytes())
+    make_tokenizer = getattr(MODELS, f"{family}Tokenizer")
+    if vocabulary.is_dir():
+        files = (vocabulary / "vocabulary.json", vocabulary / "merges.txt")
+        tokenizer = make_tokenizer(*map(str, files))
+    elif family == "Gemma3":
+        tokenizer = make_tokenizer(vocabulary.read_bytes(), has_vision_tokens=False)
+    else:
+        tokenizer = make_tokenizer(vocabulary.read_bytes())
     backbone = getattr(MODELS, f"{family}Backbone")(
         vocabulary_size=tokenizer.vocabulary_size(), **config
     )
@@ -80,11 +102,20 @@ def save_heavy(target: Path, vocabulary: Path) -> None:
 
 
 def save_all(
-    target: Path, gemma_vocabulary: Path, llama_vocabulary: Path, large_vocabulary: Path
+    target: Path,
+    gemma_vocabulary: Path,
+    llama_vocabulary: Path,
+    large_vocabulary: Path,
+    byte_pairs: Path,
 ) -> None:
+    vocabularies = {
+        **dict.fromkeys(("Gemma", "Gemma3"), gemma_vocabulary),
+        **dict.fromkeys(("Llama", "Mistral"), llama_vocabulary),
+        **dict.fromkeys(("Llama3", "Qwen", "Qwen3"), byte_pairs),
+    }
     for name, (family, _) in FAMILIES.items():
         (target / name).mkdir(parents=True)
-        save(target / name, name, gemma_vocabulary if family == "Gemma" else llama_vocabulary)
+        save(target / name, name, vocabularies[family])
     # One preset in several weight files, as Kaggle ships the large ones.
     (target / "sharded").mkdir()
     save(target / "sharded", "gemma2", gemma_vocabulary, shard_gb=2e-4)

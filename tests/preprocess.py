@@ -11,5 +11,8 @@ preprocessor = keras_hub.models.CausalLMPreprocessor.from_preset(
     preset, sequence_length=int(length)
 )
 with open(texts, encoding="utf-8") as file:
-    batch = preprocessor(json.load(file))[0]
+    inputs = json.load(file)
+if isinstance(preprocessor, keras_hub.models.Gemma3CausalLMPreprocessor):
+    inputs = {"prompts": inputs, "responses": [""] * len(inputs)}
+batch = preprocessor(inputs)[0]
 np.savez(out, **{name: np.asarray(array) for name, array in batch.items()})

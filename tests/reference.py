@@ -38,7 +38,10 @@ def main(folder: Path, test_set: Path, length: int, out: Path) -> None:
                 cells = ["\n".join(turn or "" for turn in json.loads(cell)) for cell in cells]
             text = "\n\nPROMPT\n\n" + "\n\nRESPONSE:\n\n".join(cells)
             text = re.sub(r"[\ud800-\udfff]", "", text)
-            batch = preprocessor([text])[0]
+            if isinstance(preprocessor, keras_hub.models.Gemma3CausalLMPreprocessor):
+                batch = preprocessor({"prompts": [text], "responses": [""]})[0]
+            else:
+                batch = preprocessor([text])[0]
             hidden = backbone(batch)
             mask = keras.ops.convert_to_numpy(batch["padding_mask"])
             count = int(mask.sum())

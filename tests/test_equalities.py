@@ -45,7 +45,11 @@ def test_single_equals_the_notebook(models, reference, test_set, predict, poolin
 
 @pytest.mark.parametrize(
     ("name", "pooling"),
-    [("gemma1", "mean"), ("llama", "padded-mean"), ("mistral", "last"), ("sharded", "mean")],
+    [
+        *(("gemma1", "mean"), ("gemma3", "mean"), ("llama", "padded-mean"), ("llama3", "last")),
+        *(("mistral", "last"), ("qwen", "padded-mean"), ("qwen3", "padded-mean")),
+        ("sharded", "mean"),
+    ],
 )
 def test_other_presets_equal_the_notebook(models, reference, test_set, predict, name, pooling):
     model = models[name]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sharding.batches import BatchShape, plan_batches
 from sharding.buckets import bucket_of, choose_buckets
-from sharding.costs import FAMILIES, model_shape
+from sharding.costs import model_shape
 from sharding.shards import cut_shards
 from sharding.topology import place_workers
 from tests.conftest import ROOT
@@ -184,11 +184,20 @@ def test_llama_derives_its_head_dim():
     config = {name: GEMMA_2_9B[name] for name in GEMMA_2_9B if name != "head_dim"}
     shape = model_shape("LlamaBackbone", config)
     assert (shape.head_dim, shape.intermediate_dim) == (3584 // 16, 28672)
-    assert set(FAMILIES) == {"GemmaBackbone", "LlamaBackbone", "MistralBackbone"}
+    assert model_shape("MistralBackbone", config | {"head_dim": 128}).head_dim == 128
     with pytest.raises(ValueError, match="class_name='ResNetBackbone'"):
         model_shape("ResNetBackbone", config)
     with pytest.raises(ValueError, match="intermediate_dim"):
         model_shape("LlamaBackbone", {"hidden_dim": 8, "num_query_heads": 2, "vocabulary_size": 3})
+
+
+def test_gemma_3_is_taken_without_images_and_pooled_outputs():
+    text = GEMMA_2_9B | {"vision_encoder": None, "is_embedding_model": False}
+    # Unlike Gemma 2's, its intermediate size is that of one gated projection.
+    assert model_shape("Gemma3Backbone", text).intermediate_dim == 28672
+    for key, value in (("vision_encoder", {"class_name": "X"}), ("is_embedding_model", True)):
+        with pytest.raises(ValueError, match=f"token ids to hidden states.*config with {key}"):
+            model_shape("Gemma3Backbone", text | {key: value})
 
 
 def test_planning_needs_no_framework():

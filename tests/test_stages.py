@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from runner.demo import make_rows
 from runner.errors import ConfigError, DataError, MergeError
 from runner.fingerprint import WEIGHT_SAMPLE_BYTES, fingerprint
 from runner.merge import Merger
+from runner.presets import BytePairOptions, TokenizerFiles, read_preset
 from runner.progress import Progress
 from runner.prompts import render_prompts
 from runner.records import BatchResult, Examples, TokenTable
@@ -108,16 +110,23 @@ class TestPrompts:
 
 
 class TestTokens:
-    @pytest.mark.parametrize("length", [1, 2, 3, 16, LENGTH])
-    def test_as_the_presets_preprocessor(self, models, cache, arena_rows, tmp_path, length):
+    @pytest.mark.parametrize(
+        ("name", "length"),
+        [
+            *(("arena", length) for length in (1, 2, 3, 16, LENGTH)),
+            *(("gemma3", 2), ("gemma3", LENGTH), ("llama3", 2), ("llama3", LENGTH)),
+            *(("qwen", 1), ("qwen", LENGTH), ("qwen3", LENGTH)),
+        ],
+    )
+    def test_as_the_presets_preprocessor(self, models, cache, arena_rows, tmp_path, name, length):
         """Token for token, on real rows with the real vocabulary where they are here."""
-        from runner.presets import read_preset
-
         examples = read_examples(arena_rows)
         texts = ["", "a", " b  c ", "<bos>x<eos><start_of_turn>\x00\n", "日本語🙂"]
+        texts += ["<|begin_of_text|>x<|im_end|> <|endoftext|><|eot_id|>y", "<|im_start|><|im_end"]
+        texts += ["it's I'LL 1234567 3.14\r\n\n\n\t x\u00a0y\u3000 ", "<|endoftext|>", "?" * 300]
         texts += render_prompts(examples, text_format="turns")[:: 1 if length == LENGTH else 100]
         (tmp_path / "texts.json").write_text(json.dumps(texts))
-        model = models["arena"]
+        model = models[name]
         out = tmp_path / "tokens.npz"
         run_script(cache, "preprocess.py", model.preset, tmp_path / "texts.json", length, out)
         expected = np.load(out)
@@ -126,8 +135,58 @@ class TestTokens:
         assert np.array_equal(lengths, expected["padding_mask"].sum(axis=1))
         assert np.array_equal(tokens, expected["token_ids"])
         assert (lengths == length).any()
-        if SHARED.is_dir() and length >= 16:
-            assert expected["token_ids"].max() > 5000, "the real vocabulary was used"
+        if name == "arena" and length >= 16:
+            assert SHARED.is_dir() == (expected["token_ids"].max() > 5000)
+        assert (table.pad_id != 0) == (name == "qwen3")
+
+    @pytest.mark.parametrize(
+        ("name", "file", "change", "message"),
+        [
+            ("qwen", "assets/tokenizer/merges.txt", None, r"lacks a file.*merges\.txt"),
+            ("qwen", "assets/tokenizer/merges.txt", "a b c\n", "no byte-pair encoding"),
+            ("qwen", "assets/tokenizer/merges.txt", "Ġ nowhere\n", "no byte-pair encoding"),
+            ("qwen", "assets/tokenizer/vocabulary.json", "{", "no byte-pair encoding"),
+            ("qwen3", "assets/tokenizer/vocabulary.json", '{"<|im_end|>": 0}', "endoftext"),
+            ("llama3", "tokenizer.json", {"eos_token": "<|eot_id|>"}, "must not set eos_token"),
+            ("gemma3", "tokenizer.json", {"add_bos": True}, "must not set add_bos"),
+        ],
+    )
+    def test_damaged_tokenizers(self, models, tmp_path, name, file, change, message):
+        preset = tmp_path / "preset"
+        shutil.copytree(models[name].preset, preset)
+        if file.endswith("merges.txt") and change is None:
+            (preset / file).unlink()
+        elif isinstance(change, dict):
+            content = json.loads((preset / file).read_text())
+            (preset / file).write_text(json.dumps(content | {"config": content["config"] | change}))
+        else:
+            merges = preset / "assets/tokenizer/merges.txt"
+            merges.write_text("")
+            (preset / file).write_text(change, encoding="utf-8")
+        with pytest.raises(DataError, match=message):
+            tokenize(["x"], read_preset(preset).tokenizer, sequence_length=4)
+
+    def test_byte_pairs_by_hand(self, tmp_path):
+        """Special tokens are found in the text, and merges run over spaces."""
+        (tmp_path / "vocabulary.json").write_text(
+            json.dumps({"a": 0, "b": 1, "Ġ": 2, "ab": 3, "bĠ": 4, "abĠ": 5, "<|s|>": 6, "<|p|>": 7})
+        )
+        (tmp_path / "merges.txt").write_text("#version: 0.2\na b\nab Ġ\nb Ġ\n", encoding="utf-8")
+        files = TokenizerFiles(
+            class_name="QwenTokenizer",
+            vocabulary=tmp_path / "vocabulary.json",
+            start_token=None,
+            end_token="<|s|>",
+            pad_token="<|p|>",
+            add_start=False,
+            add_end=True,
+            byte_pairs=BytePairOptions(tmp_path / "merges.txt", ("<|s|>",), False),
+        )
+        table = tokenize(["ab a", "b <|s|>ab", "<|p", ""], files, sequence_length=5)
+        tokens, lengths = table.batch_arrays((0, 1, 2, 3), 4, 5)
+        # Of "<|p" no byte is in this vocabulary, so nothing but the end token is left.
+        assert tokens.tolist() == [[5, 0, 6, 7, 7], [4, 6, 3, 6, 7], [6, 7, 7, 7, 7], [6] + [7] * 4]
+        assert lengths.tolist() == [3, 4, 1, 1]
 
     def test_batch_arrays(self):
         table = TokenTable(np.arange(1, 7, dtype=np.int32), np.array([0, 3, 3, 4, 6]))
@@ -135,10 +194,12 @@ class TestTokens:
         assert tokens.tolist() == [[5, 6, 0, 0], [1, 2, 3, 0], [0] * 4, [0] * 4]
         assert lengths.tolist() == [2, 3, 0, 0]
         assert table.lengths.tolist() == [3, 0, 1, 2]
+        tokens, _ = TokenTable(table.values, table.offsets, pad_id=9).batch_arrays((2, 1), 2, 2)
+        assert tokens.tolist() == [[4, 9], [9, 9]]
 
 
 def result(rows, probabilities, batch=0):
-    return BatchResult(batch, rows, np.array(probabilities, dtype=np.float32), 0.1, 0)
+    return BatchResult(batch, rows, np.array(probabilities, dtype=np.float32), ())
 
 
 class TestMerge:
