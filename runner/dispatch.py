@@ -18,6 +18,8 @@ from typing import Any
 import ray
 import ray.exceptions
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from runner.errors import ArenaRunnerError, ConfigError, WorkerError
 from runner.progress import Progress
@@ -63,6 +65,7 @@ class _Replica:
 
     slots: tuple[WorkerSlot, ...]
     stats: list[WorkerStats]
+    placement: Any = None
     actors: list[Any] = field(default_factory=list)
     calls: dict[Any, tuple[_Step, int]] = field(default_factory=dict)
     loaded: bool = False
@@ -207,27 +210,32 @@ class RayReplicas:
         """Fill a replica's slots with new actors and send them to load."""
         kinds = {None: Replica, "pipeline": PipelineStage, "tensor": TensorMember}
         actor_class = ray.remote(kinds[self._strategy])
+        needs = {"CPU": 1.0} | {"gpu": {"GPU": 1.0}, "tpu": {"TPU": 1.0}}.get(self.kind, {})
+        if replica.placement is None:
+            # PACK: the members of a group come to one node where one has room for them.
+            replica.placement = placement_group([needs] * len(replica.slots), strategy="PACK")
         replica.actors = [
             actor_class.options(
                 num_cpus=1,
-                num_gpus=1 if slot.kind == "gpu" else 0,
-                resources={"TPU": 1} if slot.kind == "tpu" else None,
+                num_gpus=needs.get("GPU", 0),
+                resources={"TPU": 1} if "TPU" in needs else None,
                 max_restarts=0,
                 max_task_retries=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    replica.placement, placement_group_bundle_index=slot.member
+                ),
             ).remote(slot, verbose=self._verbose)
             for slot in replica.slots
         ]
         replica.loaded, replica.warm, replica.compiling = False, set(), None
         self._show(replica, "starting")
         self._ask(replica, "ping", [actor.ping.remote() for actor in replica.actors])
-        if self._strategy == "tensor":
-            # The members load when they know where to meet.
-            self._ask(replica, "meet", [replica.actors[0].reserve_address.remote()])
-        elif self._strategy == "pipeline":
+        if self._strategy == "pipeline":
             pairs = zip(replica.actors, self._stages, strict=True)
             self._ask(replica, "load", [actor.load.remote(self._spec, s) for actor, s in pairs])
-        else:
+        elif self._strategy is None:
             self._ask(replica, "load", [actor.load.remote(self._spec) for actor in replica.actors])
+        # The members of a tensor group load when they know where to meet.
 
     def _ask(self, replica: _Replica, what: str, calls: list[Any], payload: Any = None) -> None:
         step = _Step(what, payload, [None] * len(calls), len(calls))
@@ -269,6 +277,10 @@ class RayReplicas:
         if step.what == "ping":
             self.start_workers_s = max(self.start_workers_s, time.monotonic() - self._created_at)
             self._show(replica, "loading")
+            if self._strategy == "tensor":
+                machines = set(step.answers)
+                host = "127.0.0.1" if len(machines) == 1 else step.answers[0]
+                self._ask(replica, "meet", [replica.actors[0].reserve_address.remote(host)])
         elif step.what == "meet":
             arguments = (self._spec, step.answers[0], self._group_size, self._family)
             calls = [actor.load.remote(*arguments) for actor in replica.actors]

@@ -3,6 +3,8 @@
 Arithmetic on the preset's dimensions; does not know devices' processes.
 """
 
+import os
+import subprocess
 from dataclasses import dataclass
 
 from runner.config import RunConfig
@@ -13,6 +15,8 @@ from sharding.costs import ModelShape
 from sharding.stages import Stage, cut_stages
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# Of a device's memory; the rest is for activations, work space and the CUDA context.
+SHARE_FOR_WEIGHTS = 0.85
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +37,14 @@ def choose_strategy(config: RunConfig, preset: Preset) -> Strategy | None:
     any link as long as there are more batches than members, and a large test set has those.
 
     Raises:
-        ConfigError: more members than layers.
+        ConfigError: more members than layers, or a stage that no device can hold.
     """
     if config.mode != "model-parallel":
         return None
     shape, members = preset.shape, config.members
-    # What auto will be on the devices is not known yet; the comparison does not depend on it.
-    item_bytes = ITEM_BYTES.get(config.dtype, 4)
+    memory = device_memory_bytes()
+    # What auto will be is the devices' to say: 16 bits on GPUs.
+    item_bytes = ITEM_BYTES.get(config.dtype, 2 if memory else 4)
     traffic = {
         "tensor": tensor_bytes_per_token(shape, members, item_bytes),
         "pipeline": shape.hidden_dim * item_bytes * (members - 1),
@@ -56,8 +61,27 @@ def choose_strategy(config: RunConfig, preset: Preset) -> Strategy | None:
         f"strategy {name}: {asked} (a token moves {traffic['pipeline'] / 1e3:,.1f} kB between "
         f"members in a pipeline, {traffic['tensor'] / 1e3:,.1f} kB with tensor)"
     )
-    stages = _stages(shape, members, item_bytes) if name == "pipeline" else ()
+    stages: tuple[Stage, ...] = ()
+    if name == "pipeline":
+        stages = _stages(shape, members, item_bytes, memory)
+        held = (f"{s.start}-{s.stop - 1}: {s.weight_bytes / 1e6:,.0f} MB" for s in stages)
+        why += f"; layers {', '.join(held)}"
     return Strategy(name, why, traffic[name], stages)
+
+
+def device_memory_bytes() -> int | None:
+    """Return the memory of the smallest NVIDIA GPU here, None where there is none.
+
+    Asked of nvidia-smi, since the driver must not start JAX.
+    """
+    if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+        return min(int(line) for line in done.stdout.split()) << 20
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
 
 
 def tensor_bytes_per_token(shape: ModelShape, members: int, item_bytes: int) -> int:
@@ -69,7 +93,9 @@ def tensor_bytes_per_token(shape: ModelShape, members: int, item_bytes: int) -> 
     return 2 * shape.num_layers * hidden * 2 * (members - 1) // members
 
 
-def _stages(shape: ModelShape, members: int, item_bytes: int) -> tuple[Stage, ...]:
+def _stages(
+    shape: ModelShape, members: int, item_bytes: int, memory: int | None
+) -> tuple[Stage, ...]:
     layer_flops = shape.batch_flops(BatchShape(1, 512)) / shape.num_layers
     layer_bytes = shape.layer_parameters * item_bytes
     try:
@@ -78,6 +104,7 @@ def _stages(shape: ModelShape, members: int, item_bytes: int) -> tuple[Stage, ..
             [layer_bytes] * shape.num_layers,
             members,
             first_bytes=shape.vocabulary_size * shape.hidden_dim * item_bytes,
+            max_bytes=int(memory * SHARE_FOR_WEIGHTS) if memory else None,
         )
     except ValueError as error:
         raise ConfigError(f"--strategy pipeline: {error}") from None

@@ -63,9 +63,11 @@ class Replica:
         self._predictor: Any = None
         self._tokens: TokenTable | None = None
 
-    def ping(self) -> int:
-        """Return the process id: the process is up."""
-        return os.getpid()
+    def ping(self) -> str:
+        """Return the address of this worker's machine: the process is up."""
+        import ray
+
+        return str(ray.util.get_node_ip_address())
 
     def load(self, spec: ModelSpec) -> WorkerInfo:
         """Load preset, LoRA and head onto the device.
@@ -176,11 +178,11 @@ class PipelineStage(Replica):
 class TensorMember(Replica):
     """A slice of every large weight; all members of the group compute each batch together."""
 
-    def reserve_address(self) -> str:
-        """Return a free address on this machine where the group can meet."""
+    def reserve_address(self, host: str) -> str:
+        """Return a free port of this machine's `host` address, where the group can meet."""
         with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            return f"127.0.0.1:{server.getsockname()[1]}"
+            server.bind((host, 0))
+            return f"{host}:{server.getsockname()[1]}"
 
     def load(
         self, spec: ModelSpec, address: str = "", group_size: int = 0, family: str = ""

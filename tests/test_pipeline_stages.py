@@ -6,6 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runner.config import RunConfig
+from runner.errors import ConfigError
+from runner.presets import Preset
+from runner.strategy import choose_strategy, tensor_bytes_per_token
+from sharding.costs import ModelShape
 from sharding.stages import Stage, cut_stages
 
 
@@ -42,6 +47,52 @@ def test_no_cut_is_better(layers, num_stages, first, last, limit):
 def test_a_heavy_embedding_takes_the_shorter_stage():
     assert cut_stages([1] * 3, [10] * 3, 2, first_bytes=50) == (Stage(0, 1, 60), Stage(1, 3, 20))
     assert cut_stages([1] * 3, [10] * 3, 2, last_bytes=50) == (Stage(0, 2, 20), Stage(2, 3, 60))
+
+
+GEMMA_2_9B = ModelShape(
+    vocabulary_size=256_000, num_layers=42, hidden_dim=3584, num_query_heads=16,
+    num_key_value_heads=8, head_dim=256, intermediate_dim=14336,
+)  # fmt: skip
+
+
+def strategy_for(monkeypatch, tmp_path, memory_mib, **flags):
+    """Choose for Gemma 2 9B on GPUs that a made-up nvidia-smi tells of."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\nprintf '{memory_mib}\\n{memory_mib}\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    preset = Preset(tmp_path, "GemmaBackbone", GEMMA_2_9B, tokenizer=None, weight_files=())
+    return choose_strategy(RunConfig(mode="model-parallel", **flags), preset)
+
+
+def test_gemma_2_9b_on_two_t4(monkeypatch, tmp_path):
+    strategy = strategy_for(monkeypatch, tmp_path, 15_360, dtype="float16")
+    assert strategy.name == "pipeline"
+    first, second = strategy.stages
+    assert (first.start, second.stop) == (0, 42)
+    assert first.stop == second.start == 21, "equal work, though the first holds the embedding too"
+    assert (first.weight_bytes, second.weight_bytes) == pytest.approx((10.16e9, 8.32e9), rel=0.01)
+    assert strategy.bytes_per_token == 7168
+    # 0.60 MB a token in two all-reduces of each of 42 layers.
+    assert tensor_bytes_per_token(GEMMA_2_9B, 2, 2) == pytest.approx(0.60e6, rel=0.01)
+
+
+def test_memory_moves_the_cut_and_ends_it(monkeypatch, tmp_path):
+    tight = strategy_for(monkeypatch, tmp_path, 11_000, dtype="float16")
+    assert tight.stages[0].stop < 21
+    assert max(stage.weight_bytes for stage in tight.stages) <= 0.85 * (11_000 << 20)
+    with pytest.raises(ConfigError, match=r"18.5 GB of weights cannot be cut into 2 stages"):
+        strategy_for(monkeypatch, tmp_path, 8_000, dtype="float16")
+    assert (
+        len(strategy_for(monkeypatch, tmp_path, 8_000, dtype="float16", group_size=3).stages) == 3
+    )
+
+
+def test_more_members_than_layers_take_slices(monkeypatch, tmp_path):
+    strategy = strategy_for(monkeypatch, tmp_path, 8_000, group_size=64)
+    assert strategy.name == "tensor"
+    assert "42 layers cannot be cut into 64 stages" in strategy.why
 
 
 def test_what_cannot_be_cut():
