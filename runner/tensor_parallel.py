@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 import keras
-from sharding.layouts import Weight, WeightLayout, lay_out, replicated_reasons
 
 from runner.errors import ConfigError
 from runner.weights import StoredWeight
+from sharding.layouts import Weight, WeightLayout, lay_out, replicated_reasons
 
 
 def lay_out_backbone(
@@ -46,7 +46,7 @@ def place_slices(distribution: Any) -> Callable[[keras.Variable, StoredWeight], 
 
 
 def audit(backbone: keras.Model, layouts: Sequence[WeightLayout]) -> tuple[str, ...]:
-    """Check that every weight lies as decided; return why some are replicated, for the person."""
+    """Check that every weight lies as decided; return why large ones are whole, for the person."""
     by_path = {layout.path: layout for layout in layouts}
     for variable in backbone.weights:
         layout = by_path[variable.path]
@@ -57,4 +57,4 @@ def audit(backbone: keras.Model, layouts: Sequence[WeightLayout]) -> tuple[str, 
             f"this is a bug: {variable.path} should lie as {layout.axes}, but this member holds "
             f"{held} of {math.prod(variable.shape)} values"
         )
-    return replicated_reasons(layouts)
+    return replicated_reasons([layout for layout in layouts if len(layout.axes) > 1])

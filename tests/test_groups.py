@@ -1,10 +1,12 @@
 """Model-parallel mode: equal to the notebook's loop, lighter in memory, and failing as one."""
 
 import json
+import re
 import time
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 
 from tests.conftest import LENGTH, TOLERANCE, Model, run_script
@@ -22,7 +24,11 @@ MODEL_PARALLEL = ("--mode", "model-parallel")
         ("tensor", 2, 4, "gemma2", "padded-mean"),
         pytest.param("pipeline", 2, 2, "gemma1", "mean", marks=pytest.mark.slow),
         pytest.param("pipeline", 2, 2, "mistral", "last", marks=pytest.mark.slow),
+        pytest.param("pipeline", 2, 2, "gemma3", "mean", marks=pytest.mark.slow),
+        pytest.param("pipeline", 2, 2, "qwen3", "padded-mean", marks=pytest.mark.slow),
         pytest.param("tensor", 2, 2, "llama", "mean", marks=pytest.mark.slow),
+        pytest.param("tensor", 2, 2, "gemma3", "padded-mean", marks=pytest.mark.slow),
+        pytest.param("tensor", 2, 2, "qwen", "mean", marks=pytest.mark.slow),
         pytest.param("tensor", 3, 3, "thirds", "mean", marks=pytest.mark.slow),
     ],
 )
@@ -117,7 +123,8 @@ def test_a_killed_member_costs_only_unfinished_batches(
     flags = [*models["arena"].flags(), "--input", str(arena_rows), "--pooling", "mean",
              "--sequence-length", "256"]  # fmt: skip
     output = tmp_path / "killed.csv"
-    run = start(*MODEL_PARALLEL, "--strategy", strategy, *flags, "--output", output)
+    workers = ["--num-workers", "4" if strategy == "pipeline" else "2"]
+    run = start(*MODEL_PARALLEL, *workers, "--strategy", strategy, *flags, "--output", output)
     name = {"pipeline": "PipelineStage", "tensor": "TensorMember"}[strategy]
     step = {".load": ".load", ".predict": ".begin" if strategy == "pipeline" else ".predict"}
     victims = run.wait_for_workers(step[moment], name=name)
@@ -125,16 +132,44 @@ def test_a_killed_member_costs_only_unfinished_batches(
     victims[-1].kill()
     code, out, err = run.finish()
     assert code == 0, err
-    assert "group 0 died and is started again" in err
+    assert len(re.findall(r"group \d died and is started again", err)) == 1
     assert "worker deaths were survived" in out
     report = json.loads((tmp_path / "killed.csv.report.json").read_text())
     assert report["faults"]["worker_deaths"] == 1
     assert report["faults"]["retried_batches"] <= 4
+    restarts = [entry["restarts"] for entry in report["workers"]]
+    assert sorted(restarts) == [0] * (len(restarts) - 2) + [1, 1]
     run.assert_nothing_is_left()
     calm = predict("--mode", "single", *flags)
     table = pd.read_csv(output, dtype={"id": str})
     assert table["id"].tolist() == calm.ids
     assert np.abs(table.iloc[:, 1:].to_numpy() - calm.probabilities).max() < TOLERANCE
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_do_not_meet(start, models, reference, test_set, tmp_path):
+    """Each group has an address of its own, on loopback."""
+    model = models["gemma2"]
+    flags = [*model.flags(), "--input", test_set, "--pooling", "mean", *FLAGS]
+    outputs = [tmp_path / "first.csv", tmp_path / "second.csv"]
+    runs = [
+        start(*MODEL_PARALLEL, "--strategy", "tensor", *flags, "--output", output)
+        for output in outputs
+    ]
+    member = runs[0].wait_for_workers(".load", name="TensorMember")[0]
+    listening: set[str] = set()
+    while member.is_running() and runs[0].workers(".load", name="TensorMember"):
+        for worker in runs[0].workers(name="TensorMember"):
+            sockets = worker.net_connections("tcp")
+            listening |= {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN}
+        time.sleep(0.1)
+    assert "127.0.0.1" in listening
+    for run, output in zip(runs, outputs, strict=True):
+        code, _, err = run.finish()
+        assert code == 0, err
+        table = pd.read_csv(output)
+        expected = reference(model)["raw mean"]
+        assert np.abs(table.iloc[:, 1:].to_numpy() - expected).max() < TOLERANCE
 
 
 @pytest.fixture(scope="module")
