@@ -217,9 +217,8 @@ def _open_executor(
         num_workers=config.num_workers,
         verbose=config.verbose,
         progress=progress,
-        strategy=strategy.name if strategy else None,
+        strategy=strategy,
         group_size=config.members,
-        stages=strategy.stages if strategy else (),
         family=preset.class_name,
     )
 

@@ -1,0 +1,203 @@
+"""The Ray actors that hold one replica: one worker, pipeline stages, or slices of every weight.
+
+Knows how each kind is started and how a batch passes through it. Does not know other replicas, the
+plan, or when to give up: `dispatch.py` decides that.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from runner.records import BatchResult, ModelSpec, WorkerInfo, WorkerStats
+from runner.strategy import Strategy
+from runner.workers import PipelineStage, Replica, TensorMember
+from sharding.batches import Batch, BatchShape
+from sharding.topology import WorkerSlot
+
+# One batch computes while the next waits in the worker's queue.
+BATCHES_IN_FLIGHT = 2
+# Batches in flight in a pipeline beyond one for each stage, so that no stage waits for a hand-over.
+EXTRA_IN_PIPELINE = 2
+
+ACTORS = {None: Replica, "pipeline": PipelineStage, "tensor": TensorMember}
+RESOURCES = {"cpu": {"CPU": 1.0}, "gpu": {"CPU": 1.0, "GPU": 1.0}, "tpu": {"CPU": 1.0, "TPU": 1.0}}
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """One thing asked of a group: the answers of those members that have a part in it."""
+
+    what: str
+    payload: Any
+    answers: list[Any]
+    missing: int
+
+
+class Group:
+    """The workers of one replica, through the lives of several sets of actors.
+
+    A group's life is a chain of steps: ping, (meet,) load, tokens, compile for each shape, predict
+    for each batch. `calls` holds what is under way: reference -> (step, place of its answer).
+
+    Args:
+        strategy: how the members hold the replica together; None where one holds it whole.
+        family: the backbone's class, which names the layout rules of tensor parallelism.
+    """
+
+    def __init__(
+        self,
+        slots: tuple[WorkerSlot, ...],
+        *,
+        strategy: Strategy | None,
+        family: str,
+        spec: ModelSpec,
+        verbose: bool,
+    ) -> None:
+        self.slots = slots
+        self.stats = [WorkerStats(slot.replica, slot.member, slot.kind) for slot in slots]
+        self.calls: dict[Any, tuple[Step, int]] = {}
+        self.shard: deque[Batch] = deque()
+        self.in_flight: deque[Batch] = deque()
+        self.warm: set[BatchShape] = set()
+        self.compiling: BatchShape | None = None
+        self.loaded = self.given_up = False
+        self.restarts = 0
+        self.ready_at: float | None = None
+        self._alive_s = 0.0
+        self._strategy = strategy
+        self._name = strategy.name if strategy else None
+        self._family = family
+        self._spec = spec
+        self._verbose = verbose
+        self._actors: list[Any] = []
+        # PACK: the members of a group come to one node where one has room for them.
+        self._resources = RESOURCES[slots[0].kind]
+        self._placement = placement_group([self._resources] * len(slots), strategy="PACK")
+
+    @property
+    def number(self) -> int:
+        return self.slots[0].replica
+
+    @property
+    def noun(self) -> str:
+        return "worker" if self._strategy is None else "group"
+
+    @property
+    def most_in_flight(self) -> int:
+        """Batches to have under way at a time."""
+        if self._name == "pipeline":
+            return len(self.slots) + EXTRA_IN_PIPELINE
+        return BATCHES_IN_FLIGHT
+
+    def spawn(self) -> None:
+        """Fill the slots with new actors and send them to load."""
+        actor_class = ray.remote(ACTORS[self._name])
+        self._actors = [
+            actor_class.options(
+                num_cpus=self._resources["CPU"],
+                num_gpus=self._resources.get("GPU", 0),
+                resources={"TPU": 1} if "TPU" in self._resources else None,
+                max_restarts=0,
+                max_task_retries=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self._placement, placement_group_bundle_index=slot.member
+                ),
+            ).remote(slot, verbose=self._verbose)
+            for slot in self.slots
+        ]
+        self._ask("ping", [actor.ping.remote() for actor in self._actors])
+        if self._strategy is None:
+            self._ask("load", [actor.load.remote(self._spec) for actor in self._actors])
+        elif self._name == "pipeline":
+            pairs = zip(self._actors, self._strategy.stages, strict=True)
+            self._ask("load", [actor.load.remote(self._spec, stage) for actor, stage in pairs])
+        # The members of a tensor group load when they know where to meet.
+
+    def go_on_after(self, step: Step) -> None:
+        """Ask for what must follow a step of starting up."""
+        if step.what == "ping" and self._name == "tensor":
+            machines = set(step.answers)
+            host = "127.0.0.1" if len(machines) == 1 else step.answers[0]
+            self._ask("meet", [self._actors[0].reserve_address.remote(host)])
+        elif step.what == "meet":
+            arguments = (self._spec, step.answers[0], len(self.slots), self._family)
+            self._ask("load", [actor.load.remote(*arguments) for actor in self._actors])
+
+    def take_load(self, answers: list[WorkerInfo]) -> None:
+        self.loaded = True
+        for stats, info in zip(self.stats, answers, strict=True):
+            stats.introduce(info)
+
+    def hand_tokens(self, tokens: Any) -> None:
+        """Give the reference of the token table to those who read it."""
+        # Of a pipeline only the first stage sees tokens.
+        readers = self._actors[:1] if self._name == "pipeline" else self._actors
+        self._ask("tokens", [actor.hold_tokens.remote(tokens) for actor in readers])
+
+    def compile(self, shape: BatchShape) -> None:
+        self.compiling = shape
+        self._ask("compile", [actor.compile.remote(shape) for actor in self._actors], shape)
+
+    def take_compiled(self, step: Step) -> None:
+        self.warm.add(step.payload)
+        self.compiling = None
+        for stats, answer in zip(self.stats, step.answers, strict=True):
+            stats.compile_s += answer.seconds
+            stats.cached_shapes += answer.cached
+            stats.compiled_shapes += not answer.cached
+
+    def start(self, batch: Batch) -> None:
+        """Send a batch on its way."""
+        self.in_flight.append(batch)
+        if self._name != "pipeline":
+            calls = [actor.predict.remote(batch) for actor in self._actors]
+        else:
+            first, *between, last = self._actors
+            activations = first.begin.remote(batch)
+            for actor in between:
+                activations = actor.carry_on.remote(activations)
+            calls = [last.finish.remote(batch, activations)]
+        self._ask("predict", calls, batch)
+
+    def take_result(self, step: Step) -> BatchResult:
+        """Count a finished batch and return its result."""
+        self.in_flight.remove(step.payload)
+        result: BatchResult = step.answers[0]
+        # Each member of a tensor group answers for itself; a pipeline's last stage for all.
+        work = [entry for answer in step.answers for entry in answer.work]
+        for stats, entry in zip(self.stats, work, strict=True):
+            stats.count(len(result.rows), entry)
+        return result
+
+    def end(self) -> tuple[Batch, ...]:
+        """End all actors and return the batches that were theirs, the oldest in flight first.
+
+        The members of a group cannot go on without each other, and may hang: they end together.
+        """
+        batches = (*self.in_flight, *self.shard)
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+        for left in (self.calls, self.in_flight, self.shard, self.warm):
+            left.clear()
+        self.stop_clock()
+        self.loaded, self.compiling = False, None
+        return batches
+
+    def stop_clock(self) -> None:
+        """Settle how long the workers were ready and how much of that they were idle."""
+        if self.ready_at is not None:
+            self._alive_s += time.monotonic() - self.ready_at
+            self.ready_at = None
+        for stats in self.stats:
+            stats.idle_s = max(0.0, self._alive_s - stats.busy_s)
+
+    def _ask(self, what: str, calls: list[Any], payload: Any = None) -> None:
+        step = Step(what, payload, [None] * len(calls), len(calls))
+        for place, reference in enumerate(calls):
+            self.calls[reference] = (step, place)
