@@ -10,6 +10,8 @@ import secrets
 import ray
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
+from runner.errors import ConfigError
+
 
 def start_ray(num_cpus: int, *, verbose: bool) -> None:
     """Start Ray on this machine for this run alone.
@@ -41,6 +43,9 @@ def find_devices() -> tuple[str, int]:
     """Return the kind of device to use and how many there are, without starting JAX here.
 
     JAX_PLATFORMS decides the kind where it is set, as it does for JAX itself.
+
+    Raises:
+        ConfigError: JAX_PLATFORMS names a kind that is not known here.
     """
     resources = ray.cluster_resources()
     found = {"gpu": int(resources.get("GPU", 0)), "tpu": int(resources.get("TPU", 0))}
@@ -48,4 +53,8 @@ def find_devices() -> tuple[str, int]:
     kind = {"cuda": "gpu"}.get(wanted, wanted)
     if not kind:
         kind = next((name for name, count in found.items() if count), "cpu")
+    if kind not in ("cpu", *found):
+        raise ConfigError(
+            f"Devices are cpu, cuda or tpu. Received: JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}"
+        )
     return kind, found.get(kind, 0)

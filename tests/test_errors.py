@@ -249,6 +249,7 @@ def test_bad_flags(refuse, models, rows, tmp_path):
 def test_more_workers_than_devices(refuse, models, rows):
     flags = [*models["gemma2"].flags(), "--input", rows, "--num-workers", "2"]
     refuse(flags, "a gpu of its own and 0 were found", "--num-workers 2", JAX_PLATFORMS="cuda")
+    refuse(flags, "cpu, cuda or tpu", "JAX_PLATFORMS=rocm", JAX_PLATFORMS="rocm")
 
 
 def test_help_reads_well(cli):
