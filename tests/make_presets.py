@@ -69,7 +69,15 @@ FAMILIES = {
 }
 
 
-def save(folder: Path, name: str, vocabulary: Path, *, rank: int = 4, shard_gb: float = 10) -> None:
+def save(
+    folder: Path,
+    name: str,
+    vocabulary: Path,
+    *,
+    rank: int = 4,
+    shard_gb: float = 10,
+    dtype: str = "float32",
+) -> None:
     """Save preset, LoRA file and head as a trained model would leave them."""
     family, config = FAMILIES[name]
     make_tokenizer = getattr(MODELS, f"{family}Tokenizer")
@@ -81,7 +89,7 @@ def save(folder: Path, name: str, vocabulary: Path, *, rank: int = 4, shard_gb: 
     else:
         tokenizer = make_tokenizer(vocabulary.read_bytes())
     backbone = getattr(MODELS, f"{family}Backbone")(
-        vocabulary_size=tokenizer.vocabulary_size(), **config
+        vocabulary_size=tokenizer.vocabulary_size(), **config, dtype=dtype
     )
     backbone.save_to_preset(str(folder / "preset"), max_shard_size=shard_gb)
     preprocessor = getattr(MODELS, f"{family}CausalLMPreprocessor")(tokenizer, sequence_length=64)
@@ -119,6 +127,11 @@ def save_all(
     # One preset in several weight files, as Kaggle ships the large ones.
     (target / "sharded").mkdir()
     save(target / "sharded", "gemma2", gemma_vocabulary, shard_gb=2e-4)
+    # One as Kaggle had it in 2024: bfloat16 weights, classes under their old package's name.
+    (target / "kaggle").mkdir()
+    save(target / "kaggle", "gemma2", gemma_vocabulary, dtype="bfloat16")
+    for path in (target / "kaggle" / "preset").glob("*.json"):
+        path.write_text(path.read_text().replace("keras_hub", "keras_nlp"))
     # One with the real tokenizer's size, for the real rows.
     (target / "arena").mkdir()
     save(target / "arena", "gemma2", large_vocabulary)

@@ -46,7 +46,7 @@ def test_single_equals_the_notebook(models, reference, test_set, predict, poolin
 @pytest.mark.parametrize(
     ("name", "pooling"),
     [
-        *(("gemma1", "mean"), ("qwen3", "padded-mean"), ("sharded", "mean")),
+        *(("gemma1", "mean"), ("qwen3", "padded-mean"), ("sharded", "mean"), ("kaggle", "mean")),
         *(
             pytest.param(name, pooling, marks=pytest.mark.slow)
             for name, pooling in {
