@@ -3,7 +3,7 @@
 Cost and memory are two things: a 256,000-row embedding weighs much and computes nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -31,8 +31,8 @@ def cut_stages(
 ) -> tuple[Stage, ...]:
     """Cut layers into `num_stages` runs so that the slowest stage is as fast as it can be.
 
-    Among cuts equally fast the one whose heaviest stage is lightest is taken, then the one that
-    cuts earliest. Found by dynamic programming in O(num_stages * layers^2).
+    Among cuts equally fast the one whose heaviest stage is lightest is taken, and the same one
+    every time. Found by dynamic programming in O(num_stages * layers^2), once for each aim.
 
     Args:
         costs: time of each layer, any unit.
@@ -53,27 +53,45 @@ def cut_stages(
         ends = (first_bytes if start == 0 else 0) + (last_bytes if stop == layers else 0)
         return sum(weight_bytes[start:stop]) + ends
 
-    # best[stop]: (slowest cost, heaviest bytes, edges) of the stages so far, up to `stop`.
-    best: dict[int, tuple[float, int, tuple[int, ...]]] = {0: (0.0, 0, (0,))}
-    for number in range(1, num_stages + 1):
-        following: dict[int, tuple[float, int, tuple[int, ...]]] = {}
-        for stop in range(number, layers - (num_stages - number) + 1):
-            for start, (slowest, heaviest, edges) in best.items():
-                if start >= stop or (max_bytes is not None and held(start, stop) > max_bytes):
-                    continue
-                cut = (
-                    max(slowest, sum(costs[start:stop])),
-                    max(heaviest, held(start, stop)),
-                    (*edges, stop),
-                )
-                if stop not in following or cut < following[stop]:
-                    following[stop] = cut
-        best = following
-    if layers not in best:
+    def cost(start: int, stop: int) -> float:
+        return sum(costs[start:stop])
+
+    def fits(start: int, stop: int) -> bool:
+        return max_bytes is None or held(start, stop) <= max_bytes
+
+    fastest = _least_largest(layers, num_stages, cost, fits)
+    if fastest is None:
         total = sum(weight_bytes) + first_bytes + last_bytes
         raise ValueError(
             f"{total / 1e9:.1f} GB of weights cannot be cut into {num_stages} stages of at most "
             f"{(max_bytes or 0) / 1e9:.1f} GB. Use a larger --group-size or a smaller --dtype."
         )
-    edges = best[layers][2]
+    slowest = max(cost(start, stop) for start, stop in pairwise(fastest))
+    edges = _least_largest(
+        layers,
+        num_stages,
+        held,
+        lambda start, stop: fits(start, stop) and cost(start, stop) <= slowest,
+    )
+    assert edges is not None, "this is a bug: the fastest cut is one of those that are as fast"
     return tuple(Stage(start, stop, held(start, stop)) for start, stop in pairwise(edges))
+
+
+def _least_largest(
+    layers: int,
+    num_stages: int,
+    measure: Callable[[int, int], float],
+    allowed: Callable[[int, int], bool],
+) -> tuple[int, ...] | None:
+    """Return the edges of the cut whose largest stage is least, None if no cut is allowed."""
+    # best[stop]: (largest so far, edges) of the stages up to `stop`.
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
+    for number in range(1, num_stages + 1):
+        following: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for stop in range(number, layers - (num_stages - number) + 1):
+            for start, (largest, edges) in best.items():
+                if start < stop and allowed(start, stop):
+                    cut = (max(largest, measure(start, stop)), (*edges, stop))
+                    following[stop] = min(following.get(stop, cut), cut)
+        best = following
+    return best[layers][1] if layers in best else None

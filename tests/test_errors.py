@@ -233,7 +233,9 @@ def test_outputs_that_cannot_be_written(refuse, models, rows, tmp_path, work):
 def test_bad_flags(refuse, models, rows, tmp_path):
     flags = [*models["gemma2"].flags(), "--input", rows]
     refuse([*flags, "--sped", "9"], "--sped", "--help")
-    refuse([*flags, "--mode", "fastest"], "--mode", "data-parallel, single", "fastest")
+    refuse(
+        [*flags, "--mode", "fastest"], "--mode", "data-parallel, model-parallel, single", "fastest"
+    )
     refuse([*flags, "--pooling", "max"], "--pooling", "padded-mean")
     refuse([*flags, "--sequence-length", "0"], "--sequence-length", "at least 1")
     refuse([*flags, "--sequence-length", "long"], "--sequence-length", "long")

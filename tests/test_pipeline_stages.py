@@ -14,7 +14,7 @@ from sharding.costs import ModelShape
 from sharding.stages import Stage, cut_stages
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8),
     st.integers(1, 4),
