@@ -221,7 +221,7 @@ def test_a_log_gets_plain_lines_and_no_chatter(models, arena_rows, predict):
     assert all(re.match(r"\[\d+:\d\d\] \S", line) for line in lines)
 
 
-@pytest.mark.parametrize("columns", [120, 0])
+@pytest.mark.parametrize("columns", [120, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_terminal_gets_one_line(columns, cache, models, arena_rows, tmp_path):
     """Through a pseudo-terminal: first what is waited for, then rows, tokens/s, time left."""
     controller, terminal = pty.openpty()
