@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from runner.config import CHOICES, COUNTS, PATHS, RunConfig, flag, make_config, parse_count
-from runner.errors import ArenaRunnerError, ConfigError, DataError
+from runner.errors import ArenaRunnerError, ConfigError, DataError, first_line
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
@@ -70,9 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if verbose:
             raise
-        text = str(error).strip().splitlines()
         return _fail(
-            f"error: {type(error).__name__}: {text[0] if text else ''}\n"
+            f"error: {type(error).__name__}: {first_line(error)}\n"
             "This is a bug, or a machine in trouble: --verbose shows where.",
             EXIT_FAILED,
         )

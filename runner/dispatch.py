@@ -14,7 +14,7 @@ import ray
 import ray.exceptions
 
 from runner.cluster import find_devices, start_ray
-from runner.errors import ArenaRunnerError, ConfigError, WorkerError
+from runner.errors import ArenaRunnerError, ConfigError, WorkerError, first_line, list_ids
 from runner.groups import Group, Step
 from runner.progress import Progress
 from runner.records import BatchResult, Faults, ModelSpec, TokenTable, WorkerInfo, WorkerStats
@@ -287,16 +287,14 @@ class RayReplicas:
         doing = f"in {step.what}"
         if step.what == "predict":
             doing = f"computing {self._name(step.payload)}"
-        reason = (str(cause).strip().splitlines() or [""])[0]
         return WorkerError(
             f"{group.noun.capitalize()} {group.number} failed {doing}: "
-            f"{type(cause).__name__}: {reason}"
+            f"{type(cause).__name__}: {first_line(cause)}"
         )
 
     def _name(self, batch: Batch) -> str:
-        ids = ", ".join(self._ids[row] for row in batch.rows[:5])
-        more = ", ..." if len(batch.rows) > 5 else ""
-        return f"batch {batch.index} ({len(batch.rows)} rows: id {ids}{more})"
+        rows = list_ids(self._ids, batch.rows)
+        return f"batch {batch.index} ({len(batch.rows)} rows: {rows})"
 
     def _show(self, group: Group, state: str) -> None:
         self._progress.set_worker(group.number, state)

@@ -9,6 +9,8 @@
 The first two are the person's to mend: their message is one or two lines and no traceback.
 """
 
+from collections.abc import Sequence
+
 
 class ArenaRunnerError(Exception):
     """Base of all errors raised on purpose."""
@@ -28,3 +30,14 @@ class WorkerError(ArenaRunnerError):
 
 class MergeError(ArenaRunnerError):
     """Rows are missing, repeated or not probabilities."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a foreign error's text, to be part of a message of ours."""
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def list_ids(ids: Sequence[str], rows: Sequence[int]) -> str:
+    """Name rows by their ids, the first five of them: `id a, b, ...`."""
+    named = ", ".join(ids[row] for row in rows[:5])
+    return f"id {named}{', ...' if len(rows) > 5 else ''}"

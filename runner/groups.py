@@ -147,9 +147,7 @@ class Group:
         self.warm.add(step.payload)
         self.compiling = None
         for stats, answer in zip(self.stats, step.answers, strict=True):
-            stats.compile_s += answer.seconds
-            stats.cached_shapes += answer.cached
-            stats.compiled_shapes += not answer.cached
+            stats.count_compiled(answer)
 
     def start(self, batch: Batch) -> None:
         """Send a batch on its way."""

@@ -20,7 +20,7 @@ import keras_hub
 import numpy as np
 from keras.src.backend.common import global_state
 
-from runner.errors import DataError
+from runner.errors import DataError, first_line
 from runner.weights import StoredWeight, find_weights
 
 
@@ -49,8 +49,7 @@ def build_backbone(preset: str, *, dtype: str) -> keras.Model:
                 preset, load_weights=False, dtype=dtype
             )
     except (ValueError, KeyError, TypeError, OSError) as error:
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        raise DataError(f"{preset} does not load as a preset: {first_line}") from error
+        raise DataError(f"{preset} does not load as a preset: {first_line(error)}") from error
     finally:
         # Else the next scope that ends, inside the first trace, would fill them at random.
         global_state.set_global_attribute("uninitialized_variables", [])

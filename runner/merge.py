@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runner.errors import MergeError
+from runner.errors import MergeError, list_ids
 from runner.records import BatchResult
 
 # Float32 softmax sums to one within a few units in the last place.
@@ -66,5 +66,4 @@ class Merger:
         return table / sums[:, None]
 
     def _name(self, rows: Sequence[int] | np.ndarray) -> str:
-        ids = ", ".join(self._ids[row] for row in rows[:5])
-        return f"id {ids}{', ...' if len(rows) > 5 else ''}"
+        return list_ids(self._ids, [int(row) for row in rows])

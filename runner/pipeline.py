@@ -3,7 +3,6 @@
 The only file that knows all stages.
 """
 
-import json
 import os
 import threading
 import time
@@ -25,9 +24,9 @@ from runner.presets import Preset, check_lora, read_head, read_preset
 from runner.progress import Progress
 from runner.prompts import render_prompts
 from runner.records import Faults, ModelSpec, TokenTable, WorkerInfo
-from runner.report import make_report, summarize, versions
+from runner.report import make_report, summarize, versions, write_report
 from runner.strategy import Strategy, choose_strategy
-from runner.submission import LABEL_COLUMNS, check_writable, write_submission, write_whole
+from runner.submission import LABEL_COLUMNS, check_writable, write_submission
 from runner.tokenization import tokenize
 from sharding.batches import Plan, plan_batches
 from sharding.buckets import choose_buckets
@@ -136,7 +135,7 @@ def run(
             plan=_describe(plan),
             strategy=strategy,
         )
-        write_whole(config.report_path, json.dumps(report, indent=1) + "\n")
+        write_report(config.report_path, report)
     print(summarize(report, config, is_demo_model=config.uses_demo_model), flush=True)
     return report
 
@@ -272,7 +271,7 @@ def _finish_without_rows(
         faults=Faults(),
         plan=_describe(Plan((), (), 0)),
     )
-    write_whole(config.report_path, json.dumps(report, indent=1) + "\n")
+    write_report(config.report_path, report)
     return report
 
 
@@ -284,6 +283,7 @@ def _fingerprint(
     texts: Sequence[str],
     info: WorkerInfo | None,
 ) -> str:
+    found = versions()
     lora = [files["lora_weights"]] if "lora_weights" in files else []
     return fingerprint(
         settings={
@@ -292,7 +292,7 @@ def _fingerprint(
             "text_format": config.text_format,
             "dtype": info.dtype if info else config.dtype,
             "lora": bool(lora),
-            "versions": {name: versions().get(name) for name in ("jax", "keras", "keras-hub")},
+            "versions": {name: found.get(name) for name in ("jax", "keras", "keras-hub")},
         },
         files=[
             *preset.small_files,

@@ -153,6 +153,12 @@ class WorkerStats:
         self.sent_bytes += work.sent_bytes
         self.peak_rss_bytes = max(self.peak_rss_bytes, work.peak_rss_bytes)
 
+    def count_compiled(self, info: CompileInfo) -> None:
+        """Add a shape that is ready."""
+        self.compile_s += info.seconds
+        self.cached_shapes += info.cached
+        self.compiled_shapes += not info.cached
+
     def introduce(self, info: WorkerInfo) -> None:
         """Take over what a worker said of itself."""
         self.device = info.device

@@ -46,10 +46,7 @@ class InProcess:
         self._replica.hold_tokens(tokens)
         for number, shape in enumerate(plan.shapes, start=1):
             self._progress.set_worker(0, f"compiling {number}/{len(plan.shapes)}")
-            compiled = self._replica.compile(shape)
-            stats.compile_s += compiled.seconds
-            stats.cached_shapes += compiled.cached
-            stats.compiled_shapes += not compiled.cached
+            stats.count_compiled(self._replica.compile(shape))
         self._progress.set_worker(0, "busy")
         started = time.monotonic()
         for batch in plan.batches:

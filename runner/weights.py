@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from keras.src.saving import saving_lib
 
-from runner.errors import DataError
+from runner.errors import DataError, first_line
 
 Index = tuple[slice, ...]
 
@@ -99,9 +99,8 @@ def find_weights(model: keras.Model, preset: Path) -> dict[int, StoredWeight]:
                 visited_saveables=set(),
             )
     except (ValueError, KeyError, TypeError, OSError) as error:
-        first_line = (str(error).strip().splitlines() or [""])[0]
         raise DataError(
-            f"{preset} holds weights that do not fit its config: {first_line}"
+            f"{preset} holds weights that do not fit its config: {first_line(error)}"
         ) from error
     finally:
         store.close()
