@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from runner.attention import attention, choose_way
+from runner.matmuls import with_fast_matmuls
 from runner.records import CompileInfo
 from sharding.batches import BatchShape
 
@@ -44,8 +46,14 @@ POOLINGS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 Head = tuple[np.ndarray, np.ndarray]
 
 
+# Poolings that see what becomes of the positions after a row's end.
+SEES_PADDING = ("padded-mean",)
+
+
 class Predictor:
     """A model, or a stage of one, compiled for each shape.
+
+    A shape may be compiled in one thread while another predicts.
 
     Args:
         model: a functional model over {"token_ids" or "hidden", "padding_mask"}, LoRA merged; its
@@ -53,6 +61,7 @@ class Predictor:
         head: kernel (hidden, classes) and bias (classes,), or None: hidden states come out.
         pooling: a key of `POOLINGS`.
         replicated: over a mesh of several processes, the sharding of what all of them hold whole.
+        way: how to attend, a key of `attention.WAYS`; None chooses by device and checks it.
     """
 
     def __init__(
@@ -62,16 +71,26 @@ class Predictor:
         *,
         pooling: str,
         replicated: jax.sharding.Sharding | None = None,
+        way: str | None = None,
     ) -> None:
         self._model = model
         self._entry = "token_ids" if "token_ids" in model.input else "hidden"
         self._pool = POOLINGS[pooling]
+        self._sees_padding = pooling in SEES_PADDING
+        self.notes: tuple[str, ...] = ()
         self._replicated = replicated
         self._arguments = (
             [variable.value for variable in model.trainable_variables],
             [variable.value for variable in model.non_trainable_variables],
             [self._on_device(np.asarray(array, np.float32)) for array in head or ()],
         )
+        device = next(iter(self._arguments[0][0].devices()))
+        self.way = way or ""
+        if way is None:
+            self.way, self.notes = choose_way(model, device, replicated)
+        self._function: Callable[..., jax.Array] = self._forward
+        if device.platform == "cpu":
+            self._function = with_fast_matmuls(self._forward)
         # TF32 would break the float32 equalities on a GPU.
         self._precision = "highest" if model.compute_dtype == "float32" else "default"
         self._programs: dict[BatchShape, Any] = {}
@@ -94,7 +113,7 @@ class Predictor:
             entry = self._model.input[self._entry]
             trailing = entry.shape[2:]
             with jax.default_matmul_precision(self._precision):
-                lowered = jax.jit(self._forward, out_shardings=self._replicated).lower(
+                lowered = jax.jit(self._function, out_shardings=self._replicated).lower(
                     *self._arguments,
                     self._abstract((shape.rows, shape.length, *trailing), entry.dtype),
                     self._abstract((shape.rows,), "int32"),
@@ -110,11 +129,18 @@ class Predictor:
             entry: token ids, int32 (rows, length), padded after each row's end; or hidden states.
             lengths: int32 (rows,), real tokens of each row; 0 marks a filler row.
         """
+        return self.fetch(self.enqueue(entry, lengths))
+
+    def enqueue(self, entry: np.ndarray, lengths: np.ndarray) -> jax.Array:
+        """Copy a batch to the device and start it, without waiting; arguments as for `predict`."""
         shape = BatchShape(*entry.shape[:2])
         self.compile(shape)
-        output = self._programs[shape](
+        return self._programs[shape](
             *self._arguments, self._on_device(entry), self._on_device(lengths)
         )
+
+    def fetch(self, output: jax.Array) -> np.ndarray:
+        """Wait for what `enqueue` returned, and return it as `predict` does."""
         return np.asarray(output.addressable_data(0))
 
     def _forward(
@@ -125,16 +151,34 @@ class Predictor:
         entry: jax.Array,
         lengths: jax.Array,
     ) -> jax.Array:
-        mask = jnp.arange(entry.shape[1])[None, :] < lengths[:, None]
-        hidden, _ = self._model.stateless_call(
-            trainable, non_trainable, {self._entry: entry, "padding_mask": mask}, training=False
-        )
+        hidden = self._hidden(trainable, non_trainable, entry, lengths)
         if not head:
             return hidden
         kernel, bias = head
         pooled = self._pool(hidden.astype(jnp.float32), lengths)
         logits = jnp.matmul(pooled, kernel, precision="highest") + bias
         return jax.nn.softmax(logits, axis=-1)
+
+    def _hidden(
+        self,
+        trainable: list[jax.Array],
+        non_trainable: list[jax.Array],
+        entry: jax.Array,
+        lengths: jax.Array,
+    ) -> jax.Array:
+        """Return the model's output, (rows, length, hidden)."""
+
+        def call(entry: jax.Array, mask: jax.Array) -> jax.Array:
+            inputs = {self._entry: entry, "padding_mask": mask}
+            return self._model.stateless_call(trainable, non_trainable, inputs, training=False)[0]
+
+        rows, length, *trailing = entry.shape
+        if self.way == "keras":
+            return call(entry, jnp.arange(length)[None, :] < lengths[:, None])
+        with attention(self.way, rows, length, lengths if self._sees_padding else None):
+            end_to_end = entry.reshape(rows * length, 1, *trailing)
+            hidden = call(end_to_end, jnp.ones(end_to_end.shape[:2], bool))
+        return hidden.reshape(rows, length, -1)
 
     def _abstract(self, shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._replicated)

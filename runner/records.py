@@ -68,8 +68,8 @@ class ModelSpec:
 class WorkerInfo:
     """What a worker says of itself once it is loaded.
 
-    `rss_after_imports_bytes` is its resident memory before the first weight; `notes` are sentences
-    for the person.
+    `rss_after_imports_bytes` is its resident memory before the first weight; `attention` a key of
+    `attention.WAYS`; `notes` are sentences for the person.
     """
 
     kind: str
@@ -79,6 +79,7 @@ class WorkerInfo:
     rss_after_imports_bytes: int
     load_s: float
     matmul_flops_per_s: float
+    attention: str
     notes: tuple[str, ...] = ()
 
 

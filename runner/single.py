@@ -34,6 +34,8 @@ class InProcess:
         self.info = self._replica.load(spec)
         self.kind = self.info.kind
         self.stats[0].introduce(self.info)
+        for note in self.info.notes:
+            self._progress.note(note)
 
     def poll(self) -> None:
         """Nothing happens beside this thread."""

@@ -123,7 +123,8 @@ class Replica:
             rss_after_imports_bytes=before,
             load_s=load_s,
             matmul_flops_per_s=matmul_rate(dtype, device),
-            notes=notes,
+            attention=self._predictor.way,
+            notes=notes + self._predictor.notes,
         )
 
 
