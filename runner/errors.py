@@ -9,6 +9,7 @@
 The first two are the person's to mend: their message is one or two lines and no traceback.
 """
 
+import re
 from collections.abc import Sequence
 
 
@@ -33,8 +34,14 @@ class MergeError(ArenaRunnerError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a foreign error's text, to be part of a message of ours."""
-    return (str(error).strip().splitlines() or [""])[0]
+    """Return the first line of a foreign error's text, to be part of a message of ours.
+
+    Keras puts a line about the layer before it and colours around it.
+    """
+    lines = re.sub(r"\x1b\[\d*m", "", str(error)).strip().splitlines()
+    if lines and lines[0].startswith("Exception encountered when calling"):
+        lines = [line for line in lines[1:] if line.strip()]
+    return lines[0] if lines else ""
 
 
 def list_ids(ids: Sequence[str], rows: Sequence[int]) -> str:

@@ -85,14 +85,15 @@ class Predictor:
             [self._on_device(np.asarray(array, np.float32)) for array in head or ()],
         )
         device = next(iter(self._arguments[0][0].devices()))
+        # TF32 would break the float32 equalities on a GPU.
+        self._precision = "highest" if model.compute_dtype == "float32" else "default"
         self.way = way or ""
         if way is None:
-            self.way, self.notes = choose_way(model, device, replicated)
+            with jax.default_matmul_precision(self._precision):
+                self.way, self.notes = choose_way(model, device, replicated)
         self._function: Callable[..., jax.Array] = self._forward
         if device.platform == "cpu":
             self._function = with_fast_matmuls(self._forward)
-        # TF32 would break the float32 equalities on a GPU.
-        self._precision = "highest" if model.compute_dtype == "float32" else "default"
         self._programs: dict[BatchShape, Any] = {}
         self._cache_hits = 0
         jax.monitoring.register_event_listener(self._count_cache_hits)
@@ -175,7 +176,8 @@ class Predictor:
         rows, length, *trailing = entry.shape
         if self.way == "keras":
             return call(entry, jnp.arange(length)[None, :] < lengths[:, None])
-        with attention(self.way, rows, length, lengths if self._sees_padding else None):
+        seen = lengths if self._sees_padding else None
+        with attention(self._model, self.way, rows, length, seen):
             end_to_end = entry.reshape(rows * length, 1, *trailing)
             hidden = call(end_to_end, jnp.ones(end_to_end.shape[:2], bool))
         return hidden.reshape(rows, length, -1)

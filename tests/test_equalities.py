@@ -41,6 +41,7 @@ def test_single_equals_the_notebook(models, reference, test_set, predict, poolin
     assert difference(answer, expected[f"raw {pooling}"]) < TOLERANCE
     assert answer.report["tokens"]["real"] == expected["lengths"].sum()
     assert np.abs(answer.probabilities.sum(axis=1) - 1).max() < 1e-12
+    assert answer.report["model"]["attention"] == "chunked"
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,7 @@ def test_other_presets_equal_the_notebook(models, reference, test_set, predict, 
         *("--pooling", pooling, "--text-format", "turns", *FLAGS),
     )
     assert difference(answer, reference(model)[f"turns {pooling}"]) < TOLERANCE
+    assert answer.report["model"]["attention"] == "chunked"
 
 
 @pytest.mark.parametrize(

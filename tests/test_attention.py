@@ -1,0 +1,165 @@
+"""Attention and matrix products against plain reference code, before any model."""
+
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from runner import attention
+from runner.attention import WAYS, ways_for
+from runner.matmuls import with_fast_matmuls
+
+WAYS_HERE = [way for way, attend in WAYS.items() if attend is not None]
+
+
+def textbook_attention(queries, keys, values, *, lengths, scale, soft_cap, window):
+    """One query at a time, in float64; what a position past its row's end sees is masked too."""
+    rows, length, query_heads, head_dim = queries.shape
+    group = query_heads // keys.shape[2]
+    output = np.zeros((rows, length, query_heads, head_dim))
+    for row, position, head in np.ndindex(rows, length, query_heads):
+        first = max(0, position - window + 1) if window else 0
+        last = min(position + 1, lengths[row])
+        seen = slice(first, max(last, first))
+        logits = keys[row, seen, head // group] @ queries[row, position, head] * scale
+        if soft_cap:
+            logits = np.tanh(logits / soft_cap) * soft_cap
+        if not logits.size:
+            continue
+        weights = np.exp(logits - logits.max())
+        output[row, position, head] = weights @ values[row, seen, head // group] / weights.sum()
+    return output
+
+
+def operands(length, heads=(4, 2), seed=0):
+    random = np.random.default_rng(seed)
+    query_heads, heads_of_keys = heads
+    shapes = [(2, length, query_heads, 8)] + [(2, length, heads_of_keys, 8)] * 2
+    return [random.normal(size=shape).astype(np.float32) * 2 for shape in shapes]
+
+
+@pytest.mark.parametrize("way", WAYS_HERE)
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2)])
+@pytest.mark.parametrize(("soft_cap", "window"), [(None, None), (5.0, None), (None, 40), (5.0, 7)])
+def test_every_way_is_the_textbooks(way, heads, soft_cap, window):
+    if way == "tokamax":
+        pytest.importorskip("tokamax")
+    # Three chunks, the last one short; a row that ends in the second.
+    arrays, lengths = operands(150, heads), np.array([150, 97], np.int32)
+    options = {"scale": 0.3, "soft_cap": soft_cap, "window": window}
+    expected = textbook_attention(*arrays, lengths=lengths, **options)
+    attend = jax.jit(lambda *inputs: WAYS[way](*inputs[:3], lengths=inputs[3], **options))
+    answer = np.asarray(attend(*arrays, lengths))
+    # Where a window lies past the row's end nothing is seen; the caller fills such positions.
+    defined = np.arange(150) < lengths[:, None] + (window or 1000) - 1
+    assert np.abs(answer - expected)[defined].max() < 1e-5
+
+
+@pytest.mark.parametrize("way", WAYS_HERE)
+def test_real_positions_need_no_lengths(way):
+    if way == "tokamax":
+        pytest.importorskip("tokamax")
+    arrays, lengths = operands(70), np.array([70, 33], np.int32)
+    options = {"scale": 0.3, "soft_cap": 5.0, "window": None}
+    answer = np.asarray(WAYS[way](*map(jnp.asarray, arrays), lengths=None, **options))
+    expected = textbook_attention(*arrays, lengths=lengths, **options)
+    real = np.arange(70) < lengths[:, None]
+    assert np.abs(answer - expected)[real].max() < 1e-5
+
+
+def test_chunks_leave_out_what_causality_throws_away():
+    """Of a square of 512 eight chunks compute 36 blocks of 64, and no more."""
+    shapes = [jnp.zeros((1, 512, 1, 8))] * 3
+    traced = jax.make_jaxpr(
+        lambda *inputs: attention.attend_in_chunks(
+            *inputs, lengths=None, scale=1.0, soft_cap=None, window=None
+        )
+    )(*shapes)
+    squares = [
+        equation.outvars[0].aval.size
+        for equation in traced.jaxpr.eqns
+        if equation.primitive.name == "dot_general" and equation.outvars[0].aval.shape[-1] != 8
+    ]
+    assert len(squares) == 8
+    assert sum(squares) == 36 * 64 * 64
+
+
+class Card:
+    """Stands for a device."""
+
+    def __init__(self, platform, compute_capability=None):
+        self.platform, self.device_kind = platform, "a card"
+        if compute_capability:
+            self.compute_capability = compute_capability
+
+
+def test_the_way_is_chosen_by_device(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert ways_for(Card("cpu")) == ("chunked", "keras")
+    assert ways_for(Card("gpu", "7.5")) == ("chunked", "keras")
+    assert ways_for(Card("gpu", "9.0"))[0] == "tokamax"
+    assert ways_for(Card("tpu"))[0] == "tokamax"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert ways_for(Card("tpu")) == ("chunked", "keras")
+
+
+@pytest.fixture(scope="module")
+def backbone(models):
+    from runner.loading import load_backbone
+
+    return load_backbone(str(models["gemma2"].preset), None, dtype="float32")
+
+
+def test_a_way_that_agrees_with_keras_is_taken(backbone):
+    assert attention.choose_way(backbone, jax.local_devices()[0]) == ("chunked", ())
+
+
+def test_a_way_that_differs_or_fails_is_left_and_said(backbone, monkeypatch):
+    def forgets_the_cap(*arrays, soft_cap, scale, **options):
+        return attention.attend_in_chunks(*arrays, soft_cap=None, scale=3 * scale, **options)
+
+    def does_not_compile(*arrays, **options):
+        raise NotImplementedError("no kernel for this card\nand a trace")
+
+    ways = {"wrong": forgets_the_cap, "broken": does_not_compile, "keras": None}
+    monkeypatch.setattr(attention, "WAYS", ways)
+    monkeypatch.setattr(attention, "ways_for", lambda device: tuple(ways))
+    way, notes = attention.choose_way(backbone, jax.local_devices()[0])
+    assert way == "keras"
+    assert "'wrong' is not used" in notes[0]
+    assert "differs from Keras' own" in notes[0]
+    assert notes[1].endswith("NotImplementedError: no kernel for this card")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "out", "bound"), [("bfloat16", "bfloat16", 4e-3), ("int8", "int32", 1e-6)]
+)
+def test_rewritten_products_are_the_same_products(dtype, out, bound):
+    random = np.random.default_rng(0)
+    values = [random.integers(-127, 128, size=shape) for shape in ((5, 300), (300, 7))]
+    arrays = [jnp.asarray(value, dtype) for value in values]
+
+    @jax.jit
+    def plain(left, right):
+        return jnp.matmul(left, right, preferred_element_type=out)
+
+    exact = values[0].astype(np.int64) @ values[1]
+    for function in (plain, with_fast_matmuls(plain)):
+        answer = np.asarray(function(*arrays), np.float64)
+        # Nothing but the last rounding, of bfloat16 or of nothing, lies between.
+        assert np.abs(answer - exact).max() <= bound * np.abs(exact).max()
+
+
+def test_all_narrow_products_are_rewritten_and_no_other():
+    def function(left, right, wide):
+        return (jax.jit(jnp.matmul)(left, right) @ right.T).astype("float32") @ wide
+
+    narrow = jnp.ones((4, 4), "bfloat16")
+    traced = str(jax.make_jaxpr(with_fast_matmuls(function))(narrow, narrow, jnp.ones((4, 4))))
+    assert traced.count("dot_general") == 3
+    assert traced.count("preferred_element_type=float32") == 3
+    assert "preferred_element_type=bfloat16" not in traced
