@@ -41,6 +41,8 @@ HELP = {
     "strategy": "model-parallel: pipeline, layers cut into stages; tensor, every large weight cut "
     "into slices; auto says which it takes and why (default: auto)",
     "dtype": "auto: float32 on CPU, bfloat16 where the device has it, else float16 (default: auto)",
+    "quantization": "weights as int8 (activations too, as they come) or int4, made layer by layer "
+    "while loading, LoRA merged before; needs no flag with a prepared preset (default: none)",
     "max_tokens_per_batch": "rows x padded length of a batch (default: auto, by device)",
     "report": "where the JSON report is written (default: OUTPUT.report.json)",
 }

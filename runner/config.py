@@ -17,6 +17,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "pooling": ("padded-mean", "mean", "last"),
     "text_format": ("raw", "turns"),
     "dtype": ("auto", "float32", "float16", "bfloat16"),
+    "quantization": ("none", "int8", "int4"),
 }
 PATHS = ("input", "output", "preset", "lora_weights", "head_kernel", "head_bias", "report")
 COUNTS = ("sequence_length", "num_workers", "group_size", "max_tokens_per_batch")
@@ -46,6 +47,7 @@ class RunConfig:
     group_size: int | None = None
     strategy: str | None = None
     dtype: str = "auto"
+    quantization: str = "none"
     max_tokens_per_batch: int | None = None
     report: Path | None = None
     verbose: bool = False

@@ -21,17 +21,24 @@ import numpy as np
 from keras.src.backend.common import global_state
 
 from runner.errors import DataError, first_line
+from runner.quantization import policies_of, quantize_layer
 from runner.weights import StoredWeight, find_weights
 
 
-def load_backbone(preset: str, lora_weights: str | None, *, dtype: str) -> keras.Model:
+def load_backbone(
+    preset: str, lora_weights: str | None, *, dtype: str, quantization: str | None = None
+) -> keras.Model:
     """Return the backbone of a preset with all its weights on this process' device.
+
+    Args:
+        quantization: as for `fill`.
 
     Raises:
         DataError: as `build_backbone` and `locate_weights`.
     """
     backbone = build_backbone(preset, dtype=dtype)
-    fill(backbone.variables, locate_weights(backbone, preset, lora_weights), place_whole)
+    stored = locate_weights(backbone, preset, lora_weights)
+    fill(backbone, stored, place_whole, quantization=quantization)
     return backbone
 
 
@@ -46,7 +53,7 @@ def build_backbone(preset: str, *, dtype: str) -> keras.Model:
     try:
         with keras.StatelessScope(initialize_variables=False):
             backbone = keras_hub.models.Backbone.from_preset(
-                preset, load_weights=False, dtype=dtype
+                preset, load_weights=False, dtype=policies_of(Path(preset), dtype)
             )
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise DataError(f"{preset} does not load as a preset: {first_line(error)}") from error
@@ -104,13 +111,27 @@ def locate_weights(
 
 
 def fill(
-    variables: Iterable[keras.Variable],
+    model: keras.Model,
     stored: dict[int, StoredWeight],
     place: Callable[[keras.Variable, StoredWeight], jax.Array],
+    *,
+    quantization: str | None = None,
 ) -> None:
-    """Give each variable its values, one at a time; `place` reads them onto devices."""
+    """Give each variable of a model its values, one at a time.
+
+    Args:
+        stored: as `locate_weights` returns it; entries are taken out as they are used.
+        place: reads a variable's values onto devices.
+        quantization: a key of `quantization.CONFIGS`: each layer is quantized as soon as it is
+            full, so that one layer at most is there in float.
+    """
     with _large_blocks_go_back():
-        _fill(variables, stored, place)
+        if quantization is not None:
+            for layer in list(model._flatten_layers(include_self=False)):
+                if len(list(layer._flatten_layers())) == 1:
+                    _fill(layer.variables, stored, place)
+                    quantize_layer(layer, quantization)
+        _fill(model.variables, stored, place)
 
 
 def _fill(
@@ -119,9 +140,12 @@ def _fill(
     place: Callable[[keras.Variable, StoredWeight], jax.Array],
 ) -> None:
     for variable in variables:
+        if variable._value is not None:
+            continue
         if id(variable) in stored:
             # Wait for the copy, else several tensors are in host memory twice.
-            variable._value = jax.block_until_ready(place(variable, stored[id(variable)]))
+            values = place(variable, stored.pop(id(variable)))
+            variable._value = jax.block_until_ready(values)
             variable._initializer = None
         else:
             # The state of a random generator: nothing here is random, and no file holds it.

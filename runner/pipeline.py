@@ -17,7 +17,7 @@ import numpy as np
 
 from runner.config import RunConfig
 from runner.dataset import read_examples
-from runner.errors import DataError
+from runner.errors import ConfigError, DataError
 from runner.fingerprint import fingerprint
 from runner.merge import Merger
 from runner.presets import Preset, check_lora, read_head, read_preset
@@ -193,8 +193,28 @@ def _model_spec(config: RunConfig, files: dict[str, Path], preset: Preset) -> Mo
         classes=len(LABEL_COLUMNS),
         pooling=config.pooling,
         dtype=config.dtype,
+        quantization=_quantization_to_do(config, preset),
         compilation_cache=str(cache_folder() / "xla"),
     )
+
+
+def _quantization_to_do(config: RunConfig, preset: Preset) -> str | None:
+    """Return what workers have to make of the preset's weights while they load them."""
+    asked = None if config.quantization == "none" else config.quantization
+    if preset.quantization is None:
+        return asked
+    if asked not in (None, preset.quantization):
+        raise ConfigError(
+            f"{preset.path} holds {preset.quantization} weights; take the float preset for another "
+            f"quantization. Received: --quantization {asked}"
+        )
+    if config.lora_weights is not None:
+        raise ConfigError(
+            f"{preset.path} holds {preset.quantization} weights, into which no LoRA file can be "
+            "merged; `run.py prepare` merges it before. Received: --lora-weights "
+            f"{config.lora_weights}"
+        )
+    return None
 
 
 def cache_folder() -> Path:
@@ -291,6 +311,7 @@ def _fingerprint(
             "sequence_length": config.sequence_length,
             "text_format": config.text_format,
             "dtype": info.dtype if info else config.dtype,
+            "quantization": preset.quantization or config.quantization,
             "lora": bool(lora),
             "versions": {name: found.get(name) for name in ("jax", "keras", "keras-hub")},
         },

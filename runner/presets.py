@@ -52,6 +52,7 @@ UNFOLLOWED_OPTIONS = (
     *("sequence_length", "add_bos", "add_eos"),
     *("bos_token", "eos_token", "misc_special_tokens"),
 )
+QUANTIZED_POLICIES = ("QuantizedDTypePolicy", "Int4DTypePolicy")
 ASSETS = Path("assets", "tokenizer")
 WEIGHTS = "model.weights.h5"
 SHARDED_WEIGHTS_INDEX = "model.weights.json"
@@ -85,13 +86,17 @@ class TokenizerFiles:
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A KerasHub preset directory whose files are all there."""
+    """A KerasHub preset directory whose files are all there.
+
+    quantization: of its weights on disk, int8 or int4, or None.
+    """
 
     path: Path
     class_name: str
     shape: ModelShape
     tokenizer: TokenizerFiles
     weight_files: tuple[Path, ...]
+    quantization: str | None = None
 
     @property
     def small_files(self) -> tuple[Path, ...]:
@@ -126,7 +131,28 @@ def read_preset(path: Path) -> Preset:
         shape = model_shape(class_name, config.get("config") or {})
     except ValueError as error:
         raise DataError(f"{path} is no preset this runner can use. {error}") from None
-    return Preset(path, class_name, shape, _read_tokenizer(path), _weight_files(path))
+    quantization = _quantization(path, config["config"].get("dtype"))
+    return Preset(path, class_name, shape, _read_tokenizer(path), _weight_files(path), quantization)
+
+
+def _quantization(path: Path, policies: Any) -> str | None:
+    """Return the quantization that a config's dtype policies name, None where they are float."""
+    if not isinstance(policies, dict) or policies.get("class_name") != "DTypePolicyMap":
+        return None
+    named = (policies.get("config") or {}).get("policy_map") or {}
+    modes = {
+        str(policy["config"].get("mode", "")).partition("/")[0]
+        for policy in named.values()
+        if isinstance(policy, dict)
+        and policy.get("class_name") in QUANTIZED_POLICIES
+        and isinstance(policy.get("config"), dict)
+    }
+    if len(modes) > 1 or not modes <= {"int8", "int4"}:
+        raise DataError(
+            f"{path / 'config.json'} must be float, all int8 or all int4. "
+            f"Received: {', '.join(sorted(modes))}"
+        )
+    return next(iter(modes), None)
 
 
 def check_lora(path: Path, shape: ModelShape) -> int:

@@ -52,7 +52,11 @@ class TokenTable:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """All a worker needs to make a replica. Paths and names only: models do not travel."""
+    """All a worker needs to make a replica. Paths and names only: models do not travel.
+
+    quantization: what to make of a float preset while it is loaded; None where it is to stay as
+    it is on disk.
+    """
 
     preset: str
     lora_weights: str | None
@@ -61,6 +65,7 @@ class ModelSpec:
     classes: int
     pooling: str
     dtype: str
+    quantization: str | None
     compilation_cache: str | None
 
 

@@ -15,6 +15,8 @@ from sharding.costs import ModelShape
 from sharding.stages import Stage, cut_stages
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# Of a weight, its scales (and zero points) left out.
+QUANTIZED_BYTES = {"int8": 1.0, "int4": 0.5}
 # Of a device's memory; the rest is for activations, work space and the CUDA context.
 SHARE_FOR_WEIGHTS = 0.85
 
@@ -45,6 +47,8 @@ def choose_strategy(config: RunConfig, preset: Preset) -> Strategy | None:
     memory = device_memory_bytes()
     # What auto will be is the devices' to say: 16 bits on GPUs.
     item_bytes = ITEM_BYTES.get(config.dtype, 2 if memory else 4)
+    quantization = preset.quantization or config.quantization
+    weight_bytes = QUANTIZED_BYTES.get(quantization, float(item_bytes))
     traffic = {
         "tensor": tensor_bytes_per_token(shape, members, item_bytes),
         "pipeline": shape.hidden_dim * item_bytes * (members - 1),
@@ -57,13 +61,19 @@ def choose_strategy(config: RunConfig, preset: Preset) -> Strategy | None:
             if name == "pipeline"
             else f"{shape.num_layers} layers cannot be cut into {members} stages"
         )
+    if name == "tensor" and quantization != "none":
+        raise ConfigError(
+            f"--quantization {quantization} goes with --strategy pipeline: {asked}, and a scale "
+            "that belongs to a whole kernel is not cut into slices. Received: --strategy "
+            f"{config.strategy or 'auto'} --group-size {members}"
+        )
     why = (
         f"strategy {name}: {asked} (a token moves {traffic['pipeline'] / 1e3:,.1f} kB between "
         f"members in a pipeline, {traffic['tensor'] / 1e3:,.1f} kB with tensor)"
     )
     stages: tuple[Stage, ...] = ()
     if name == "pipeline":
-        stages = _stages(shape, members, item_bytes, memory)
+        stages = _stages(shape, members, weight_bytes, memory)
         held = (f"{s.start}-{s.stop - 1}: {s.weight_bytes / 1e6:,.0f} MB" for s in stages)
         why += f"; layers {', '.join(held)}"
     return Strategy(name, why, traffic[name], stages)
@@ -94,16 +104,16 @@ def tensor_bytes_per_token(shape: ModelShape, members: int, item_bytes: int) -> 
 
 
 def _stages(
-    shape: ModelShape, members: int, item_bytes: int, memory: int | None
+    shape: ModelShape, members: int, weight_bytes: float, memory: int | None
 ) -> tuple[Stage, ...]:
     layer_flops = shape.batch_flops(BatchShape(1, 512)) / shape.num_layers
-    layer_bytes = shape.layer_parameters * item_bytes
+    layer_bytes = int(shape.layer_parameters * weight_bytes)
     try:
         return cut_stages(
             [layer_flops] * shape.num_layers,
             [layer_bytes] * shape.num_layers,
             members,
-            first_bytes=shape.vocabulary_size * shape.hidden_dim * item_bytes,
+            first_bytes=int(shape.vocabulary_size * shape.hidden_dim * weight_bytes),
             max_bytes=int(memory * SHARE_FOR_WEIGHTS) if memory else None,
         )
     except ValueError as error:

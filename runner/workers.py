@@ -83,7 +83,9 @@ class Replica:
 
         before = peak_rss_bytes()
         dtype = resolve_dtype(spec.dtype, device)
-        backbone = load_backbone(spec.preset, spec.lora_weights, dtype=dtype)
+        backbone = load_backbone(
+            spec.preset, spec.lora_weights, dtype=dtype, quantization=spec.quantization
+        )
         self._predictor = Predictor(backbone, _head(spec, backbone), pooling=spec.pooling)
         return self._introduce(device, dtype, started, before)
 
@@ -148,7 +150,8 @@ class PipelineStage(Replica):
         dtype = resolve_dtype(spec.dtype, device)
         backbone = build_backbone(spec.preset, dtype=dtype)
         model = cut_stage(backbone, stage.start, stage.stop)
-        fill(model.variables, locate_weights(backbone, spec.preset, spec.lora_weights), place_whole)
+        stored = locate_weights(backbone, spec.preset, spec.lora_weights)
+        fill(model, stored, place_whole, quantization=spec.quantization)
         is_last = stage.stop == len(backbone.transformer_layers)
         head = _head(spec, backbone) if is_last else None
         self._predictor = Predictor(model, head, pooling=spec.pooling)
@@ -212,7 +215,7 @@ class TensorMember(Replica):
         layouts = lay_out_backbone(backbone, family, group_size)
         distribution, replicated = distribute(layouts, group_size)
         stored = locate_weights(backbone, spec.preset, spec.lora_weights)
-        fill(backbone.variables, stored, place_slices(distribution))
+        fill(backbone, stored, place_slices(distribution))
         notes = audit(backbone, layouts)
         self._predictor = Predictor(
             backbone, _head(spec, backbone), pooling=spec.pooling, replicated=replicated
