@@ -14,7 +14,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from runner.config import CHOICES, COUNTS, PATHS, RunConfig, flag, make_config, parse_count
+from runner.config import (
+    CHOICES,
+    COUNTS,
+    PATHS,
+    PrepareConfig,
+    RunConfig,
+    flag,
+    make_config,
+    parse_count,
+)
 from runner.errors import ArenaRunnerError, ConfigError, DataError, first_line
 
 EXIT_BAD_INPUT = 2
@@ -48,13 +57,36 @@ HELP = {
 }
 
 
+PREPARE_HELP = {
+    "preset": "KerasHub preset directory with float weights",
+    "output": "the directory to make: a KerasHub preset, for --preset of a run",
+    "quantization": "int8, int4, or none to merge LoRA only (default: int8)",
+    "lora_weights": HELP["lora_weights"],
+    "dtype": "of all that is not quantized, and of the weights before; name the one of the run "
+    "for the very numbers of --quantization there (default: auto, float32)",
+    "head_kernel": "with --head-bias: measures how far the answers lie from float32's",
+    "head_bias": ".npy of shape (classes,)",
+    "input": "its first rows are measured (default: made-up rows)",
+    "pooling": "for that measurement (default: padded-mean)",
+    "sequence_length": "for that measurement (default: 512)",
+    "text_format": "for that measurement (default: raw)",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     started = time.monotonic()
     interrupts = _Interrupts()
     verbose = False
     try:
-        config = parse_arguments(sys.argv[1:] if argv is None else argv)
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        if arguments[:1] == ["prepare"]:
+            from runner.prepare import prepare
+
+            interrupts.install()
+            prepare(parse_prepare_arguments(arguments[1:]), started=started)
+            return 0
+        config = parse_arguments(arguments)
         verbose = config.verbose
         from runner.pipeline import run  # pandas takes half a second; --help and typos need not
 
@@ -89,19 +121,12 @@ def parse_arguments(argv: Sequence[str]) -> RunConfig:
         prog="run.py",
         description="Predict every row of a test set with a Keras language-model classifier on "
         "all devices, and write a checked submission.",
-        epilog="Without --preset and --input a small demo model and test set are made and used.",
+        epilog="Without --preset and --input a small demo model and test set are made and used. "
+        "`run.py prepare --help`: merge and quantize a preset once, for faster starts.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for name, text in HELP.items():
-        options: dict[str, Any] = {"help": text, "dest": name}
-        if name in CHOICES:
-            options["metavar"] = "{" + ",".join(CHOICES[name]) + "}"
-        elif name in PATHS:
-            options |= {"type": Path, "metavar": "DIR" if name == "preset" else "FILE"}
-        else:
-            options["metavar"] = "N"
-        parser.add_argument(flag(name), **options)
+    _add_flags(parser, HELP, folders=("preset",))
     parser.add_argument(
         "--config", type=Path, metavar="FILE.toml", help="the same names; flags win"
     )
@@ -112,6 +137,42 @@ def parse_arguments(argv: Sequence[str]) -> RunConfig:
         if name in flags:
             flags[name] = parse_count(name, flags[name])
     return make_config(flags, config_file)
+
+
+def parse_prepare_arguments(argv: Sequence[str]) -> PrepareConfig:
+    """Return what the command line after `prepare` asks for.
+
+    Raises:
+        ConfigError: an unknown flag or a value that cannot be used.
+    """
+    parser = _Parser(
+        prog="run.py prepare",
+        description="Write a preset with LoRA merged and weights quantized, once: a run that loads "
+        "it gives the same numbers as one that does both while it loads, and starts faster.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    _add_flags(parser, PREPARE_HELP, folders=("preset", "output"))
+    flags = vars(parser.parse_args(argv))
+    if missing := [flag(name) for name in ("preset", "output") if name not in flags]:
+        raise ConfigError(f"prepare needs {' and '.join(missing)}; --help lists the flags")
+    if "sequence_length" in flags:
+        flags["sequence_length"] = parse_count("sequence_length", flags["sequence_length"])
+    return PrepareConfig(**flags)
+
+
+def _add_flags(
+    parser: argparse.ArgumentParser, texts: dict[str, str], *, folders: Sequence[str]
+) -> None:
+    for name, text in texts.items():
+        options: dict[str, Any] = {"help": text, "dest": name}
+        if name in CHOICES:
+            options["metavar"] = "{" + ",".join(CHOICES[name]) + "}"
+        elif name in PATHS:
+            options |= {"type": Path, "metavar": "DIR" if name in folders else "FILE"}
+        else:
+            options["metavar"] = "N"
+        parser.add_argument(flag(name), **options)
 
 
 class _Parser(argparse.ArgumentParser):

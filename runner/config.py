@@ -53,19 +53,7 @@ class RunConfig:
     verbose: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in (*allowed, None):
-                raise ConfigError(
-                    f"{flag(name)} must be one of {', '.join(allowed)}. "
-                    f"Received: {flag(name)} {getattr(self, name)}"
-                )
-        for name in COUNTS:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(
-                    f"{flag(name)} must be a whole number of at least 1. "
-                    f"Received: {flag(name)} {value}"
-                )
+        _check_values(self)
         if self.mode == "single" and self.num_workers not in (None, 1):
             raise ConfigError(
                 "--mode single is one process; use --mode data-parallel for several workers. "
@@ -129,6 +117,54 @@ class RunConfig:
             raise ConfigError(
                 f"--preset needs a head: --head-kernel FILE.npy of shape (hidden, classes) and "
                 f"--head-bias FILE.npy of shape (classes,). Missing: {' and '.join(missing)}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareConfig:
+    """What a person asked `prepare` for. The head and the input serve to measure what
+    quantization costs in accuracy; without a head that is left out.
+
+    Raises:
+        ConfigError: a value is outside its choices, or a file is missing.
+    """
+
+    preset: Path
+    output: Path
+    quantization: str = "int8"
+    lora_weights: Path | None = None
+    dtype: str = "auto"
+    head_kernel: Path | None = None
+    head_bias: Path | None = None
+    input: Path | None = None
+    pooling: str = "padded-mean"
+    sequence_length: int = 512
+    text_format: str = "raw"
+
+    def __post_init__(self) -> None:
+        _check_values(self)
+        if (self.head_kernel is None) != (self.head_bias is None):
+            raise ConfigError(
+                "--head-kernel and --head-bias go together. Received: "
+                f"{'--head-kernel' if self.head_kernel else '--head-bias'} alone"
+            )
+
+
+def _check_values(config: "RunConfig | PrepareConfig") -> None:
+    """Raise ConfigError where a field is outside its choices or a count is not positive."""
+    named = {field.name for field in fields(config)}
+    for name in CHOICES.keys() & named:
+        value = getattr(config, name)
+        if value not in (*CHOICES[name], None):
+            raise ConfigError(
+                f"{flag(name)} must be one of {', '.join(CHOICES[name])}. "
+                f"Received: {flag(name)} {value}"
+            )
+    for name in {*COUNTS} & named:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(
+                f"{flag(name)} must be a whole number of at least 1. Received: {flag(name)} {value}"
             )
 
 

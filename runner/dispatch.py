@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import ray
 import ray.exceptions
 
@@ -158,6 +159,21 @@ class RayReplicas:
                 yield result
         for group in self._groups:
             group.stop_clock()
+
+    def predict_in_float(self, batch: Batch) -> np.ndarray:
+        """Return a batch's probabilities in float32, after `run`.
+
+        Raises:
+            WorkerError: the worker that was asked died of it.
+        """
+        group = next(group for group in self._groups if group.ready_at or group.loaded)
+        try:
+            answer: np.ndarray = ray.get(group.predict_in_float(batch))
+        except (*_DEATHS, ray.exceptions.RayTaskError) as failure:
+            raise WorkerError(
+                f"{group.noun} {group.number}: {type(failure).__name__}: {first_line(failure)}"
+            ) from failure
+        return answer
 
     def _spawn(self, group: Group) -> None:
         self._show(group, "starting")

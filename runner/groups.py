@@ -162,6 +162,10 @@ class Group:
             calls = [last.finish.remote(batch, activations)]
         self._ask("predict", calls, batch)
 
+    def predict_in_float(self, batch: Batch) -> Any:
+        """Return the reference of a batch's probabilities in float32, by the first member."""
+        return self._actors[0].predict_in_float.remote(self._spec, batch)
+
     def take_result(self, step: Step) -> BatchResult:
         """Count a finished batch and return its result."""
         self.in_flight.remove(step.payload)

@@ -90,6 +90,23 @@ def cut_stage(backbone: keras.Model, start: int, stop: int) -> keras.Model:
     return keras.Model(inputs, output)
 
 
+def float_parts(preset: str, lora_weights: str | None) -> Iterator[keras.Model]:
+    """Yield a float preset's decoder layers in float32, as `cut_stage` cuts them, one at a time:
+    the weights of each are gone when the next comes.
+
+    Raises:
+        DataError: as `build_backbone` and `locate_weights`.
+    """
+    backbone = build_backbone(preset, dtype="float32")
+    stored = locate_weights(backbone, preset, lora_weights)
+    for number in range(len(backbone.transformer_layers)):
+        part = cut_stage(backbone, number, number + 1)
+        fill(part, stored, place_whole)
+        yield part
+        for variable in part.variables:
+            variable._value = None
+
+
 def _entry(layer: keras.Layer) -> Any:
     """The hidden states that go into a decoder layer, a symbolic tensor."""
     return layer.input[0] if isinstance(layer.input, (list, tuple)) else layer.input

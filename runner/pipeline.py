@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from runner.accuracy import compare, reference_batch
 from runner.config import RunConfig
 from runner.dataset import read_examples
-from runner.errors import ConfigError, DataError
+from runner.errors import ConfigError, DataError, WorkerError
 from runner.fingerprint import fingerprint
 from runner.merge import Merger
 from runner.presets import Preset, check_lora, read_head, read_preset
@@ -113,6 +114,9 @@ def run(
             with _timed(seconds, "merge"):
                 probabilities = merger.finish()
                 write_submission(config.output, examples.ids, probabilities)
+            quantization = _quantization_report(
+                config, preset, spec, executor, lengths, probabilities, progress
+            )
 
         seconds |= {
             "start_workers": executor.start_workers_s,
@@ -134,6 +138,7 @@ def run(
             faults=executor.faults,
             plan=_describe(plan),
             strategy=strategy,
+            quantization=quantization,
         )
         write_report(config.report_path, report)
     print(summarize(report, config, is_demo_model=config.uses_demo_model), flush=True)
@@ -215,6 +220,34 @@ def _quantization_to_do(config: RunConfig, preset: Preset) -> str | None:
             f"{config.lora_weights}"
         )
     return None
+
+
+def _quantization_report(
+    config: RunConfig,
+    preset: Preset,
+    spec: ModelSpec,
+    executor: "RayReplicas | InProcess",
+    lengths: np.ndarray,
+    probabilities: np.ndarray,
+    progress: Progress,
+) -> dict[str, Any] | None:
+    """Return how far quantization moved the first rows, or what its preparation measured."""
+    if preset.quantization is not None:
+        return {"mode": preset.quantization, **preset.accuracy}
+    if spec.quantization is None:
+        return None
+    progress.stage("the submission is written; comparing its first rows with float32")
+    started = time.monotonic()
+    batch = reference_batch(lengths, pooling=config.pooling, sequence_length=config.sequence_length)
+    try:
+        reference = executor.predict_in_float(batch)
+    except WorkerError as error:
+        # The submission stands; a worker without memory for this costs the figure alone.
+        return {"mode": spec.quantization, "measured": f"it failed: {error}"}
+    figures = compare(
+        probabilities[: len(batch.rows)], reference, seconds=time.monotonic() - started
+    )
+    return {"mode": spec.quantization, **figures}
 
 
 def cache_folder() -> Path:

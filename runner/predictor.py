@@ -3,6 +3,7 @@
 Knows arrays and shapes. Does not know Ray, row order or files.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -95,8 +96,6 @@ class Predictor:
         if device.platform == "cpu":
             self._function = with_fast_matmuls(self._forward)
         self._programs: dict[BatchShape, Any] = {}
-        self._cache_hits = 0
-        jax.monitoring.register_event_listener(self._count_cache_hits)
 
     @property
     def weight_bytes(self) -> int:
@@ -109,7 +108,7 @@ class Predictor:
 
     def compile(self, shape: BatchShape) -> CompileInfo:
         """Make the program for one shape, from JAX's cache on disk where it is there."""
-        started, hits = time.perf_counter(), self._cache_hits
+        started, hits = time.perf_counter(), _cache_hits().count
         if shape not in self._programs:
             entry = self._model.input[self._entry]
             trailing = entry.shape[2:]
@@ -120,7 +119,7 @@ class Predictor:
                     self._abstract((shape.rows,), "int32"),
                 )
                 self._programs[shape] = lowered.compile()
-        return CompileInfo(time.perf_counter() - started, self._cache_hits > hits)
+        return CompileInfo(time.perf_counter() - started, _cache_hits().count > hits)
 
     def predict(self, entry: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Return probabilities, float32 (rows, classes) that sum to one along the last dim, or
@@ -190,8 +189,21 @@ class Predictor:
             return jnp.asarray(array)
         return jax.make_array_from_callback(array.shape, self._replicated, array.__getitem__)
 
-    def _count_cache_hits(self, event: str, **_: Any) -> None:
-        self._cache_hits += event == "/jax/compilation_cache/cache_hits"
+
+class _CacheHits:
+    """Counts the programs that this process read from JAX's cache on disk."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_listener(self._hear)
+
+    def _hear(self, event: str, **_: Any) -> None:
+        self.count += event == "/jax/compilation_cache/cache_hits"
+
+
+@functools.cache
+def _cache_hits() -> _CacheHits:
+    return _CacheHits()
 
 
 def resolve_dtype(requested: str, device: jax.Device) -> str:

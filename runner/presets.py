@@ -55,6 +55,8 @@ UNFOLLOWED_OPTIONS = (
 QUANTIZED_POLICIES = ("QuantizedDTypePolicy", "Int4DTypePolicy")
 ASSETS = Path("assets", "tokenizer")
 WEIGHTS = "model.weights.h5"
+# Beside the weights of a prepared preset: how far they lie from float32.
+ACCURACY_FILE = "quantization.json"
 SHARDED_WEIGHTS_INDEX = "model.weights.json"
 
 
@@ -97,6 +99,14 @@ class Preset:
     tokenizer: TokenizerFiles
     weight_files: tuple[Path, ...]
     quantization: str | None = None
+
+    @property
+    def accuracy(self) -> dict[str, Any]:
+        """What was measured when a quantized preset was prepared, as `accuracy.compare` has it."""
+        try:
+            return _read_json(self.path / ACCURACY_FILE)
+        except DataError:
+            return {"measured": "the preset does not say"}
 
     @property
     def small_files(self) -> tuple[Path, ...]:

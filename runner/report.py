@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import __version__
+from runner.accuracy import describe
 from runner.config import RunConfig
 from runner.records import Faults, WorkerInfo, WorkerStats
 from runner.strategy import Strategy
@@ -42,6 +43,7 @@ def make_report(
     faults: Faults,
     plan: dict[str, Any],
     strategy: Strategy | None = None,
+    quantization: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the report; every duration in seconds, every rate over `seconds["predict"]`.
 
@@ -79,6 +81,7 @@ def make_report(
             "events": [],
         },
         "model": asdict(info) if info else None,
+        "quantization": quantization,
         "plan": plan,
         "group": _describe_group(strategy, workers),
     }
@@ -117,7 +120,10 @@ def summarize(report: dict[str, Any], config: RunConfig, *, is_demo_model: bool)
             f"{report['rates']['tokens_per_s']:,.0f} real tokens/s, {padding:.0%} padding; "
             f"{len(report['workers'])} x {report['model']['device'].split(',')[0]}, "
             f"{report['model']['dtype']}"
+            f"{' and ' + report['quantization']['mode'] if report['quantization'] else ''}"
         )
+    if report["quantization"]:
+        lines.append(describe(report["quantization"]["mode"], report["quantization"]))
     if report["group"]:
         held = ", ".join(f"{worker['weight_bytes'] / 1e6:,.0f}" for worker in report["workers"])
         lines.append(

@@ -3,10 +3,12 @@
 import time
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from runner.progress import Progress
 from runner.records import BatchResult, Faults, ModelSpec, TokenTable, WorkerInfo, WorkerStats
 from runner.workers import Replica
-from sharding.batches import Plan
+from sharding.batches import Batch, Plan
 from sharding.topology import WorkerSlot
 
 
@@ -31,6 +33,7 @@ class InProcess:
     def start(self, spec: ModelSpec) -> None:
         """Load the model; returns when it is there."""
         self._progress.set_worker(0, "loading")
+        self._spec = spec
         self.info = self._replica.load(spec)
         self.kind = self.info.kind
         self.stats[0].introduce(self.info)
@@ -57,3 +60,7 @@ class InProcess:
             self.predict_s = time.monotonic() - started
             stats.idle_s = self.predict_s - stats.busy_s
             yield result
+
+    def predict_in_float(self, batch: Batch) -> np.ndarray:
+        """Return a batch's probabilities in float32, after `run`."""
+        return self._replica.predict_in_float(self._spec, batch)

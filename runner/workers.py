@@ -104,6 +104,14 @@ class Replica:
         probabilities = self._predictor.predict(tokens, lengths)[: len(batch.rows)]
         return BatchResult(batch.index, batch.rows, probabilities, (_work_since(started),))
 
+    def predict_in_float(self, spec: ModelSpec, batch: Batch) -> np.ndarray:
+        """Return a batch's probabilities in float32, by Keras' own layers, one after the other.
+
+        The weights are read again, a decoder layer at a time: slow, and never the whole model.
+        """
+        tokens, lengths = self._arrays(batch)
+        return predict_in_float(spec, tokens, lengths)[: len(batch.rows)]
+
     def _arrays(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         assert self._tokens is not None, "this is a bug: no tokens before the first batch"
         return self._tokens.batch_arrays(batch.rows, batch.shape.rows, batch.shape.length)
@@ -221,6 +229,22 @@ class TensorMember(Replica):
             backbone, _head(spec, backbone), pooling=spec.pooling, replicated=replicated
         )
         return self._introduce(device, dtype, started, before, notes)
+
+
+def predict_in_float(spec: ModelSpec, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return float32 (rows, classes): what a float preset says of tokens int32 (rows, length)."""
+    from runner.loading import float_parts
+    from runner.predictor import Predictor
+    from runner.presets import read_preset
+
+    layers = read_preset(Path(spec.preset)).shape.num_layers
+    values = tokens
+    for number, part in enumerate(float_parts(spec.preset, spec.lora_weights), start=1):
+        head = _head(spec, part) if number == layers else None
+        predictor = Predictor(part, head, pooling=spec.pooling, way="keras")
+        values = predictor.predict(values, lengths)
+        del predictor
+    return values
 
 
 def _head(spec: ModelSpec, backbone: Any) -> tuple[np.ndarray, np.ndarray]:

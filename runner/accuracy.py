@@ -1,0 +1,49 @@
+"""Two tables of probabilities -> how far quantization moved them, in numbers and in a sentence.
+
+Pure arithmetic; `pipeline.py` and `prepare.py` bring the tables.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from sharding.batches import Batch, BatchShape
+
+# Rows whose probabilities are computed again in float32.
+REFERENCE_ROWS = 8
+
+
+def reference_batch(lengths: np.ndarray, *, pooling: str, sequence_length: int) -> Batch:
+    """Return the first rows of a test set as one batch, padded as their pooling needs it.
+
+    lengths: (rows,) token counts.
+    """
+    rows = min(REFERENCE_ROWS, len(lengths))
+    longest = sequence_length if pooling == "padded-mean" else max(1, int(lengths[:rows].max()))
+    return Batch(0, tuple(range(rows)), BatchShape(rows, longest))
+
+
+def compare(quantized: np.ndarray, reference: np.ndarray, *, seconds: float) -> dict[str, Any]:
+    """Return the report's `quantization` figures for two tables (rows, classes)."""
+    difference = np.abs(quantized - reference)
+    changed = quantized.argmax(axis=1) != reference.argmax(axis=1)
+    return {
+        "reference_rows": len(reference),
+        "max_abs_difference": float(difference.max()),
+        "mean_abs_difference": float(difference.mean()),
+        "changed_argmax": int(changed.sum()),
+        "seconds": round(seconds, 4),
+        "measured": "in this run",
+    }
+
+
+def describe(mode: str, figures: dict[str, Any]) -> str:
+    """Return a sentence for the person about what `compare` returned."""
+    if "reference_rows" not in figures:
+        return f"{mode}: how far it lies from float32 is not known ({figures['measured']})."
+    return (
+        f"{mode} lies {figures['max_abs_difference']:.4f} at most and "
+        f"{figures['mean_abs_difference']:.4f} on average from float32 in the first "
+        f"{figures['reference_rows']} rows' probabilities; the likeliest class changed in "
+        f"{figures['changed_argmax']} ({figures['measured']})."
+    )

@@ -1,0 +1,169 @@
+"""A float preset and a LoRA file -> a preset directory that is merged and quantized, made once.
+
+The directory is an ordinary KerasHub preset, and appears under its name when it is whole. All is
+done in this process, on the CPU, one layer in float at a time.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from runner.accuracy import compare, describe, reference_batch
+from runner.config import PrepareConfig
+from runner.errors import ConfigError
+from runner.presets import ACCURACY_FILE, Preset, check_lora, read_head, read_preset
+from runner.progress import Progress
+from runner.records import ModelSpec
+from runner.submission import LABEL_COLUMNS
+
+# Beside the weights and the backbone's own config.
+COPIED = ("tokenizer.json", "preprocessor.json", "assets")
+
+
+def prepare(config: PrepareConfig, *, started: float | None = None) -> Preset:
+    """Write the preset that `config` asks for and return what it holds.
+
+    Raises:
+        ConfigError, DataError: the person's to mend; nothing was written.
+    """
+    started = time.monotonic() if started is None else started
+    preset = _check(config)
+    spec = ModelSpec(
+        preset=str(preset.path.resolve()),
+        lora_weights=str(config.lora_weights.resolve()) if config.lora_weights else None,
+        head_kernel=str(config.head_kernel or ""),
+        head_bias=str(config.head_bias or ""),
+        classes=len(LABEL_COLUMNS),
+        pooling=config.pooling,
+        dtype="float32" if config.dtype == "auto" else config.dtype,
+        quantization=None if config.quantization == "none" else config.quantization,
+        compilation_cache=None,
+    )
+    with Progress(started=started) as progress, _appears_whole(config.output) as folder:
+        progress.stage(f"loading {preset.path}")
+        backbone = _load(spec)
+        progress.stage(f"writing {config.output}")
+        backbone.save_to_preset(str(folder))
+        for name in COPIED:
+            if (preset.path / name).is_dir():
+                shutil.copytree(preset.path / name, folder / name)
+            elif (preset.path / name).is_file():
+                shutil.copy2(preset.path / name, folder / name)
+        figures: dict[str, Any] = {"measured": "no head was named when the preset was prepared"}
+        if spec.quantization and config.head_kernel is not None:
+            progress.stage("comparing with float32")
+            figures = _measure(config, spec, preset, backbone)
+        if spec.quantization:
+            (folder / ACCURACY_FILE).write_text(json.dumps(figures, indent=1) + "\n")
+    made = read_preset(config.output)
+    before, after = (
+        sum(path.stat().st_size for path in files)
+        for files in (preset.weight_files, made.weight_files)
+    )
+    print(
+        f"{config.output}: {after / 1e6:,.0f} MB of weights from {before / 1e6:,.0f} MB, "
+        f"{'LoRA merged, ' if config.lora_weights else ''}{made.quantization or 'not quantized'}, "
+        f"the rest in {spec.dtype}; {time.monotonic() - started:.1f} s",
+        flush=True,
+    )
+    if made.quantization:
+        print(describe(made.quantization, figures), flush=True)
+    return made
+
+
+def _check(config: PrepareConfig) -> Preset:
+    """Find what can be found before the work."""
+    output = config.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"--output must be a new or an empty folder. Received: {output}")
+    if not output.resolve().parent.is_dir():
+        raise ConfigError(f"--output must lie in a folder that exists. Received: {output}")
+    preset = read_preset(config.preset)
+    if preset.quantization is not None:
+        raise ConfigError(
+            f"--preset must hold float weights. Received: {preset.path}, "
+            f"which is {preset.quantization} already"
+        )
+    if config.lora_weights is not None:
+        check_lora(config.lora_weights, preset.shape)
+    if config.head_kernel is not None and config.head_bias is not None:
+        read_head(
+            config.head_kernel,
+            config.head_bias,
+            hidden_dim=preset.shape.hidden_dim,
+            classes=len(LABEL_COLUMNS),
+        )
+    return preset
+
+
+def _load(spec: ModelSpec) -> Any:
+    from runner.workers import prepare_process
+    from sharding.topology import WorkerSlot
+
+    prepare_process(WorkerSlot(0, "cpu"), verbose=False)
+    from runner.loading import load_backbone
+
+    return load_backbone(
+        spec.preset, spec.lora_weights, dtype=spec.dtype, quantization=spec.quantization
+    )
+
+
+def _measure(
+    config: PrepareConfig, spec: ModelSpec, preset: Preset, backbone: Any
+) -> dict[str, Any]:
+    """Compare the quantized model with float32 on the first rows."""
+    from runner.dataset import read_examples
+    from runner.demo import make_rows
+    from runner.predictor import Predictor
+    from runner.prompts import render_prompts
+    from runner.records import Examples
+    from runner.tokenization import tokenize
+    from runner.workers import predict_in_float
+
+    if config.input is not None:
+        examples = read_examples(config.input)
+    else:
+        ids, *columns = zip(*make_rows(8, seed=0), strict=True)
+        examples = Examples(
+            ids, dict(zip(("prompt", "response_a", "response_b"), columns, strict=True))
+        )
+    texts = render_prompts(examples, text_format=config.text_format)
+    tokens = tokenize(
+        texts,
+        preset.tokenizer,
+        sequence_length=config.sequence_length,
+        on_progress=lambda rows: None,
+    )
+    batch = reference_batch(
+        tokens.lengths, pooling=config.pooling, sequence_length=config.sequence_length
+    )
+    arrays = tokens.batch_arrays(batch.rows, batch.shape.rows, batch.shape.length)
+    started = time.monotonic()
+    head = read_head(
+        Path(spec.head_kernel),
+        Path(spec.head_bias),
+        hidden_dim=preset.shape.hidden_dim,
+        classes=spec.classes,
+    )
+    quantized = Predictor(backbone, head, pooling=spec.pooling).predict(*arrays)
+    reference = predict_in_float(spec, *arrays)
+    figures = compare(quantized, reference, seconds=time.monotonic() - started)
+    rows = f"{config.input.name}" if config.input is not None else "made-up rows"
+    return figures | {"measured": f"on {rows}, when the preset was prepared"}
+
+
+@contextmanager
+def _appears_whole(output: Path) -> Iterator[Path]:
+    """Yield a folder aside that is renamed to `output` at the end, or removed."""
+    aside = output.resolve().with_name(f".{output.name}.{os.getpid()}.partial")
+    aside.mkdir()
+    try:
+        yield aside
+        os.replace(aside, output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
