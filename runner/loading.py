@@ -4,6 +4,7 @@ Runs in the process that predicts. Imports Keras, so `workers.prepare_process` m
 """
 
 import ctypes
+import gc
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +15,6 @@ from typing import Any
 
 import h5py
 import jax
-import jax.numpy as jnp
 import keras
 import keras_hub
 import numpy as np
@@ -144,10 +144,14 @@ def fill(
     """
     with _large_blocks_go_back():
         if quantization is not None:
+            # Keras collects garbage after each layer: a sixth of a second, times all layers, over
+            # objects that were there before.
+            gc.freeze()
             for layer in list(model._flatten_layers(include_self=False)):
                 if len(list(layer._flatten_layers())) == 1:
                     _fill(layer.variables, stored, place)
                     quantize_layer(layer, quantization)
+            gc.unfreeze()
         _fill(model.variables, stored, place)
 
 
@@ -192,7 +196,8 @@ def _large_blocks_go_back() -> Iterator[None]:
 
 def place_whole(variable: keras.Variable, stored: StoredWeight) -> jax.Array:
     """Read all values of a variable onto this process' device."""
-    return jnp.asarray(stored.read(dtype=variable.dtype))
+    # Not jnp.asarray, which compiles a copy for each shape on a CPU.
+    return jax.device_put(stored.read(dtype=variable.dtype))
 
 
 def _read_lora(

@@ -186,7 +186,7 @@ class Predictor:
 
     def _on_device(self, array: np.ndarray) -> jax.Array:
         if self._replicated is None:
-            return jnp.asarray(array)
+            return jax.device_put(array)
         return jax.make_array_from_callback(array.shape, self._replicated, array.__getitem__)
 
 

@@ -22,7 +22,7 @@ CONFIGS = {
     "int4": keras.quantizers.Int4QuantizationConfig,
 }
 # Bytes of a weight that are quantized at a time: Keras' arithmetic holds four copies of them.
-PIECE_BYTES = 16 << 20
+PIECE_BYTES = 2 << 20
 
 
 def quantize_layer(layer: keras.Layer, mode: str) -> None:

@@ -259,3 +259,13 @@ def start(cache):
         for process in started.family():
             process.kill()
         started.process.communicate()
+
+
+@pytest.fixture(scope="session")
+def heavy(tmp_path_factory, cache, models) -> Model:
+    """About 1.3 GB of float32 weights, nearly all in the layers."""
+    folder = tmp_path_factory.mktemp("heavy")
+    vocabulary = models["gemma2"].preset / "assets" / "tokenizer" / "vocabulary.spm"
+    run_script(cache, "make_presets.py", folder, vocabulary, "heavy")
+    yield Model(folder / "heavy")
+    (folder / "heavy" / "preset" / "model.weights.h5").unlink()

@@ -30,7 +30,7 @@ GEMMA_2 = GEMMA_1 | {
 # Every dim that is split divides by three.
 THIRDS = GEMMA_2 | {"num_query_heads": 6, "num_key_value_heads": 3}
 HEAVY = GEMMA_2 | {
-    "num_layers": 10,
+    "num_layers": 20,
     "num_query_heads": 16,
     "num_key_value_heads": 8,
     "hidden_dim": 1024,

@@ -9,7 +9,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from tests.conftest import LENGTH, TOLERANCE, Model, run_script
+from tests.conftest import LENGTH, TOLERANCE
 from tests.test_equalities import FLAGS, difference, ids_of
 
 MODEL_PARALLEL = ("--mode", "model-parallel")
@@ -170,16 +170,6 @@ def test_two_runs_at_once_do_not_meet(start, models, reference, test_set, tmp_pa
         table = pd.read_csv(output)
         expected = reference(model)["raw mean"]
         assert np.abs(table.iloc[:, 1:].to_numpy() - expected).max() < TOLERANCE
-
-
-@pytest.fixture(scope="module")
-def heavy(tmp_path_factory, cache, models) -> Model:
-    """About 640 MB of float32 weights, nearly all in the layers."""
-    folder = tmp_path_factory.mktemp("heavy")
-    vocabulary = models["gemma2"].preset / "assets" / "tokenizer" / "vocabulary.spm"
-    run_script(cache, "make_presets.py", folder, vocabulary, "heavy")
-    yield Model(folder / "heavy")
-    (folder / "heavy" / "preset" / "model.weights.h5").unlink()
 
 
 @pytest.mark.slow
