@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint format types bench clean
+.PHONY: demo test test-all lint format types bench bench-quick clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python run.py --mode data-parallel
@@ -25,8 +25,11 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-test
+bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/throughput.py
+
+bench-quick: $(VENV)/.installed-bench
+	$(BIN)/python benchmarks/throughput.py --quick --name quick
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
@@ -42,3 +45,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-bench: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	touch $@
