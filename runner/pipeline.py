@@ -29,9 +29,10 @@ from runner.report import make_report, summarize, versions, write_report
 from runner.strategy import Strategy, choose_strategy
 from runner.submission import LABEL_COLUMNS, check_writable, write_submission
 from runner.tokenization import tokenize
-from sharding.batches import Plan, plan_batches
+from sharding.batches import BatchShape, Plan, plan_batches
 from sharding.buckets import choose_buckets
-from sharding.topology import DEFAULT_TOKENS_PER_BATCH
+from sharding.costs import ModelShape
+from sharding.topology import BUCKET_MULTIPLES, DEFAULT_TOKENS_PER_BATCH
 
 if TYPE_CHECKING:
     from runner.dispatch import RayReplicas
@@ -98,7 +99,10 @@ def run(
                 time.sleep(0.05)
             tokens, seconds["tokenize"] = tokenizing.result()
 
-            plan = plan_run(tokens, config, executor.kind)
+            replicas = len(executor.stats) // config.members
+            plan = plan_run(
+                tokens, config, kind=executor.kind, shape=preset.shape, replicas=replicas
+            )
             costs = [float(preset.shape.batch_flops(batch.shape)) for batch in plan.batches]
             progress.expect(rows=len(examples), cost=sum(costs))
             merger = Merger(examples.ids, len(LABEL_COLUMNS))
@@ -145,8 +149,10 @@ def run(
     return report
 
 
-def plan_run(tokens: TokenTable, config: RunConfig, kind: str) -> Plan:
-    """Return the batches for these rows on this kind of device.
+def plan_run(
+    tokens: TokenTable, config: RunConfig, *, kind: str, shape: ModelShape, replicas: int
+) -> Plan:
+    """Return the batches for these rows on so many replicas on this kind of device.
 
     `padded-mean` averages over every position up to the sequence length, so every row is padded
     to it; the other poolings do not see padding, and rows get the shortest bucket.
@@ -154,7 +160,13 @@ def plan_run(tokens: TokenTable, config: RunConfig, kind: str) -> Plan:
     if config.pooling == "padded-mean":
         buckets: tuple[int, ...] = (config.sequence_length,)
     else:
-        buckets = choose_buckets(tokens.lengths, sequence_length=config.sequence_length)
+        buckets = choose_buckets(
+            tokens.lengths,
+            sequence_length=config.sequence_length,
+            cost=lambda length: shape.batch_flops(BatchShape(1, length)),
+            cost_of_shape=shape.compile_flops(kind, replicas),
+            multiple_of=BUCKET_MULTIPLES[kind],
+        )
     budget = config.max_tokens_per_batch or DEFAULT_TOKENS_PER_BATCH[kind]
     return plan_batches(tokens.lengths, buckets=buckets, max_tokens_per_batch=budget)
 
@@ -369,6 +381,7 @@ def _model_flops(preset: Preset, lengths: np.ndarray) -> float:
 def _describe(plan: Plan) -> dict[str, Any]:
     return {
         "batches": len(plan.batches),
+        "predicted_padding": 1 - plan.real_tokens / plan.padded_tokens if plan.batches else None,
         "shapes": [asdict(shape) for shape in plan.shapes],
     }
 

@@ -54,9 +54,10 @@ def plan_batches(
 ) -> Plan:
     """Return every row in exactly one batch, longest first; ties go by row.
 
-    A batch takes its padded length from its longest row and as many of the next rows as the
-    budget allows, at least one. There is at most one shape for each bucket: only the last batch
-    can be short of rows, and it gets a shape of its own where no earlier batch had its length.
+    A batch takes its padded length from its longest row and as many of the next rows as its shape
+    holds. There is one shape at most for each bucket, of as many rows as the budget allows, or up
+    to a quarter fewer where that leaves less of a last batch to rows of the next bucket, which
+    are padded further there than they need. Only the very last batch can be short of rows.
 
     Args:
         lengths: (rows,) token counts.
@@ -76,8 +77,18 @@ def plan_batches(
     start = 0
     while start < order.size:
         length = int(padded[start])
-        rows = tuple(order[start : start + max(1, max_tokens_per_batch // length)].tolist())
-        shape = shapes.setdefault(length, BatchShape(len(rows), length))
-        batches.append(Batch(len(batches), rows, shape))
-        start += len(rows)
+        if length not in shapes:
+            in_bucket = int(np.count_nonzero(padded[start:] == length))
+            rows = _rows_of(in_bucket, max(1, max_tokens_per_batch // length))
+            shapes[length] = BatchShape(rows, length)
+        members = tuple(order[start : start + shapes[length].rows].tolist())
+        batches.append(Batch(len(batches), members, shapes[length]))
+        start += len(members)
     return Plan(tuple(batches), tuple(shapes.values()), int(lengths.sum()))
+
+
+def _rows_of(in_bucket: int, most: int) -> int:
+    """Return the rows of a bucket's batches: those that leave the least of the last one over."""
+    if in_bucket < most:
+        return in_bucket
+    return min(range(most, most - most // 4 - 1, -1), key=lambda rows: -in_bucket % rows)

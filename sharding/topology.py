@@ -11,6 +11,9 @@ from dataclasses import dataclass
 # matrix units while the float32 attention square of 16 heads at 512 tokens stays near 0.5 GB.
 DEFAULT_TOKENS_PER_BATCH = {"cpu": 2048, "gpu": 16384, "tpu": 16384}
 
+# Padded lengths are multiples of this: what vector and matrix units like.
+BUCKET_MULTIPLES = {"cpu": 8, "gpu": 16, "tpu": 128}
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerSlot:
