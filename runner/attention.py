@@ -207,8 +207,10 @@ def attention(
 ) -> Iterator[None]:
     """Within, the model's attention layers take tokens end to end, (rows x length, 1, ...), and
     attend in this way. Not for `keras`."""
-    attend = WAYS[way]
-    assert attend is not None, "this is a bug: Keras' own attention needs no scope"
+    chosen = WAYS[way]
+    assert chosen is not None, "this is a bug: Keras' own attention needs no scope"
+    # Traced once for all layers that are alike: it is half of a model's tracing otherwise.
+    attend: Any = _traced_once(chosen)  # type: ignore[arg-type]
     kinds = {type(layer).__name__ for layer in _layers(model)}
     has_windows, blind_see_nothing = kinds.isdisjoint(WITHOUT_WINDOW), kinds <= {*BLIND_SEE_NOTHING}
 
@@ -250,6 +252,11 @@ def attention(
         yield
 
 
+@functools.cache
+def _traced_once(attend: Any) -> Attend:
+    return jax.jit(attend, static_argnames=("scale", "soft_cap", "window"), inline=True)
+
+
 def _layers(model: keras.Model) -> list[keras.Layer]:
     """Attention layers that can hand their queries, keys and values over."""
     return [
@@ -275,9 +282,12 @@ def _window(layer: keras.Layer) -> int | None:
 
 
 def _tolerance(model: keras.Model) -> float:
-    if any(getattr(layer, "quantization_mode", None) for layer in model._flatten_layers()):
-        return QUANTIZED_TOLERANCE
-    return TOLERANCES[model.compute_dtype]
+    return QUANTIZED_TOLERANCE if is_quantized(model) else TOLERANCES[model.compute_dtype]
+
+
+def is_quantized(model: keras.Model) -> bool:
+    """Return whether any of its layers holds int8 or int4 weights."""
+    return any(getattr(layer, "quantization_mode", None) for layer in model._flatten_layers())
 
 
 class _Check:

@@ -211,11 +211,13 @@ class RayReplicas:
             self._show(group, "loading")
         elif step.what == "load":
             self._take_load(group, step.answers)
+        elif step.what == "tokens":
+            group.has_tokens = True
         elif step.what == "compile":
             group.take_compiled(step)
             self._compiled.add(step.payload)
         group.go_on_after(step)
-        if self._plan is not None and len(group.warm) == len(self._plan.shapes):
+        if group.warm and group.has_tokens:
             group.ready_at = group.ready_at or time.monotonic()
 
     def _take_load(self, group: Group, answers: list[WorkerInfo]) -> None:
@@ -236,25 +238,34 @@ class RayReplicas:
             group.hand_tokens(self._tokens)
 
     def _give_work(self, group: Group) -> None:
-        """Keep a group busy: shapes until all are compiled, then batches."""
+        """Keep a group busy: shapes until all are compiled, and batches of those that are."""
         if not group.loaded or group.given_up:
             return
-        if group.ready_at is None:
-            self._give_shape(group)
-            return
-        while len(group.in_flight) < group.most_in_flight:
+        self._give_shape(group)
+        while group.has_tokens and len(group.in_flight) < group.most_in_flight:
             if not group.shard:
-                if not self._queue:
-                    break
-                group.shard.extend(self._queue.popleft())
+                group.shard.extend(self._take_shard(group))
+            if not group.shard or group.shard[0].shape not in group.warm:
+                break
             group.start(group.shard.popleft())
-        self._show(group, "busy" if group.in_flight else "idle")
+        if group.in_flight:
+            self._show(group, "busy")
+        elif group.compiling is None:
+            self._show(group, "idle")
+
+    def _take_shard(self, group: Group) -> Sequence[Batch]:
+        """Take the first shard that the group can begin now, none if there is none."""
+        for number, shard in enumerate(self._queue):
+            if shard[0].shape in group.warm:
+                del self._queue[number]
+                return shard
+        return ()
 
     def _give_shape(self, group: Group) -> None:
         """Give the next shape that nobody compiles now: compiled elsewhere, it is in the cache."""
-        if group.compiling is not None:
-            return
         assert self._plan is not None, "this is a bug: shapes are given before there is a plan"
+        if group.compiling is not None or len(group.warm) == len(self._plan.shapes):
+            return
         elsewhere = {other.compiling for other in self._groups} - self._compiled
         for shape in self._plan.shapes:
             if shape not in group.warm and shape not in elsewhere:

@@ -24,6 +24,9 @@ BATCHES_IN_FLIGHT = 2
 # Batches in flight in a pipeline beyond one for each stage, so that no stage waits for a hand-over.
 EXTRA_IN_PIPELINE = 2
 
+# One batch computes while the next is brought to the device. The members of a tensor group must
+# start batches in the same order.
+PREDICTING_THREADS = {None: 2, "pipeline": 2, "tensor": 1}
 ACTORS = {None: Replica, "pipeline": PipelineStage, "tensor": TensorMember}
 RESOURCES = {"cpu": {"CPU": 1.0}, "gpu": {"CPU": 1.0, "GPU": 1.0}, "tpu": {"CPU": 1.0, "TPU": 1.0}}
 
@@ -65,7 +68,7 @@ class Group:
         self.in_flight: deque[Batch] = deque()
         self.warm: set[BatchShape] = set()
         self.compiling: BatchShape | None = None
-        self.loaded = self.given_up = False
+        self.loaded = self.has_tokens = self.given_up = False
         self.restarts = 0
         self.ready_at: float | None = None
         self._alive_s = 0.0
@@ -96,7 +99,8 @@ class Group:
 
     def spawn(self) -> None:
         """Fill the slots with new actors and send them to load."""
-        actor_class = ray.remote(ACTORS[self._name])
+        threads = {"compile": 1, "predict": PREDICTING_THREADS[self._name]}
+        actor_class = ray.remote(concurrency_groups=threads)(ACTORS[self._name])
         self._actors = [
             actor_class.options(
                 num_cpus=self._resources["CPU"],
@@ -141,7 +145,14 @@ class Group:
 
     def compile(self, shape: BatchShape) -> None:
         self.compiling = shape
-        self._ask("compile", [actor.compile.remote(shape) for actor in self._actors], shape)
+        self._ask(
+            "compile",
+            [
+                actor.compile.options(concurrency_group="compile").remote(shape)
+                for actor in self._actors
+            ],
+            shape,
+        )
 
     def take_compiled(self, step: Step) -> None:
         self.warm.add(step.payload)
@@ -152,14 +163,18 @@ class Group:
     def start(self, batch: Batch) -> None:
         """Send a batch on its way."""
         self.in_flight.append(batch)
+
+        def call(method: Any, *arguments: Any) -> Any:
+            return method.options(concurrency_group="predict").remote(*arguments)
+
         if self._name != "pipeline":
-            calls = [actor.predict.remote(batch) for actor in self._actors]
+            calls = [call(actor.predict, batch) for actor in self._actors]
         else:
             first, *between, last = self._actors
-            activations = first.begin.remote(batch)
+            activations = call(first.begin, batch)
             for actor in between:
-                activations = actor.carry_on.remote(activations)
-            calls = [last.finish.remote(batch, activations)]
+                activations = call(actor.carry_on, activations)
+            calls = [call(last.finish, batch, activations)]
         self._ask("predict", calls, batch)
 
     def predict_in_float(self, batch: Batch) -> Any:
@@ -188,7 +203,8 @@ class Group:
         for left in (self.calls, self.in_flight, self.shard, self.warm):
             left.clear()
         self.stop_clock()
-        self.loaded, self.compiling = False, None
+        self.loaded = self.has_tokens = False
+        self.compiling = None
         return batches
 
     def stop_clock(self) -> None:

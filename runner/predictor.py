@@ -4,6 +4,7 @@ Knows arrays and shapes. Does not know Ray, row order or files.
 """
 
 import functools
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from runner.attention import attention, choose_way
+from runner.attention import attention, choose_way, is_quantized
 from runner.matmuls import with_fast_matmuls
 from runner.records import CompileInfo
 from sharding.batches import BatchShape
@@ -54,7 +55,7 @@ SEES_PADDING = ("padded-mean",)
 class Predictor:
     """A model, or a stage of one, compiled for each shape.
 
-    A shape may be compiled in one thread while another predicts.
+    Threads may share it: a shape compiles in one while others predict.
 
     Args:
         model: a functional model over {"token_ids" or "hidden", "padding_mask"}, LoRA merged; its
@@ -92,8 +93,11 @@ class Predictor:
         if way is None:
             with jax.default_matmul_precision(self._precision):
                 self.way, self.notes = choose_way(model, device, replicated)
+        # A GPU or TPU queues programs; a CPU would run two at once, each half as fast.
+        self._is_cpu = device.platform == "cpu"
+        self._turns = threading.Lock()
         self._function: Callable[..., jax.Array] = self._forward
-        if device.platform == "cpu":
+        if self._is_cpu and (model.compute_dtype == "bfloat16" or is_quantized(model)):
             self._function = with_fast_matmuls(self._forward)
         self._programs: dict[BatchShape, Any] = {}
 
@@ -129,13 +133,20 @@ class Predictor:
             entry: token ids, int32 (rows, length), padded after each row's end; or hidden states.
             lengths: int32 (rows,), real tokens of each row; 0 marks a filler row.
         """
-        return self.fetch(self.enqueue(entry, lengths))
-
-    def enqueue(self, entry: np.ndarray, lengths: np.ndarray) -> jax.Array:
-        """Copy a batch to the device and start it, without waiting; arguments as for `predict`."""
         shape = BatchShape(*entry.shape[:2])
         self.compile(shape)
-        return self._programs[shape](
+        with self._turns:
+            output = self.enqueue(entry, lengths)
+            if self._is_cpu:
+                return self.fetch(output)
+        return self.fetch(output)
+
+    def enqueue(self, entry: np.ndarray, lengths: np.ndarray) -> jax.Array:
+        """Copy a batch to the device and start it, without waiting; arguments as for `predict`.
+
+        Its shape must be compiled.
+        """
+        return self._programs[BatchShape(*entry.shape[:2])](
             *self._arguments, self._on_device(entry), self._on_device(lengths)
         )
 

@@ -2,13 +2,22 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
 from runner.progress import Progress
-from runner.records import BatchResult, Faults, ModelSpec, TokenTable, WorkerInfo, WorkerStats
+from runner.records import (
+    BatchResult,
+    CompileInfo,
+    Faults,
+    ModelSpec,
+    TokenTable,
+    WorkerInfo,
+    WorkerStats,
+)
 from runner.workers import Replica
-from sharding.batches import Batch, Plan
+from sharding.batches import Batch, BatchShape, Plan
 from sharding.topology import WorkerSlot
 
 
@@ -47,14 +56,29 @@ class InProcess:
         self, plan: Plan, tokens: TokenTable, *, costs: Sequence[float], ids: Sequence[str]
     ) -> Iterator[BatchResult]:
         """Yield the result of every batch, in the order of the plan."""
-        stats = self.stats[0]
         self._replica.hold_tokens(tokens)
-        for number, shape in enumerate(plan.shapes, start=1):
-            self._progress.set_worker(0, f"compiling {number}/{len(plan.shapes)}")
-            stats.count_compiled(self._replica.compile(shape))
-        self._progress.set_worker(0, "busy")
-        started = time.monotonic()
+        # One thread compiles in the order of use, ahead of the batches.
+        with ThreadPoolExecutor(1, "compile") as compiler:
+            compiling = {
+                shape: compiler.submit(self._replica.compile, shape) for shape in plan.shapes
+            }
+            try:
+                yield from self._predict(plan, compiling)
+            finally:
+                compiler.shutdown(cancel_futures=True)
+
+    def _predict(
+        self, plan: Plan, compiling: dict[BatchShape, Future[CompileInfo]]
+    ) -> Iterator[BatchResult]:
+        stats, started = self.stats[0], 0.0
+        warm: set[BatchShape] = set()
         for batch in plan.batches:
+            if batch.shape not in warm:
+                self._progress.set_worker(0, f"compiling {len(warm) + 1}/{len(plan.shapes)}")
+                stats.count_compiled(compiling[batch.shape].result())
+                warm.add(batch.shape)
+                self._progress.set_worker(0, "busy")
+            started = started or time.monotonic()
             result = self._replica.predict(batch)
             stats.count(len(result.rows), result.work[0])
             self.predict_s = time.monotonic() - started

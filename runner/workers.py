@@ -6,6 +6,7 @@
 import os
 import socket
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -55,13 +56,19 @@ def prepare_process(slot: WorkerSlot, *, verbose: bool) -> None:
 
 
 class Replica:
-    """One copy of the weights, on one device, in this process."""
+    """One copy of the weights, on one device, in this process.
+
+    `predict` may be called from two threads and `compile` from a third: the next batch is on the
+    device before the last has finished, and batches run while later shapes compile.
+    """
 
     def __init__(self, slot: WorkerSlot, *, verbose: bool = False) -> None:
         prepare_process(slot, verbose=verbose)
         self._slot = slot
         self._predictor: Any = None
         self._tokens: TokenTable | None = None
+        self._clock = threading.Lock()
+        self._last_end = 0.0
 
     def ping(self) -> str:
         """Return the address of this worker's machine: the process is up."""
@@ -102,7 +109,7 @@ class Replica:
         started = time.perf_counter()
         tokens, lengths = self._arrays(batch)
         probabilities = self._predictor.predict(tokens, lengths)[: len(batch.rows)]
-        return BatchResult(batch.index, batch.rows, probabilities, (_work_since(started),))
+        return BatchResult(batch.index, batch.rows, probabilities, (self._work_since(started),))
 
     def predict_in_float(self, spec: ModelSpec, batch: Batch) -> np.ndarray:
         """Return a batch's probabilities in float32, by Keras' own layers, one after the other.
@@ -111,6 +118,14 @@ class Replica:
         """
         tokens, lengths = self._arrays(batch)
         return predict_in_float(spec, tokens, lengths)[: len(batch.rows)]
+
+    def _work_since(self, started: float, sent_bytes: int = 0) -> Work:
+        """Return the work of a batch that ends now. A batch waits on the device while the one
+        before computes: that time is the other's."""
+        with self._clock:
+            ended = time.perf_counter()
+            seconds, self._last_end = ended - max(started, self._last_end), ended
+        return Work(seconds, peak_rss_bytes(), sent_bytes)
 
     def _arrays(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         assert self._tokens is not None, "this is a bug: no tokens before the first batch"
@@ -170,20 +185,20 @@ class PipelineStage(Replica):
         started = time.perf_counter()
         tokens, lengths = self._arrays(batch)
         hidden = self._predictor.predict(tokens, lengths)
-        return Activations(hidden, lengths, (_work_since(started, hidden.nbytes),))
+        return Activations(hidden, lengths, (self._work_since(started, hidden.nbytes),))
 
     def carry_on(self, activations: Activations) -> Activations:
         """A stage between: hidden states in and out."""
         started = time.perf_counter()
         hidden = self._predictor.predict(activations.hidden, activations.lengths)
-        work = (*activations.work, _work_since(started, hidden.nbytes))
+        work = (*activations.work, self._work_since(started, hidden.nbytes))
         return Activations(hidden, activations.lengths, work)
 
     def finish(self, batch: Batch, activations: Activations) -> BatchResult:
         """The last stage: hidden states in, probabilities out."""
         started = time.perf_counter()
         output = self._predictor.predict(activations.hidden, activations.lengths)
-        work = (*activations.work, _work_since(started))
+        work = (*activations.work, self._work_since(started))
         return BatchResult(batch.index, batch.rows, output[: len(batch.rows)], work)
 
 
@@ -256,10 +271,6 @@ def _head(spec: ModelSpec, backbone: Any) -> tuple[np.ndarray, np.ndarray]:
         hidden_dim=int(backbone.output.shape[-1]),
         classes=spec.classes,
     )
-
-
-def _work_since(started: float, sent_bytes: int = 0) -> Work:
-    return Work(time.perf_counter() - started, peak_rss_bytes(), sent_bytes)
 
 
 def peak_rss_bytes() -> int:

@@ -25,7 +25,8 @@ SUBMISSION_HEADER = "id,winner_model_a,winner_model_b,winner_tie\n"
 @pytest.fixture
 def long_job(models, arena_rows):
     """Flags of a run that predicts for some ten seconds on two workers."""
-    return ["--num-workers", "2", *models["arena"].flags(), "--input", arena_rows]
+    flags = [*models["arena"].flags(), "--sequence-length", "1536"]
+    return ["--num-workers", "2", *flags, "--input", arena_rows]
 
 
 @pytest.mark.parametrize("mode", ["single", "data-parallel"])
