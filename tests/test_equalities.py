@@ -127,5 +127,5 @@ def test_arena_rows_in_data_parallel_equal_single(models, arena_rows, predict):
         "total": 905, "predicted": 905, "resumed": 0, "shortened": 0, "filled": 0,
     }  # fmt: skip
     assert len(report["plan"]["shapes"]) <= 8
-    assert 1 - report["tokens"]["real"] / report["tokens"]["padded"] < 0.05
+    assert 1 - report["tokens"]["real"] / report["tokens"]["padded"] < 0.03
     assert all(worker["rows"] > 100 for worker in report["workers"])

@@ -1,0 +1,102 @@
+"""The benchmark's arithmetic, and all of it on a tiny model."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks.harness import Contender, Measured, ratio
+from benchmarks.shapes import SHAPES
+from benchmarks.tables import as_table, describe_lengths, model_flops, summarize
+from benchmarks.throughput import TUNED, contenders, parse_arguments, write_rows
+from tests.conftest import ROOT, environment
+
+
+def test_a_ratio_is_of_rounds_that_lie_side_by_side():
+    # The machine was three times as slow in the second round, for both.
+    assert ratio([2.0, 6.0, 2.2], [1.0, 3.0, 1.0]) == 2.0
+
+
+def test_flops_and_mfu_count_real_tokens(monkeypatch):
+    config = {"class_name": "GemmaBackbone", "config": {"vocabulary_size": 9, **SHAPES["tiny"]}}
+    lengths = np.array([100, 300])
+    # Two layers: projections 2 x 64 x 16 x (4 + 2), feed-forward 3 x 64 x 256; attention 4 x 16.
+    matmuls = 2 * 2 * 400 * (2 * 64 * 16 * 6 + 3 * 64 * 256)
+    attention = 2 * 2 * 4 * 16 * (100**2 + 300**2)
+    assert model_flops(lengths, config) == matmuls + attention
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "--quick"])
+    contender = Contender("ours, 1 worker", "ours", {}, "mean", cores=(0,))
+    measured = {contender.name: Measured(steady_s=[2.0, 1.0, 3.0], total_s=[4.0, 4.0, 4.0])}
+    row = summarize(
+        contender,
+        measured,
+        {"one core": 1e6, "all cores": 2e6},
+        flops=1e6,
+        lengths=lengths,
+        options=parse_arguments(),
+    )
+    assert row["mfu"] == 0.5
+    assert row["real_tokens_per_s"] == 200
+    table = as_table([row])
+    assert len({len(line) for line in table}) == 1
+    assert "2.00 (1.00-3.00)" in table[-1]
+
+
+def test_the_sample_keeps_rows_whole_and_says_its_lengths(tmp_path):
+    source, sample = tmp_path / "all.csv", tmp_path / "some.csv"
+    write_rows(source, tmp_path / "none.csv", 30)
+    write_rows(sample, source, 10)
+    every, some = (set(path.read_text().splitlines()) for path in (source, sample))
+    assert some <= every
+    assert describe_lengths(np.array([10, 512, 512, 20]), 512) == {
+        "rows": 4, "mean": 263.5, "quartiles": [10, 17, 266, 512, 512], "cut": 0.5,
+    }  # fmt: skip
+
+
+def test_every_way_of_today_is_a_contender():
+    names = [one.name for one in contenders(TUNED, quick=False)]
+    assert len(set(names)) == len(names)
+    for expected in ("notebook", "Keras predict", "transformers bfloat16, mean", "Ray Data, mean"):
+        assert expected in names
+    rivals = {one.rival for one in contenders(TUNED, quick=False)}
+    for rival in rivals:
+        assert (ROOT / "benchmarks" / "rivals" / f"{rival}.py").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_benchmark_runs(tmp_path, cache):
+    """The quick one needs the `bench` extra: torch and transformers."""
+    pytest.importorskip("transformers", reason="of the bench extra")
+    command = [sys.executable, ROOT / "benchmarks" / "throughput.py", "--preset-shape", "tiny"]
+    done = subprocess.run(
+        [*command, "--quick", "--rows", "6", "--results", tmp_path],
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert len(facts["contenders"]) > 6
+    for row in facts["contenders"]:
+        assert row["difference"] <= row["tolerance"]
+        assert 0 < row["mfu"] < 2
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png"}
+
+
+@pytest.mark.slow
+def test_one_device_is_measured_without_ray(cache):
+    command = [sys.executable, ROOT / "benchmarks" / "throughput.py", "--device", "gpu"]
+    done = subprocess.run(
+        [*command, "--preset-shape", "tiny"],
+        env=environment(cache, JAX_PLATFORMS="cpu"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert {(row["weights"], row["length"]) for row in facts["measured"]} == {
+        (weights, length) for weights in ("float32", "int8") for length in (512, 1024, 2048)
+    }
