@@ -6,13 +6,15 @@ Knows arrays and shapes. Does not know Ray, row order or files.
 import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+from jax._src import distributed
 
 from runner.attention import attention, choose_way, is_quantized
 from runner.matmuls import with_fast_matmuls
@@ -122,7 +124,8 @@ class Predictor:
                     self._abstract((shape.rows, shape.length, *trailing), entry.dtype),
                     self._abstract((shape.rows,), "int32"),
                 )
-                self._programs[shape] = lowered.compile()
+                with _every_process_writes_its_cache():
+                    self._programs[shape] = lowered.compile()
         return CompileInfo(time.perf_counter() - started, _cache_hits().count > hits)
 
     def predict(self, entry: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -199,6 +202,21 @@ class Predictor:
         if self._replicated is None:
             return jax.device_put(array)
         return jax.make_array_from_callback(array.shape, self._replicated, array.__getitem__)
+
+
+@contextmanager
+def _every_process_writes_its_cache() -> Iterator[None]:
+    """Within, JAX's cache on disk takes programs from this process, whatever its number.
+
+    JAX 0.10 lets only process 0 of a group write, since all would write the same; but on a CPU the
+    key holds the process' own place in the topology, and the others would compile in every run.
+    """
+    state = distributed.global_state
+    number, state.process_id = state.process_id, 0
+    try:
+        yield
+    finally:
+        state.process_id = number
 
 
 class _CacheHits:
