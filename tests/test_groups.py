@@ -199,3 +199,21 @@ def test_members_hold_their_part_of_the_memory(heavy, test_set, predict, tmp_pat
         print(strategy, [round(member / alone, 3) for member in members])
         assert max(members) <= 0.65 * alone
         assert difference(answer, single.probabilities) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["pipeline", "tensor"])
+def test_a_second_run_compiles_nothing(models, test_set, predict, tmp_path, strategy):
+    flags = ("--mode", "model-parallel", "--strategy", strategy, "--input", str(test_set))
+    model, cache = models["gemma2"].flags(), str(tmp_path / "cache")
+    runs = [
+        predict(*flags, *model, "--pooling", "mean", *FLAGS, XDG_CACHE_HOME=cache) for _ in "12"
+    ]
+    first, second = (
+        [(worker["compiled_shapes"], worker["cached_shapes"]) for worker in run.report["workers"]]
+        for run in runs
+    )
+    shapes = len(runs[0].report["plan"]["shapes"])
+    assert shapes > 2
+    assert first == [(shapes, 0)] * 2
+    assert second == [(0, shapes)] * 2

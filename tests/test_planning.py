@@ -217,13 +217,68 @@ def test_planning_needs_no_framework():
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_planning_25_000_rows_takes_moments():
+def test_planning_and_merging_25_000_rows_take_moments(tmp_path):
     import time
 
+    from runner.merge import Merger
+    from runner.records import BatchResult
+    from runner.submission import write_submission
+
     lengths = np.minimum(np.random.default_rng(0).lognormal(6.5, 0.8, 25_000).astype(int) + 2, 1024)
+    ids = [str(row) for row in range(25_000)]
     started = time.perf_counter()
     buckets = choose_buckets(lengths, sequence_length=1024)
     plan = plan_batches(lengths, buckets=buckets, max_tokens_per_batch=4096)
     cut_shards([float(batch.shape.tokens) for batch in plan.batches], 8)
-    assert time.perf_counter() - started < 1.0
+    merger = Merger(ids, 3)
+    for batch in plan.batches:
+        probabilities = np.full((len(batch.rows), 3), 1 / 3, np.float32)
+        merger.add(BatchResult(batch.index, batch.rows, probabilities, ()))
+    write_submission(tmp_path / "submission.csv", ids, merger.finish())
+    assert time.perf_counter() - started < 3.0
     assert plan.num_rows == 25_000
+
+
+def test_more_buckets_than_eight_must_pay_for_their_compiles():
+    lengths = np.minimum(np.random.default_rng(0).lognormal(6.5, 0.8, 25_000).astype(int) + 2, 1024)
+
+    def waste(buckets):
+        return float(bucket_of(lengths, buckets).sum())
+
+    def choose(cost_of_shape):
+        return choose_buckets(lengths, sequence_length=1024, cost_of_shape=cost_of_shape)
+
+    eight, sixteen = choose(float("inf")), choose(0.0)
+    assert (len(eight), len(sixteen)) == (8, 16)
+    assert waste(sixteen) < waste(eight)
+    saved = waste(eight) - waste(sixteen)
+    assert choose(saved) == eight
+    some = choose(saved / 40)
+    assert 8 < len(some) <= 16
+    assert waste(eight) - waste(some) > (len(some) - 8) * saved / 40
+
+
+def test_the_cost_of_attention_moves_buckets():
+    """Where a row costs the square of its length, long rows get the closer buckets."""
+    lengths = np.arange(1, 513)
+    plain = choose_buckets(lengths, sequence_length=512, max_buckets=2, multiple_of=1)
+    squared = choose_buckets(
+        lengths, sequence_length=512, max_buckets=2, multiple_of=1, cost=lambda n: n * n
+    )
+    assert plain == (256, 512)
+    assert squared[0] > 280
+
+
+@pytest.mark.parametrize("most", [4, 32])
+def test_batches_leave_little_of_a_bucket_over(most):
+    """Rows of the next bucket that fill a last batch up are padded to a length they do not need."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        counts = rng.integers(1, 200, 2)
+        lengths = np.repeat([128, 64], counts)
+        plan = plan_batches(lengths, buckets=(64, 128), max_tokens_per_batch=most * 128)
+        rows = plan.shapes[0].rows
+        assert rows <= most
+        strays = sum(row >= counts[0] for batch in plan.batches for row in batch.rows
+                     if batch.shape.length == 128)  # fmt: skip
+        assert strays <= min(-counts[0] % r for r in range(most - most // 4, most + 1))
