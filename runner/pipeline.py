@@ -26,13 +26,12 @@ from runner.progress import Progress
 from runner.prompts import render_prompts
 from runner.records import Faults, ModelSpec, TokenTable, WorkerInfo
 from runner.report import make_report, summarize, versions, write_report
-from runner.strategy import Strategy, choose_strategy
+from runner.strategy import Strategy, choose_strategy, tokens_per_batch
 from runner.submission import LABEL_COLUMNS, check_writable, write_submission
 from runner.tokenization import tokenize
 from sharding.batches import BatchShape, Plan, plan_batches
 from sharding.buckets import choose_buckets
-from sharding.costs import ModelShape
-from sharding.topology import BUCKET_MULTIPLES, DEFAULT_TOKENS_PER_BATCH
+from sharding.topology import BUCKET_MULTIPLES
 
 if TYPE_CHECKING:
     from runner.dispatch import RayReplicas
@@ -100,9 +99,7 @@ def run(
             tokens, seconds["tokenize"] = tokenizing.result()
 
             replicas = len(executor.stats) // config.members
-            plan = plan_run(
-                tokens, config, kind=executor.kind, shape=preset.shape, replicas=replicas
-            )
+            plan = plan_run(tokens, config, preset, kind=executor.kind, replicas=replicas)
             costs = [float(preset.shape.batch_flops(batch.shape)) for batch in plan.batches]
             progress.expect(rows=len(examples), cost=sum(costs))
             merger = Merger(examples.ids, len(LABEL_COLUMNS))
@@ -150,13 +147,14 @@ def run(
 
 
 def plan_run(
-    tokens: TokenTable, config: RunConfig, *, kind: str, shape: ModelShape, replicas: int
+    tokens: TokenTable, config: RunConfig, preset: Preset, *, kind: str, replicas: int
 ) -> Plan:
     """Return the batches for these rows on so many replicas on this kind of device.
 
     `padded-mean` averages over every position up to the sequence length, so every row is padded
     to it; the other poolings do not see padding, and rows get the shortest bucket.
     """
+    shape = preset.shape
     if config.pooling == "padded-mean":
         buckets: tuple[int, ...] = (config.sequence_length,)
     else:
@@ -167,7 +165,7 @@ def plan_run(
             cost_of_shape=shape.compile_flops(kind, replicas),
             multiple_of=BUCKET_MULTIPLES[kind],
         )
-    budget = config.max_tokens_per_batch or DEFAULT_TOKENS_PER_BATCH[kind]
+    budget = tokens_per_batch(config, preset, kind)
     return plan_batches(tokens.lengths, buckets=buckets, max_tokens_per_batch=budget)
 
 

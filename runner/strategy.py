@@ -13,12 +13,15 @@ from runner.presets import Preset
 from sharding.batches import BatchShape
 from sharding.costs import ModelShape
 from sharding.stages import Stage, cut_stages
+from sharding.topology import DEFAULT_TOKENS_PER_BATCH
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Of a weight, its scales (and zero points) left out.
 QUANTIZED_BYTES = {"int8": 1.0, "int4": 0.5}
 # Of a device's memory; the rest is for activations, work space and the CUDA context.
 SHARE_FOR_WEIGHTS = 0.85
+# Of a device's memory, for weights and batches together: less than `workers.GPU_MEMORY_FRACTION`.
+SHARE_IN_USE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,27 @@ def choose_strategy(config: RunConfig, preset: Preset) -> Strategy | None:
         held = (f"{s.start}-{s.stop - 1}: {s.weight_bytes / 1e6:,.0f} MB" for s in stages)
         why += f"; layers {', '.join(held)}"
     return Strategy(name, why, traffic[name], stages)
+
+
+def tokens_per_batch(config: RunConfig, preset: Preset, kind: str) -> int:
+    """Return the budget of a batch: what keeps the device busy, less where memory is short.
+
+    More than the default is not faster: its matmuls have long been large enough.
+    """
+    if config.max_tokens_per_batch is not None:
+        return config.max_tokens_per_batch
+    default = DEFAULT_TOKENS_PER_BATCH[kind]
+    memory = device_memory_bytes() if kind == "gpu" else None
+    if memory is None:
+        return default
+    item_bytes = ITEM_BYTES.get(config.dtype, 2)
+    quantization = preset.quantization or config.quantization
+    weights = preset.shape.weight_bytes(QUANTIZED_BYTES.get(quantization, item_bytes))
+    free = memory * SHARE_IN_USE - weights / config.members
+    # What is quantized comes out of a product in 32 bits.
+    wide = 4 if quantization != "none" else item_bytes
+    fit = free / preset.shape.working_bytes_per_token(config.sequence_length, wide)
+    return int(max(config.sequence_length, min(default, fit)))
 
 
 def device_memory_bytes() -> int | None:

@@ -55,6 +55,23 @@ class ModelShape:
         """FLOPs of a padded batch, the cost by which shards are cut."""
         return shape.tokens * self.flops_per_token + shape.rows * self.attention_flops(shape.length)
 
+    def weight_bytes(self, item_bytes: float) -> float:
+        """Bytes of all weights, norms left out."""
+        embedding = self.vocabulary_size * self.hidden_dim
+        return (embedding + self.num_layers * self.layer_parameters) * item_bytes
+
+    def working_bytes_per_token(self, length: int, item_bytes: int) -> float:
+        """Bytes that one token of a batch needs beside the weights, at the widest place of a layer.
+
+        Hidden states and their norms, queries, keys and values, both feed-forward projections and
+        their product; attention scores in float32 of an eighth of the queries at a time, twice;
+        and half as much again for what a compiler keeps.
+        """
+        heads = self.num_query_heads + 2 * self.num_key_value_heads
+        values = 6 * self.hidden_dim + 2 * heads * self.head_dim + 3 * self.intermediate_dim
+        scores = 2 * 4 * self.num_query_heads * length / 8
+        return 1.5 * (values * item_bytes + scores)
+
     def compile_flops(self, kind: str, replicas: int) -> float:
         """Return the FLOPs that all replicas could do while each compiles one shape."""
         return self.num_layers * COMPILE_S_PER_LAYER * TYPICAL_FLOPS_PER_S[kind] * replicas

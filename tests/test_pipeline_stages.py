@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from runner.config import RunConfig
 from runner.errors import ConfigError
 from runner.presets import Preset
-from runner.strategy import choose_strategy, tensor_bytes_per_token
+from runner.strategy import choose_strategy, tensor_bytes_per_token, tokens_per_batch
 from sharding.costs import ModelShape
 from sharding.stages import Stage, cut_stages
 
@@ -55,15 +55,35 @@ GEMMA_2_9B = ModelShape(
 )  # fmt: skip
 
 
-def strategy_for(monkeypatch, tmp_path, memory_mib, **flags):
-    """Choose for Gemma 2 9B on GPUs that a made-up nvidia-smi tells of."""
+def gemma_2_9b_on(monkeypatch, tmp_path, memory_mib):
+    """Return its preset, on GPUs that a made-up nvidia-smi tells of."""
     tool = tmp_path / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\nprintf '{memory_mib}\\n{memory_mib}\\n'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    preset = Preset(tmp_path, "GemmaBackbone", GEMMA_2_9B, tokenizer=None, weight_files=())
+    return Preset(tmp_path, "GemmaBackbone", GEMMA_2_9B, tokenizer=None, weight_files=())
+
+
+def strategy_for(monkeypatch, tmp_path, memory_mib, **flags):
+    preset = gemma_2_9b_on(monkeypatch, tmp_path, memory_mib)
     return choose_strategy(RunConfig(mode="model-parallel", **flags), preset)
+
+
+def test_the_batch_fits_beside_the_weights(monkeypatch, tmp_path):
+    preset = gemma_2_9b_on(monkeypatch, tmp_path, 15_360)
+    int8 = RunConfig(quantization="int8", dtype="float16")
+    tokens = tokens_per_batch(int8, preset, "gpu")
+    working = tokens * GEMMA_2_9B.working_bytes_per_token(512, 4)
+    assert 4096 < tokens < 16_384
+    assert 9.24e9 + working == pytest.approx(0.9 * 15_360 * 2**20, rel=0.01)
+    halves = RunConfig(mode="model-parallel", dtype="float16")
+    assert tokens_per_batch(halves, preset, "gpu") > tokens
+    assert tokens_per_batch(RunConfig(max_tokens_per_batch=77), preset, "gpu") == 77
+    assert tokens_per_batch(int8, preset, "cpu") == 2048
+    assert tokens_per_batch(RunConfig(), gemma_2_9b_on(monkeypatch, tmp_path, 143_000), "gpu") == (
+        16_384
+    )
 
 
 def test_gemma_2_9b_on_two_t4(monkeypatch, tmp_path):
