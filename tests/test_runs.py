@@ -142,8 +142,8 @@ def test_processes_keep_to_their_part(start, long_job, tmp_path, models):
     run.assert_nothing_is_left()
     report = json.loads((tmp_path / "s.csv.report.json").read_text())
     for worker in report["workers"]:
-        # 410 MB of imports; compiling takes most of the rest where nothing is cached.
-        assert worker["peak_rss_bytes"] <= 750e6 + 2 * report["model"]["weight_bytes"]
+        # 410 MB of imports; compiling eight shapes takes most of the rest where nothing is cached.
+        assert worker["peak_rss_bytes"] <= 1e9 + 2 * report["model"]["weight_bytes"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
