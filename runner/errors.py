@@ -4,6 +4,7 @@
     |-- ConfigError    a flag or a file of flags is wrong                           exit code 2
     |-- DataError      a test set, preset, LoRA or head file is wrong               exit code 2
     |-- WorkerError    a worker failed at work that the input does not explain      exit code 1
+    |-- JournalError   rows that are done can no longer be kept on disk             exit code 1
     `-- MergeError     the results do not make a complete and sound submission      exit code 1
 
 The first two are the person's to mend: their message is one or two lines and no traceback.
@@ -27,6 +28,10 @@ class DataError(ArenaRunnerError):
 
 class WorkerError(ArenaRunnerError):
     """A worker died or failed; the message names the replica, the batch and its rows."""
+
+
+class JournalError(ArenaRunnerError):
+    """A row cannot be kept; the message names the file in which the rows before it are safe."""
 
 
 class MergeError(ArenaRunnerError):

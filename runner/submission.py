@@ -45,11 +45,19 @@ def write_submission(path: Path, ids: Sequence[str], probabilities: np.ndarray) 
     write_whole(path, table.to_csv(index=False, lineterminator="\n"))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that whoever looks sees the old one or all of the new one."""
+def write_whole(path: Path, text: str, *, private: bool = False) -> None:
+    """Write a file so that whoever looks sees the old one or all of the new one.
+
+    Args:
+        private: its owner alone may read it, from its first byte on.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Of a process that was killed and had this number: its mode is not to be inherited.
+    aside.unlink(missing_ok=True)
     try:
-        with open(aside, "w", encoding="utf-8", newline="") as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        descriptor = os.open(aside, flags, 0o600 if private else 0o666)
+        with open(descriptor, "w", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

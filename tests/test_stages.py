@@ -15,7 +15,6 @@ from runner.config import RunConfig, make_config
 from runner.dataset import read_examples
 from runner.demo import make_rows
 from runner.errors import ConfigError, DataError, MergeError
-from runner.fingerprint import WEIGHT_SAMPLE_BYTES, fingerprint
 from runner.merge import Merger
 from runner.presets import BytePairOptions, TokenizerFiles, read_preset
 from runner.progress import Progress
@@ -300,25 +299,6 @@ class TestConfig:
         path.write_text(text)
         with pytest.raises(ConfigError):
             make_config({}, path)
-
-
-def test_fingerprint_sees_what_changes_answers(tmp_path):
-    small, large = tmp_path / "small", tmp_path / "large"
-    small.write_bytes(b"head")
-    large.write_bytes(bytes(3 * WEIGHT_SAMPLE_BYTES))
-
-    def of(settings=("mean",), texts=("a", "b")):
-        return fingerprint(
-            settings={"pooling": settings}, files=[small], weight_files=[large], texts=texts
-        )
-
-    first = of()
-    assert of() == first
-    assert len({first, of(settings=("last",)), of(texts=("ab", "")), of(texts=("b", "a"))}) == 4
-    small.write_bytes(b"Head")
-    second = of()
-    large.write_bytes(bytes(3 * WEIGHT_SAMPLE_BYTES - 1) + b"x")
-    assert len({first, second, of()}) == 3
 
 
 def test_demo_rows_are_seeded_and_arena_like():
