@@ -309,6 +309,7 @@ DAMAGES = {
     "its beginning is gone": (lose_the_beginning, "is damaged.*beginning"),
     "header": (write_at(20, bytes(20)), "is damaged"),
     "page": (write_at(4096, b"\xff" * 3000), "is damaged"),
+    "a page that is free and used": (write_at(32, bytes([0, 0, 0, 3, 0, 0, 0, 1])), "is damaged"),
     "flipped": (flip, f"is damaged.*checksum of row 7, id {IDS[7]}"),
     "schema": (edit("UPDATE meta SET value = 99 WHERE key = 'schema'"), "schema is 99, not 1"),
     "no meta": (edit("DELETE FROM meta WHERE key = 'fingerprint'"), "does not say of which run"),
