@@ -180,12 +180,23 @@ class Journal:
         if self._is_gone():
             self._rescue()
 
-    def close(self) -> None:
-        """Leave one file and no -wal beside it, for the next run to go on from."""
+    def close(self, *, keep_empty: bool = True) -> None:
+        """Leave one file and no -wal beside it, for the next run to go on from.
+
+        Args:
+            keep_empty: whether the file stays where no row is in it.
+        """
         if self._identity is not None:
             self._held.discard(self._identity)
-        # Its last connection carries the -wal over into the file, and leaves it where it cannot.
-        self._connection.close()
+        if self._rows or keep_empty or self._is_gone():
+            # Its last connection carries the -wal over into the file, and leaves it where it
+            # cannot.
+            self._connection.close()
+        else:
+            with _one_opens(self._path.parent):
+                self._connection.close()
+                self._path.unlink(missing_ok=True)
+        self._identity = None
 
     def __enter__(self) -> "Journal":
         return self

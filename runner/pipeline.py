@@ -229,33 +229,38 @@ class _Run:
         """Take up the journal or start one; errors within say what is safe in it."""
         config, examples = self.config, self.examples
         self._fingerprint = self.job.fingerprint(config, dtype, examples.ids, self._texts)
-        with Journal.open(
+        journal = Journal.open(
             config.journal_path,
             fingerprint=self._fingerprint,
             ids=examples.ids,
             classes=len(LABEL_COLUMNS),
             resume=config.resume,
-        ) as journal:
+        )
+        try:
             for note in journal.notes:
                 self._progress.note(note)
-            self._journal = journal
-            done = journal.done()
-            for row, how, length, values in zip(
-                done.rows.tolist(), done.how, done.lengths, done.probabilities, strict=True
-            ):
-                if how != FILLED:
-                    self.merger.add([row], values[None], how=how, lengths=[length])
-            self._resumed = len(self.examples) - len(self.merger.unfinished())
-            try:
-                yield
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(f"interrupted. {self._how_to_resume()}") from None
-            except (WorkerError, DeadlineError) as error:
-                raise type(error)(f"{error}\n{self._how_to_resume()}") from error
-            except OSError as error:
-                raise ArenaRunnerError(
-                    f"{type(error).__name__}: {error}\n{self._how_to_resume()}"
-                ) from error
+            self._take_up(journal)
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted. {self._how_to_resume()}") from None
+        except (WorkerError, DeadlineError) as error:
+            raise type(error)(f"{error}\n{self._how_to_resume()}") from error
+        except OSError as error:
+            raise ArenaRunnerError(
+                f"{type(error).__name__}: {error}\n{self._how_to_resume()}"
+            ) from error
+        finally:
+            journal.close(keep_empty=False)
+
+    def _take_up(self, journal: Journal) -> None:
+        """Take over the rows that are done."""
+        self._journal, done = journal, journal.done()
+        for row, how, length, values in zip(
+            done.rows.tolist(), done.how, done.lengths, done.probabilities, strict=True
+        ):
+            if how != FILLED:
+                self.merger.add([row], values[None], how=how, lengths=[length])
+        self._resumed = len(self.examples) - len(self.merger.unfinished())
 
     def wait_for(self, tokenizing: "Future[TokenTable]", executor: "Executor") -> bool:
         """Wait for the tokens while workers start; return whether there is time for them."""

@@ -54,7 +54,7 @@ def rehearse(path: Path, ids: Sequence[str]) -> float:
     """
     started = time.monotonic()
     rehearsal = path.with_name(f".{path.name}.{os.getpid()}.rehearsal")
-    # As long as probabilities come out: 0.33333333333333331.
+    # As long as probabilities come out: 0.3333333333333333.
     values = np.full((len(ids), len(LABEL_COLUMNS)), 1 / 3)
     try:
         write_submission(rehearsal, ids, values)
@@ -72,12 +72,14 @@ def write_whole(path: Path, text: str, *, private: bool = False) -> None:
     """Write a file so that whoever looks sees the old one or all of the new one.
 
     Args:
-        private: whether its owner alone may read it.
+        private: its owner alone may read it, from its first byte on.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    mode = 0o600 if private else 0o666
+    # Of a process that was killed and had this number: its mode is not to be inherited.
+    aside.unlink(missing_ok=True)
     try:
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        descriptor = os.open(aside, flags, 0o600 if private else 0o666)
         with open(descriptor, "w", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
