@@ -50,8 +50,7 @@ def start_ray(num_cpus: int, *, verbose: bool) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray starts its workers at the lowest priority but one; ours are the work itself.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # No such port, so no server of the autoscaler's figures, which would ask for no token.
-    os.environ.setdefault("AUTOSCALER_METRIC_PORT", "65536")
+    _switch_off_figures()
     if _folder is None:
         atexit.register(stop_ray)
         _folder = make_private_folder()
@@ -75,6 +74,18 @@ def start_ray(num_cpus: int, *, verbose: bool) -> None:
         )
 
 
+def _switch_off_figures() -> None:
+    """Start no servers of Ray's own figures: they ask for no token. There is no port 65536.
+
+    They come with `ray[default]`, or where prometheus_client is installed.
+    """
+    os.environ.update(
+        RAY_enable_metrics_collection="0",
+        AUTOSCALER_METRIC_PORT="65536",
+        DASHBOARD_METRIC_PORT="65536",
+    )
+
+
 def stop_ray() -> None:
     """End the Ray that `start_ray` started, if it did, and remove what it left on disk."""
     global _folder
@@ -86,6 +97,11 @@ def stop_ray() -> None:
     _folder = None
     shutil.rmtree(folder, ignore_errors=True)
     os.close(lock)
+
+
+def private_folder() -> Path | None:
+    """Return the folder of this run on this machine, None where Ray was not started here."""
+    return _folder[0] if _folder else None
 
 
 def make_private_folder() -> tuple[Path, int]:

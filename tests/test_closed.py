@@ -13,14 +13,24 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import grpc
 import psutil
 import pytest
+import ray
 
+from runner import cluster
 from runner.cluster import LOCK, LONGEST_SOCKET, make_private_folder
+from runner.errors import WorkerError
 from tests.conftest import ROOT, environment
 
+# Actor class, the method in which it predicts, flags.
+MODES = {
+    "data-parallel": ("Replica", ".predict", []),
+    "pipeline": ("PipelineStage", "", ["--mode", "model-parallel", "--strategy", "pipeline"]),
+    "tensor": ("TensorMember", ".predict", ["--mode", "model-parallel", "--strategy", "tensor"]),
+}
 # One method of each of Ray's servers, with which code or objects come in.
 METHODS = {
     "gcs_server": {"InternalKVGcsService/InternalKVPut"},
@@ -104,11 +114,19 @@ def call_without_token(method: str, port: int) -> str:
     return "OK"
 
 
-def test_a_run_is_closed_to_others(start, models, arena_rows, cache, tmp_path):
-    output = tmp_path / "s.csv"
-    flags = [*models["arena"].flags(), "--input", arena_rows, "--sequence-length", "1024"]
-    run = start("--num-workers", "2", *flags, "--output", output)
-    run.wait_for_workers(".predict", count=2)
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "tensor",
+        pytest.param("pipeline", marks=pytest.mark.slow),
+        pytest.param("data-parallel", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_is_closed_to_others(start, models, arena_rows, cache, tmp_path, mode):
+    worker, step, flags = MODES[mode]
+    flags = [*flags, *models["arena"].flags(), "--input", arena_rows, "--sequence-length", "512"]
+    run = start("--num-workers", "2", *flags, "--output", tmp_path / "s.csv")
+    run.wait_for_workers(step, count=2, name=worker)
     family = everything(run)
     sockets = listening(family)
 
@@ -118,23 +136,31 @@ def test_a_run_is_closed_to_others(start, models, arena_rows, cache, tmp_path):
     servers = {re.sub(r"^(ray::\w+).*", r"\1", what) for what, *_ in sockets}
     idle = {"ray::IDLE"}
     assert servers - idle == {
-        *("driver", "gcs_server", "raylet", "ray::RuntimeEnvAgent", "ray::Replica")
+        *("driver", "gcs_server", "raylet", "ray::RuntimeEnvAgent", f"ray::{worker}")
     }
 
-    # Each refuses who has no token.
-    seen = set()
-    for what, _, _, port in sockets:
+    # Each refuses who has no token, but for what JAX has for a tensor group.
+    seen, of_jax = set(), []
+    for what, _, host, port in sockets:
         if what == "ray::RuntimeEnvAgent":
             with pytest.raises(urllib.error.HTTPError, match="401"):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/get_runtime_envs_info", b"")
             continue
+        if host == "127.0.0.1":
+            of_jax.append((what, "gloo"))
+            continue
         methods = METHODS.get(what, METHODS["core worker"])
+        # UNIMPLEMENTED: the raylet's two services have a port each.
         answers = {method: call_without_token(method, port) for method in methods}
-        # The raylet's two services have a port each.
-        assert sorted(answers.values())[0] == "UNAUTHENTICATED", (what, answers)
-        assert set(answers.values()) <= {"UNAUTHENTICATED", "UNIMPLEMENTED"}
-        seen |= {method for method, answer in answers.items() if answer == "UNAUTHENTICATED"}
+        assert set(answers.values()) <= {"UNAUTHENTICATED", "UNIMPLEMENTED"}, (what, answers)
+        refused = {method for method, answer in answers.items() if answer == "UNAUTHENTICATED"}
+        if not refused:
+            of_jax.append((what, "coordinator"))
+        seen |= refused
     assert seen == set().union(*METHODS.values())
+    assert {what.split(".")[0] for what, _ in of_jax} <= {"ray::TensorMember"}
+    assert [name for _, name in of_jax].count("coordinator") <= (mode == "tensor")
+    assert [name for _, name in of_jax].count("gloo") == (2 if mode == "tensor" else 0)
 
     # The token: in the environment alone, and it is what makes the difference.
     tokens = {process.environ().get("RAY_AUTH_TOKEN") for process in run.family()}
@@ -166,21 +192,21 @@ def test_a_run_is_closed_to_others(start, models, arena_rows, cache, tmp_path):
     assert json.loads((tmp_path / "s.csv.report.json").read_text())["faults"]["worker_deaths"] == 0
 
 
-@pytest.mark.parametrize("strategy", ["tensor", pytest.param("pipeline", marks=pytest.mark.slow)])
-def test_groups_listen_on_loopback(start, models, arena_rows, tmp_path, strategy):
-    """Also JAX's coordinator and gloo, which know no token."""
-    flags = [*models["arena"].flags(), "--input", arena_rows, "--sequence-length", "256"]
-    run = start(*("--mode", "model-parallel", "--strategy", strategy), *flags,
-                *("--output", tmp_path / "s.csv"))  # fmt: skip
-    name, step = {
-        "tensor": ("TensorMember", ".predict"), "pipeline": ("PipelineStage", ".begin")
-    }[strategy]  # fmt: skip
-    run.wait_for_workers(step, name=name)
-    sockets = listening(everything(run))
-    assert [entry for entry in sockets if not is_loopback(entry[2])] == []
-    # Beside the core worker's: one of gloo in each member.
-    members = [entry for entry in sockets if entry[0].startswith(f"ray::{name}")]
-    assert len(members) >= (4 if strategy == "tensor" else 2)
+def test_a_ray_that_would_listen_to_others_is_refused(monkeypatch):
+    """Should an update of Ray no longer take the loopback address, no run goes on with it."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_enable_metrics_collection",
+                 "AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT", "RAY_worker_niceness",
+                 "RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):  # fmt: skip
+        monkeypatch.setenv(name, "")
+    folders = []
+    monkeypatch.setattr(cluster, "Config", MagicMock())
+    monkeypatch.setattr(cluster, "AuthenticationTokenLoader", MagicMock())
+    monkeypatch.setattr(ray, "init", lambda **flags: folders.append(Path(flags["_temp_dir"])))
+    monkeypatch.setattr(ray, "shutdown", lambda **_: None)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "192.0.2.7")
+    with pytest.raises(WorkerError, match=r"expected .* loopback .* Received: 192\.0\.2\.7"):
+        cluster.start_ray(1, verbose=False)
+    assert not folders[0].parent.exists()
 
 
 def test_folders_of_killed_runs_are_swept(monkeypatch):
