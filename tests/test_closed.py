@@ -100,7 +100,7 @@ def is_loopback(host: str) -> bool:
 def run_folder(processes: list[psutil.Process]) -> Path:
     """Return the folder of a run, which holds its unix sockets."""
     paths = {entry.laddr for p in processes for entry in p.net_connections("unix") if entry.laddr}
-    folders = {str(path).split("/r/session_")[0] for path in paths}
+    folders = {re.sub(r"(/arena-\w{8})/.*", r"\1", str(path)) for path in paths}
     assert len(folders) == 1, f"one folder for all sockets: {paths}"
     return Path(folders.pop())
 
