@@ -1,25 +1,46 @@
-"""Ray itself: started for one run alone, and asked what devices it found.
+"""Ray itself: started for one run alone and closed to others, asked what devices it found, ended.
 
-Does not know what runs on it.
+Does not know what runs on it. docs/security.md says what listens where.
 """
 
+import atexit
+import fcntl
+import ipaddress
 import logging
 import os
 import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import ray
+from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
-from runner.errors import ConfigError
+from runner.errors import ConfigError, WorkerError
+
+# What Ray adds to its folder's path for a socket, and the longest path that a socket may have.
+LONGEST_SOCKET = "/session_2026-11-24_12-00-00_123456_4194304/sockets/plasma_store"
+MAX_SOCKET_PATH_BYTES = 103
+# In the folder of a run, locked for as long as its driver lives.
+LOCK = "arena-runner.lock"
+
+_folder: tuple[Path, int] | None = None
 
 
 def start_ray(num_cpus: int, *, verbose: bool) -> None:
-    """Start Ray on this machine for this run alone.
+    """Start Ray on this machine for this run alone; `stop_ray` ends it.
 
-    Its servers listen on every interface, so a token that only this run's processes know keeps
-    others out. Must run in the main thread: the kernel ends Ray's processes with the thread that
-    started them.
+    Its servers listen on loopback, want a token that only this run's processes know, and keep
+    their files where only the owner looks. Must run in the main thread: the kernel ends Ray's
+    processes with the thread that started them.
+
+    Raises:
+        WorkerError: Ray would listen to other machines.
     """
+    global _folder
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # Both were read when ray was imported.
@@ -29,14 +50,111 @@ def start_ray(num_cpus: int, *, verbose: bool) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray starts its workers at the lowest priority but one; ours are the work itself.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        include_dashboard=False,
-        log_to_driver=verbose,
-        logging_level=logging.INFO if verbose else logging.CRITICAL,
-        configure_logging=verbose,
+    _switch_off_figures()
+    if _folder is None:
+        atexit.register(stop_ray)
+        _folder = make_private_folder()
+    with _loopback_as_address():
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            log_to_driver=verbose,
+            logging_level=logging.INFO if verbose else logging.CRITICAL,
+            configure_logging=verbose,
+            # Ray opens its own folder to all users (0777); they do not get past the one above.
+            _temp_dir=str(_folder[0] / "r"),
+        )
+    address = ray.util.get_node_ip_address()
+    if not ipaddress.ip_address(address).is_loopback:
+        stop_ray()
+        raise WorkerError(
+            f"Ray {ray.__version__} would listen to other machines: expected that it takes a "
+            f"loopback address for its own. Received: {address}. This is a bug; Ray 2.60 does it."
+        )
+
+
+def _switch_off_figures() -> None:
+    """Start no servers of Ray's own figures: they ask for no token. There is no port 65536.
+
+    They come with `ray[default]`, or where prometheus_client is installed.
+    """
+    os.environ.update(
+        RAY_enable_metrics_collection="0",
+        AUTOSCALER_METRIC_PORT="65536",
+        DASHBOARD_METRIC_PORT="65536",
     )
+
+
+def stop_ray() -> None:
+    """End the Ray that `start_ray` started, if it did, and remove what it left on disk."""
+    global _folder
+    if _folder is None:
+        return
+    # Its processes write logs to their end.
+    ray.shutdown(wait_for_processes=True)
+    folder, lock = _folder
+    _folder = None
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+
+
+def private_folder() -> Path | None:
+    """Return the folder of this run on this machine, None where Ray was not started here."""
+    return _folder[0] if _folder else None
+
+
+def make_private_folder() -> tuple[Path, int]:
+    """Return a new folder that only the owner can enter, and the open lock that keeps it.
+
+    Folders whose driver was killed are removed: nobody holds their lock.
+    """
+    base = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()).absolute()
+    if len(os.fsencode(base / "arena-12345678" / "r")) + len(LONGEST_SOCKET) > (
+        MAX_SOCKET_PATH_BYTES
+    ):
+        base = Path("/tmp")
+    for stale in base.glob(f"arena-*/{LOCK}"):
+        _remove_if_stale(stale)
+    # Locked before it has a name that is looked for.
+    fresh = Path(tempfile.mkdtemp(prefix=".arena-", dir=base))
+    lock = os.open(fresh / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return fresh.rename(base / fresh.name.removeprefix(".")), lock
+
+
+def _remove_if_stale(path: Path) -> None:
+    folder = path.parent
+    try:
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            return
+        lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def _loopback_as_address() -> Iterator[None]:
+    """Make Ray take 127.0.0.1 for this machine's address, as it does on macOS and Windows.
+
+    Ray 2.60 binds its servers to every interface unless the address of their node is a loopback
+    one, and resolves `_node_ip_address="127.0.0.1"` back to the machine's own unless this constant
+    says that there is no cluster. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER sets it too, but is read when
+    ray is imported, and would hold for a cluster that is joined.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def find_devices() -> tuple[str, int]:
