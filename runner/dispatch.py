@@ -13,7 +13,7 @@ import numpy as np
 import ray
 import ray.exceptions
 
-from runner.cluster import find_devices, start_ray
+from runner.cluster import find_devices, start_ray, stop_ray
 from runner.errors import (
     ArenaRunnerError,
     ConfigError,
@@ -117,8 +117,7 @@ class RayReplicas:
     def __exit__(self, *exception: object) -> None:
         for group in self._groups:
             group.end()
-        if ray.is_initialized():
-            ray.shutdown()
+        stop_ray()
 
     @property
     def stats(self) -> list[WorkerStats]:

@@ -4,6 +4,7 @@ Knows how each kind is started and how a batch passes through it. Does not know 
 plan, or when to give up: `dispatch.py` decides that.
 """
 
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import ray
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from runner.cluster import private_folder
 from runner.records import BatchResult, ModelSpec, WorkerInfo, WorkerStats
 from runner.strategy import Strategy
 from runner.workers import PipelineStage, Replica, TensorMember
@@ -128,12 +130,18 @@ class Group:
     def go_on_after(self, step: Step) -> None:
         """Ask for what must follow a step of starting up."""
         if step.what == "ping" and self._name == "tensor":
+            if folder := private_folder():
+                self._meet_at(f"unix:{folder}/{secrets.token_hex(4)}")
+                return
             machines = set(step.answers)
             host = "127.0.0.1" if len(machines) == 1 else step.answers[0]
             self._ask("meet", [self._actors[0].reserve_address.remote(host)])
         elif step.what == "meet":
-            arguments = (self._spec, step.answers[0], len(self.slots), self._family)
-            self._ask("load", [actor.load.remote(*arguments) for actor in self._actors])
+            self._meet_at(step.answers[0])
+
+    def _meet_at(self, address: str) -> None:
+        arguments = (self._spec, address, len(self.slots), self._family)
+        self._ask("load", [actor.load.remote(*arguments) for actor in self._actors])
 
     def take_load(self, answers: list[WorkerInfo]) -> None:
         self.loaded = True

@@ -347,12 +347,35 @@ def _join_group(address: str, group_size: int, member: int) -> None:
 
     if os.environ["JAX_PLATFORMS"] == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    on_one_machine = address.startswith(("127.0.0.1:", "unix:"))
+    if on_one_machine:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     jax.distributed.initialize(
         coordinator_address=address,
         num_processes=group_size,
         process_id=member,
         coordinator_bind_address=address if member == 0 else None,
         initialization_timeout=GROUP_MEETS_WITHIN_S,
+    )
+    if on_one_machine and os.environ["JAX_PLATFORMS"] == "cpu":
+        _keep_gloo_on_loopback()
+
+
+def _keep_gloo_on_loopback() -> None:
+    """Else gloo listens on the address that the machine's own name stands for, if it has one."""
+    from functools import partial
+
+    from jax._src import distributed, xla_bridge
+    from jax._src.lib import _jax
+
+    collectives = _jax.make_gloo_tcp_collectives(
+        distributed_client=distributed.global_state.client, hostname="127.0.0.1"
+    )
+    xla_bridge.register_backend_factory(
+        "cpu",
+        partial(xla_bridge.make_cpu_client, collectives),
+        priority=0,
+        fail_quietly=False,
     )
 
 
