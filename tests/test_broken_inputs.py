@@ -962,6 +962,34 @@ def test_odd_flags(lab, tmp_path, flags):
         lab.run(None, *flags).is_refused()
 
 
+@pytest.mark.parametrize("name", ["preset/model.weights.h5", "model.lora.h5"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite(lab, name, value):
+    content = io.BytesIO(lab.file(name))
+    with h5py.File(content, "r+") as file:
+        found: list[str] = []
+        file.visititems(
+            lambda path, item: found.append(path) if getattr(item, "size", 0) > 99 else None
+        )
+        file[found[-1]][..., -1] = value
+    done = lab.run(None, files={name: content.getvalue()}, reads_weights=True)
+    done.is_refused()
+    assert "must hold finite weights" in done.ended.stderr
+    assert found[-1] in done.ended.stderr
+
+
+@pytest.mark.parametrize("key", ["num_layers", "vocabulary_size", "intermediate_dim"])
+@pytest.mark.parametrize("value", [0, -4, 10**12, float("inf")])
+def test_sizes_that_the_weights_do_not_have(lab, key, value):
+    content = json.loads(lab.file("preset/config.json"))
+    content["config"][key] = value
+    files = {"preset/config.json": json.dumps(content).encode()}
+    done = lab.run(None, files=files, reads_weights=True)
+    done.is_refused()
+    assert done.ended.seconds < 5
+    assert "config.json" in done.ended.stderr or "no preset" in done.ended.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_two_thousand_broken_inputs(lab):
