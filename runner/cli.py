@@ -33,6 +33,7 @@ from runner.errors import (
     DataError,
     DeadlineError,
     first_line,
+    on_one_line,
 )
 
 EXIT_BAD_INPUT = 2
@@ -131,7 +132,7 @@ def _main(argv: Sequence[str] | None) -> int:
         run(config, started=started, on_signals_taken=interrupts.install)
         return 0
     except (ConfigError, DataError) as error:
-        return _fail(f"error: {error}", EXIT_BAD_INPUT)
+        return _fail(f"error: {on_one_line(error)}", EXIT_BAD_INPUT)
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or "interrupted", EXIT_INTERRUPTED)
     except DeadlineError as error:
@@ -170,7 +171,7 @@ def parse_arguments(argv: Sequence[str]) -> RunConfig:
         "--config", type=Path, metavar="FILE.toml", help="the same names; flags win"
     )
     parser.add_argument("--verbose", action="store_true", help="library logs and tracebacks too")
-    flags = vars(parser.parse_args(argv))
+    flags = parser.read(argv)
     config_file = flags.pop("config", None)
     for name in COUNTS:
         if name in flags:
@@ -195,7 +196,7 @@ def parse_prepare_arguments(argv: Sequence[str]) -> PrepareConfig:
         allow_abbrev=False,
     )
     _add_flags(parser, PREPARE_HELP, folders=("preset", "output"))
-    flags = vars(parser.parse_args(argv))
+    flags = parser.read(argv)
     if missing := [flag(name) for name in ("preset", "output") if name not in flags]:
         raise ConfigError(f"prepare needs {' and '.join(missing)}; --help lists the flags")
     if "sequence_length" in flags:
@@ -219,6 +220,18 @@ def _add_flags(
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line instead of the whole usage."""
+
+    def read(self, argv: Sequence[str]) -> dict[str, Any]:
+        """Return the flags that were given, by their names.
+
+        Raises:
+            ConfigError: they cannot be parsed.
+        """
+        values = vars(self.parse_args(argv))
+        for name, value in values.items():
+            if isinstance(value, list):  # what argparse makes of --input=--
+                raise ConfigError(f"{flag(name)} must have one value. Received: {flag(name)}=--")
+        return values
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; --help lists the flags")

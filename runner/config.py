@@ -34,6 +34,8 @@ DEFAULT_GROUP_SIZE = 2
 # Of the sequence length, what is always left of a row where no --min-sequence-length is named.
 FLOOR_DIVISOR = 4
 CLASSES = 3
+# Of int32, in which lengths go to the model.
+MOST_COUNT = 2**31 - 1
 AUTO_COUNTS = ("num_workers", "max_tokens_per_batch")
 
 
@@ -79,6 +81,8 @@ class RunConfig:
             )
         self._check_groups()
         self._check_model_files()
+        if not self.output.name:
+            raise ConfigError(f"--output must name a file. Received: {self.output}")
         if self.output.suffix.lower() in (".parquet", ".json", ".jsonl"):
             raise ConfigError(
                 f"A submission is written as CSV; name it so. Received: --output {self.output}"
@@ -216,9 +220,10 @@ def _check_values(config: "RunConfig | PrepareConfig") -> None:
             )
     for name in {*COUNTS} & named:
         value = getattr(config, name)
-        if value is not None and value < 1:
+        if value is not None and not 1 <= value <= MOST_COUNT:
             raise ConfigError(
-                f"{flag(name)} must be a whole number of at least 1. Received: {flag(name)} {value}"
+                f"{flag(name)} must be a whole number of at least 1 and at most {MOST_COUNT}. "
+                f"Received: {flag(name)} {value}"
             )
 
 
@@ -252,7 +257,7 @@ def parse_count(name: str, value: Any) -> int | None:
     if automatic and value == "auto":
         return None
     try:
-        if isinstance(value, (bool, float)):
+        if type(value) not in (int, str):
             raise ValueError
         return int(value)
     except ValueError:
@@ -303,7 +308,7 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--config must be a TOML file. Received: {path} ({error})") from None
     known = {field.name for field in fields(RunConfig)}
     values = {}
@@ -326,4 +331,6 @@ def _typed(path: Path, name: str, value: Any) -> Any:
             f"{path} gives {name} a value of another type than {expected.__name__}. "
             f"Received: {name} = {value!r}"
         )
+    if name in PATHS and "\0" in str(value):
+        raise ConfigError(f"{path} must name files without NUL. Received: {name} = {value!r}")
     return Path(str(value)) if name in PATHS else value

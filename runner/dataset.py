@@ -5,11 +5,13 @@ Does not know what the cells mean.
 
 import csv
 import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from runner.errors import DataError
+from runner.errors import DataError, first_line, shown
 from runner.records import Examples
 
 ID_COLUMN = "id"
@@ -28,14 +30,14 @@ def read_examples(
         DataError: the file cannot be read as its suffix says, a column is missing or named twice,
             or an id is null or repeated.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise DataError(f"--input must be a CSV or Parquet file that exists. Received: {path}")
     wanted = [id_column, *text_columns]
     try:
         is_parquet = path.suffix.lower() in (".parquet", ".pq")
         table = _read_parquet(path, wanted) if is_parquet else _read_csv(path, wanted)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+        raise DataError(f"{path} cannot be read: {first_line(error)}") from None
     _check_ids(path, id_column, table[id_column])
     return Examples(tuple(table[id_column]), {name: tuple(table[name]) for name in text_columns})
 
@@ -81,27 +83,36 @@ def _read_parquet(path: Path, wanted: Sequence[str]) -> dict[str, list[str]]:
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
-        _check_columns(path, wanted, file.schema_arrow.names)
-        table = file.read(columns=list(wanted))
-    except pa.ArrowException as error:
-        raise DataError(f"{path} is no readable Parquet file: {error}") from None
-    columns = {}
-    for name in wanted:
-        column = table.column(name)
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-        is_id = name == wanted[0]
-        if not (
-            is_text or pa.types.is_null(column.type) or (is_id and pa.types.is_integer(column.type))
-        ):
-            raise DataError(
-                f"{path}: column {name} must hold text{' or whole numbers' if is_id else ''}. "
-                f"Received: {name} of type {column.type}"
-            )
-        columns[name] = [cell or "" for cell in column.cast(pa.large_string()).to_pylist()]
-    return columns
+        with pq.ParquetFile(path) as file:
+            _check_columns(path, wanted, file.schema_arrow.names)
+            table = file.read(columns=list(wanted))
+        return {
+            name: _cells(path, name, table.column(name), is_id=name == wanted[0]) for name in wanted
+        }
+    # Text that is no UTF-8 is a ValueError, and only seen when it is decoded.
+    except (pa.ArrowException, ValueError, KeyError, OverflowError) as error:
+        raise DataError(f"{path} is no readable Parquet file: {first_line(error)}") from None
+
+
+def _cells(path: Path, name: str, column: Any, *, is_id: bool) -> list[str]:
+    """Return a pyarrow column as text; null is empty text."""
+    import pyarrow as pa
+
+    types = pa.types
+    if types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    is_text = (
+        types.is_string(column.type)
+        or types.is_large_string(column.type)
+        or types.is_string_view(column.type)
+        or types.is_null(column.type)
+    )
+    if not is_text and not (is_id and types.is_integer(column.type)):
+        raise DataError(
+            f"{path}: column {name} must hold text{' or whole numbers' if is_id else ''}. "
+            f"Received: {name} of type {column.type}"
+        )
+    return [cell or "" for cell in column.cast(pa.large_string()).to_pylist()]
 
 
 def _check_columns(path: Path, wanted: Sequence[str], received: Sequence[str]) -> None:
@@ -126,11 +137,11 @@ def _check_ids(path: Path, id_column: str, ids: list[str]) -> None:
         if value in first_seen:
             raise DataError(
                 f"{path}: every id must be there once. "
-                f"Received: {id_column} {value!r} in rows {first_seen[value]} and {number}"
+                f"Received: {id_column} {shown(value)} in rows {first_seen[value]} and {number}"
             )
         first_seen[value] = number
         if any("\ud800" <= character <= "\udfff" for character in value):
             raise DataError(
                 f"{path}: ids must be valid Unicode. "
-                f"Received: {id_column} {value!r} in row {number}"
+                f"Received: {id_column} {shown(value)} in row {number}"
             )

@@ -15,6 +15,9 @@ The first two are the person's to mend: their message is one or two lines and no
 import re
 from collections.abc import Sequence
 
+# Of a message on the screen; only what it quotes can make it longer.
+MOST_CHARACTERS = 1500
+
 
 class ArenaRunnerError(Exception):
     """Base of all errors raised on purpose."""
@@ -57,6 +60,25 @@ def first_line(error: BaseException) -> str:
     if lines and lines[0].startswith("Exception encountered when calling"):
         lines = [line for line in lines[1:] if line.strip()]
     return lines[0] if lines else ""
+
+
+def shown(value: object, most: int = 60) -> str:
+    """Return a value of a file to be quoted in a message, its first `most` characters."""
+    text = value if isinstance(value, str) else repr(value)
+    cut = text if len(text) <= most else text[:most] + "..."
+    return repr(cut) if isinstance(value, str) else cut
+
+
+def on_one_line(error: object) -> str:
+    """Return a message with the line ends and control characters of what it quotes escaped, so
+    that a file cannot write more lines, or colours, than the message has."""
+    text = str(error)
+    if len(text) > MOST_CHARACTERS:
+        text = text[:MOST_CHARACTERS] + "..."
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def list_ids(ids: Sequence[str], rows: Sequence[int]) -> str:

@@ -19,6 +19,7 @@ import keras
 import keras_hub
 import numpy as np
 from keras.src.backend.common import global_state
+from keras.src.saving import saving_lib
 
 from runner.errors import DataError, first_line
 from runner.quantization import policies_of, quantize_layer
@@ -55,7 +56,7 @@ def build_backbone(preset: str, *, dtype: str) -> keras.Model:
             backbone = keras_hub.models.Backbone.from_preset(
                 preset, load_weights=False, dtype=policies_of(Path(preset), dtype)
             )
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except Exception as error:  # what Keras raises for a garbled config has no narrower class
         raise DataError(f"{preset} does not load as a preset: {first_line(error)}") from error
     finally:
         # Else the next scope that ends, inside the first trace, would fill them at random.
@@ -215,24 +216,45 @@ def _read_lora(
     layers = [layer for layer in backbone._flatten_layers(include_self=False) if layer.weights]
     targets = set(backbone.default_lora_layer_names())
     expected = {str(i): layer for i, layer in enumerate(layers) if layer.name in targets}
-    found = []
-    with h5py.File(path, "r") as file:
-        names = set(file["lora"]) - {"vars"}
-        if names != set(expected):
-            raise DataError(
-                f"{path} belongs to another backbone: expected LoRA kernels for layers "
-                f"{_some(expected)}. Received: layers {_some(names)}"
-            )
-        for index, layer in expected.items():
-            a, b = (file[f"lora/{index}/vars/lora_kernel_{part}"][()] for part in "ab")
-            kernel, shape = layer.kernel, tuple(layer.kernel.shape)
-            if (*a.shape[:-1], b.shape[-1]) != shape or b.shape != (a.shape[-1], shape[-1]):
+    try:
+        with h5py.File(path, "r") as file:
+            names = set(file["lora"]) - {"vars"}
+            if names != set(expected):
                 raise DataError(
-                    f"{path} belongs to another backbone: {kernel.path} has shape {shape}. "
-                    f"Received: LoRA kernels of shape {a.shape} and {b.shape}"
+                    f"{path} belongs to another backbone: expected LoRA kernels for layers "
+                    f"{_some(expected)}. Received: layers {_some(names)}"
                 )
-            found.append((kernel, (a.astype(np.float32), b.astype(np.float32))))
-    return found
+            return [
+                (layer.kernel, _read_factors(file, index, layer.kernel))
+                for index, layer in expected.items()
+            ]
+    except DataError:
+        raise
+    except Exception as error:  # what h5py raises for a damaged file has no narrower class
+        raise DataError(f"{path} is damaged or cut short: {first_line(error)}") from error
+
+
+def _read_factors(
+    file: h5py.File, index: str, kernel: keras.Variable
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the LoRA factors of one layer in float32; their shapes are seen before any value."""
+    a, b = (
+        saving_lib.safe_get_h5_dataset(file, f"lora/{index}/vars/lora_kernel_{part}")
+        for part in "ab"
+    )
+    shape = tuple(kernel.shape)
+    if (*a.shape[:-1], b.shape[-1]) != shape or b.shape != (a.shape[-1], shape[-1]):
+        raise DataError(
+            f"{file.filename} belongs to another backbone: {kernel.path} has shape {shape}. "
+            f"Received: LoRA kernels of shape {a.shape} and {b.shape}"
+        )
+    factors = a[()].astype(np.float32), b[()].astype(np.float32)
+    if not all(np.isfinite(factor).all() for factor in factors):
+        raise DataError(
+            f"{file.filename} must hold finite weights. "
+            f"Received: NaN or infinity in {a.name} or {b.name}"
+        )
+    return factors
 
 
 def _some(names: Any) -> str:

@@ -5,14 +5,17 @@ A wrong file is found here, in the driver, before any worker starts. Needs neith
 """
 
 import json
-from dataclasses import dataclass
+import math
+import os
+import warnings
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
 
-from runner.errors import DataError
+from runner.errors import DataError, first_line, shown
 from sharding.costs import ModelShape, model_shape
 
 
@@ -53,10 +56,17 @@ UNFOLLOWED_OPTIONS = (
     *("bos_token", "eos_token", "misc_special_tokens"),
 )
 QUANTIZED_POLICIES = ("QuantizedDTypePolicy", "Int4DTypePolicy")
+# Version 3 is for names that are not Latin-1: a plain array has none.
+NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 ASSETS = Path("assets", "tokenizer")
 WEIGHTS = "model.weights.h5"
 # Beside the weights of a prepared preset: how far they lie from float32.
 ACCURACY_FILE = "quantization.json"
+# int4, the least that a weight takes in a file.
+LEAST_WEIGHT_BYTES = 0.5
 SHARDED_WEIGHTS_INDEX = "model.weights.json"
 
 
@@ -104,9 +114,15 @@ class Preset:
     def accuracy(self) -> dict[str, Any]:
         """What was measured when a quantized preset was prepared, as `accuracy.compare` has it."""
         try:
-            return _read_json(self.path / ACCURACY_FILE)
+            figures = _read_json(self.path / ACCURACY_FILE)
         except DataError:
+            figures = {}
+        numbers = ("reference_rows", "max_abs_difference", "mean_abs_difference", "changed_argmax")
+        said = figures.get("measured")
+        if not isinstance(said, str):
             return {"measured": "the preset does not say"}
+        was_measured = all(isinstance(figures.get(name), int | float) for name in numbers)
+        return figures if was_measured else {"measured": said}
 
     @property
     def small_files(self) -> tuple[Path, ...]:
@@ -128,7 +144,7 @@ def read_preset(path: Path) -> Preset:
     Raises:
         DataError: a file is missing or unreadable, or the class is no text decoder backbone.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         raise DataError(f"--preset must be a KerasHub preset directory. Received: {path}")
     config = _read_json(path / "config.json")
     module, class_name = str(config.get("module")), str(config.get("class_name"))
@@ -137,19 +153,38 @@ def read_preset(path: Path) -> Preset:
             f"{path / 'config.json'} must describe a backbone of keras_hub or keras_nlp. "
             f"Received: module={module!r}, class_name={class_name!r}"
         )
+    settings = _settings(path / "config.json", config)
     try:
-        shape = model_shape(class_name, config.get("config") or {})
-    except ValueError as error:
-        raise DataError(f"{path} is no preset this runner can use. {error}") from None
-    quantization = _quantization(path, config["config"].get("dtype"))
-    return Preset(path, class_name, shape, _read_tokenizer(path), _weight_files(path), quantization)
+        shape = model_shape(class_name, settings)
+    except (ValueError, OverflowError) as error:
+        raise DataError(f"{path} is no preset this runner can use. {first_line(error)}") from None
+    quantization = _quantization(path, settings.get("dtype"))
+    tokenizer, weight_files = _read_tokenizer(path), _weight_files(path)
+    _check_size(path / "config.json", shape, weight_files)
+    return Preset(path, class_name, shape, tokenizer, weight_files, quantization)
+
+
+def _check_size(config: Path, shape: ModelShape, weight_files: tuple[Path, ...]) -> None:
+    """Refuse a garbled size before a worker builds a million layers of it."""
+    for name, value in asdict(shape).items():
+        if value < 1:
+            raise DataError(
+                f"{config} must describe a backbone of positive sizes. Received: {name}={value}"
+            )
+    expected = shape.weight_bytes(LEAST_WEIGHT_BYTES)
+    stored = sum(file.stat().st_size for file in weight_files)
+    if expected > stored:
+        raise DataError(
+            f"{config} does not belong to the weights beside it: expected {expected:.3g} bytes of "
+            f"weights at least. Received: {stored:.3g} bytes in {len(weight_files)} files"
+        )
 
 
 def _quantization(path: Path, policies: Any) -> str | None:
     """Return the quantization that a config's dtype policies name, None where they are float."""
     if not isinstance(policies, dict) or policies.get("class_name") != "DTypePolicyMap":
         return None
-    named = (policies.get("config") or {}).get("policy_map") or {}
+    named = _settings(path / "config.json", _settings(path / "config.json", policies), "policy_map")
     modes = {
         str(policy["config"].get("mode", "")).partition("/")[0]
         for policy in named.values()
@@ -160,7 +195,7 @@ def _quantization(path: Path, policies: Any) -> str | None:
     if len(modes) > 1 or not modes <= {"int8", "int4"}:
         raise DataError(
             f"{path / 'config.json'} must be float, all int8 or all int4. "
-            f"Received: {', '.join(sorted(modes))}"
+            f"Received: {shown(', '.join(sorted(modes)))}"
         )
     return next(iter(modes), None)
 
@@ -174,7 +209,7 @@ def check_lora(path: Path, shape: ModelShape) -> int:
     Raises:
         DataError: no such file, ranks that disagree, or another backbone's dimensions.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"--lora-weights must be a *.lora.h5 file that exists. Received: {path}")
     try:
         with h5py.File(path, "r") as file:
@@ -184,9 +219,9 @@ def check_lora(path: Path, shape: ModelShape) -> int:
                 for name, group in file["lora"].items()
                 if name != "vars"
             }
-    except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:
+    except Exception as error:  # what h5py raises for a damaged file has no narrower class
         raise DataError(
-            f"{path} is no LoRA file as backbone.save_lora_weights writes it: {error}"
+            f"{path} is no LoRA file as backbone.save_lora_weights writes it: {first_line(error)}"
         ) from None
     if len(pairs) != 2 * shape.num_layers:
         raise DataError(
@@ -231,18 +266,42 @@ def read_head(
 
 
 def _read_array(name: str, path: Path) -> np.ndarray:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"{name} must be a .npy file that exists. Received: {path}")
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{name} must be a plain .npy array. Received: {path} ({error})") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
-        kind = getattr(array, "dtype", type(array).__name__)
-        raise DataError(f"{name} must be a .npy array of numbers. Received: {path} of {kind}")
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a header that Python 2 wrote
+            _check_claims(file)
+            array = np.lib.format.read_array(file, allow_pickle=False)
+    except Exception as error:  # a header is parsed as Python: what that raises has no bounds
+        raise DataError(
+            f"{name} must be a plain .npy array, as np.save writes it. "
+            f"Received: {path} ({first_line(error)})"
+        ) from None
+    if array.dtype.kind not in "fiu":
+        raise DataError(
+            f"{name} must be a .npy array of numbers. Received: {path} of {array.dtype}"
+        )
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
     if not np.isfinite(array).all():
-        raise DataError(f"{name} must hold finite numbers. Received: {path} with NaN or infinity")
-    return array.astype(np.float32)
+        raise DataError(
+            f"{name} must hold finite numbers in float32. Received: {path} with NaN or infinity"
+        )
+    return array
+
+
+def _check_claims(file: BinaryIO) -> None:
+    """Compare what a .npy header says with the file's size, before anything of that size is
+    allocated; leave the file at its start."""
+    version = np.lib.format.read_magic(file)
+    if version not in NPY_HEADERS:
+        raise ValueError(f"a .npy header of version {version}")
+    shape, _, dtype = NPY_HEADERS[version](file)
+    claimed, held = math.prod(shape) * dtype.itemsize, os.fstat(file.fileno()).st_size - file.tell()
+    if min(shape, default=0) < 0 or (claimed != held and not dtype.hasobject):
+        raise ValueError(f"shape {shape} of {dtype} is {claimed} bytes, and {held} follow")
+    file.seek(0)
 
 
 def _read_tokenizer(path: Path) -> TokenizerFiles:
@@ -253,12 +312,12 @@ def _read_tokenizer(path: Path) -> TokenizerFiles:
             f"{path / 'tokenizer.json'} must name one of {', '.join(sorted(TOKENIZERS))}. "
             f"Received: class_name={class_name!r}"
         )
-    tokens, config = TOKENIZERS[class_name], tokenizer.get("config") or {}
+    tokens, config = TOKENIZERS[class_name], _settings(path / "tokenizer.json", tokenizer)
     for key in UNFOLLOWED_OPTIONS:
         if config.get(key):
             raise DataError(
                 f"{path / 'tokenizer.json'} must not set {key}, which this runner does not follow. "
-                f"Received: {key}={config[key]!r}"
+                f"Received: {key}={shown(config[key])}"
             )
     byte_pairs = None
     if class_name in BYTE_PAIR_TOKENIZERS:
@@ -266,14 +325,22 @@ def _read_tokenizer(path: Path) -> TokenizerFiles:
         if unsplittable is None:
             added = (tokens.start, tokens.end, tokens.pad, *tokens.others)
             unsplittable = [token for token in added if token is not None]
+        if not isinstance(unsplittable, list) or not all(
+            isinstance(token, str) and token for token in unsplittable
+        ):
+            raise DataError(
+                f"{path / 'tokenizer.json'} must give unsplittable_tokens as a list of tokens. "
+                f"Received: {shown(unsplittable)}"
+            )
         byte_pairs = BytePairOptions(
             merges=_asset(path, "merges.txt"),
-            unsplittable_tokens=tuple(map(str, unsplittable)),
+            unsplittable_tokens=tuple(unsplittable),
             add_prefix_space=bool(config.get("add_prefix_space", False)),
         )
     options: dict[str, Any] = {}
-    if (path / "preprocessor.json").is_file():
-        options = _read_json(path / "preprocessor.json").get("config") or {}
+    preprocessor = path / "preprocessor.json"
+    if preprocessor.is_file():
+        options = _settings(preprocessor, _read_json(preprocessor))
     return TokenizerFiles(
         class_name=class_name,
         vocabulary=_asset(path, "vocabulary.json" if byte_pairs else "vocabulary.spm"),
@@ -299,22 +366,37 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
         index = path / SHARDED_WEIGHTS_INDEX
         if not index.is_file():
             raise DataError(f"The preset has no weights. Expected: {files[0]} or {index}")
-        weight_map = _read_json(index).get("weight_map") or {}
-        names = {
+        weight_map = _settings(index, _read_json(index), "weight_map")
+        names = [
             name
             for value in weight_map.values()
             for name in (value if isinstance(value, list) else [value])
-        }
-        files = [path / str(name) for name in sorted(names)]
+        ]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise DataError(f"{index} must name the weight files in its weight_map.")
+        files = [path / name for name in sorted(set(names))]
     for file in files:
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise DataError(f"The preset lacks a part of its weights. Expected: {file}")
         try:
             with h5py.File(file, "r"):
                 pass
-        except OSError as error:
-            raise DataError(f"{file} is damaged or cut short: {error}") from None
+        except Exception as error:  # what h5py raises for a damaged file has no narrower class
+            raise DataError(
+                f"{file} is damaged or cut short: {first_line(error)}. Copy it again from where "
+                "the preset came from."
+            ) from None
     return tuple(files)
+
+
+def _settings(path: Path, content: dict[str, Any], key: str = "config") -> dict[str, Any]:
+    """Return the object under a key of a JSON file's object; missing or null is empty."""
+    settings = content.get(key)
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise DataError(f"{path} must hold an object as {key}. Received: {shown(settings)}")
+    return settings
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -323,7 +405,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no readable JSON: {error}") from None
+        raise DataError(f"{path} is no readable JSON: {first_line(error)}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path} must hold a JSON object. Received: {type(content).__name__}")
     return content

@@ -3,7 +3,7 @@
 import json
 import re
 
-from runner.errors import DataError
+from runner.errors import DataError, shown
 from runner.records import Examples
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -42,9 +42,8 @@ def _join_turns(cell: str, row: int, row_id: str, column: str) -> str:
     except (ValueError, RecursionError):
         turns = None
     if not isinstance(turns, list) or not all(isinstance(turn, str | None) for turn in turns):
-        shown = cell if len(cell) <= 60 else cell[:60] + "..."
         raise DataError(
-            f"Row {row + 1} (id {row_id}), column {column}: --text-format turns needs a JSON list "
-            f"of strings and nulls. Received: {shown!r}"
+            f"Row {row + 1} (id {row_id[:60]}), column {column}: --text-format turns needs a JSON "
+            f"list of strings and nulls. Received: {shown(cell)}"
         )
     return "\n".join(turn or "" for turn in turns)

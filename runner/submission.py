@@ -1,10 +1,12 @@
 """A checked table -> a file that appears whole: written aside, flushed, renamed."""
 
+import csv
 import os
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -21,12 +23,15 @@ def check_writable(flag: str, path: Path) -> None:
         ConfigError: the folder is missing or takes no file, or the path is itself a folder.
     """
     folder = path.resolve().parent
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         raise ConfigError(f"{flag} must name a file. Received: {path}, a folder")
-    if not folder.is_dir():
+    if os.path.exists(path) and not os.path.isfile(path):
+        # It would be replaced by a file: /dev/null, for one, by whoever may.
+        raise ConfigError(f"{flag} must name a file. Received: {path}, a device or the like")
+    if not os.path.isdir(folder):
         raise ConfigError(f"{flag} must lie in a folder that exists. Received: {path}")
     try:
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}.", suffix=".partial"):
             pass
     except OSError as error:
         raise ConfigError(
@@ -43,7 +48,10 @@ def write_submission(path: Path, ids: Sequence[str], probabilities: np.ndarray) 
     """
     table = pd.DataFrame(probabilities, columns=list(LABEL_COLUMNS))
     table.insert(0, "id", pd.Series(ids, dtype=object))
-    write_whole(path, table.to_csv(index=False, lineterminator="\n"))
+    # Before Python 3.13 a lone carriage return is not quoted, and reads back as the end of a line.
+    has_returns = any("\r" in row_id for row_id in ids)
+    quoting: Literal[0, 2] = csv.QUOTE_NONNUMERIC if has_returns else csv.QUOTE_MINIMAL
+    write_whole(path, table.to_csv(index=False, lineterminator="\n", quoting=quoting))
 
 
 def rehearse(path: Path, ids: Sequence[str]) -> float:

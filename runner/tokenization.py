@@ -13,13 +13,15 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from runner.errors import DataError
+from runner.errors import DataError, first_line, shown
 from runner.presets import BytePairOptions, TokenizerFiles
 from runner.records import TokenTable
 
 # Texts a call: large enough that all cores have work, small enough that a count can be shown
 # and an interrupt is heard within a second or so.
 CHUNK_ROWS = 256
+# Of int32, in which tokens go to the model.
+MOST_TOKEN_ID = 2**31 - 1
 
 
 def tokenize(
@@ -69,9 +71,14 @@ class _SentencePiece:
     def __init__(self, vocabulary: Path) -> None:
         try:
             proto = vocabulary.read_bytes()
+            if not proto:  # which would load, and answer 0 to all
+                raise ValueError("the file is empty")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
-        except (RuntimeError, OSError) as error:
-            raise DataError(f"{vocabulary} is no SentencePiece model: {error}") from None
+        except (RuntimeError, OSError, ValueError) as error:
+            raise DataError(
+                f"{vocabulary} is no SentencePiece model: {first_line(error)}. Copy it again from "
+                "where the preset came from."
+            ) from None
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return self._processor.encode(texts, num_threads=-1)
@@ -98,11 +105,16 @@ class _BytePairs:
             model = tokenizers.models.BPE(vocab=ids, merges=merges)
         except Exception as error:  # what `tokenizers` raises has no narrower class
             raise DataError(
-                f"{vocabulary} and {options.merges} are no byte-pair encoding: {error}"
+                f"{vocabulary} and {options.merges} are no byte-pair encoding: {first_line(error)}"
             ) from None
+        if not all(number <= MOST_TOKEN_ID for number in ids.values()):
+            raise DataError(
+                f"{vocabulary} must hold token ids of at most {MOST_TOKEN_ID}. "
+                f"Received: {max(ids.values())}"
+            )
         missing = [token for token in options.unsplittable_tokens if token not in ids]
         if missing:
-            raise DataError(f"{vocabulary} must hold the special token {missing[0]}.")
+            raise DataError(f"{vocabulary} must hold the special token {shown(missing[0])}.")
         self._ids: dict[str, int] = ids
         self._tokenizer = tokenizers.Tokenizer(model)
         self._tokenizer.add_special_tokens(list(options.unsplittable_tokens))

@@ -17,9 +17,16 @@ import ml_dtypes
 import numpy as np
 from keras.src.saving import saving_lib
 
-from runner.errors import DataError, first_line
+from runner.errors import DataError, first_line, shown
 
 Index = tuple[slice, ...]
+# The bits of each format's exponent: NaN and infinity alone have all of them set.
+EXPONENTS: dict[str, tuple[str, np.integer]] = {
+    "float32": ("<u4", np.uint32(0x7F800000)),
+    "float16": ("<u2", np.uint16(0x7C00)),
+    "bfloat16": ("<u2", np.uint16(0x7F80)),
+}
+PIECE_ITEMS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +49,19 @@ class StoredWeight:
         (Hu et al. 2021, section 4.1; KerasHub loads with alpha equal to the rank).
         """
         index = index if index is not None else tuple(slice(None) for _ in self.shape)
-        with h5py.File(self.file, "r") as file:
-            values = file[self.dataset][index]
+        try:
+            with h5py.File(self.file, "r") as file:
+                values = file[self.dataset][index]
+            is_sound = is_finite(values, self.dtype)
+        except Exception as error:  # what h5py raises for a damaged file has no narrower class
+            raise DataError(
+                f"{self.file} is damaged or cut short: {self.dataset} cannot be read: "
+                f"{first_line(error)}. Copy it again from where the preset came from."
+            ) from error
+        if not is_sound:
+            raise DataError(
+                f"{self.file} must hold finite weights. Received: NaN or infinity in {self.dataset}"
+            )
         if self.dtype == "bfloat16":
             values = values.view(ml_dtypes.bfloat16)
         if self.lora is not None:
@@ -52,6 +70,23 @@ class StoredWeight:
             update += values
             values = update
         return values if dtype is None else values.astype(dtype, copy=False)
+
+
+def is_finite(values: np.ndarray, dtype: str) -> bool:
+    """Return whether a stored array has neither NaN nor infinity.
+
+    By the bits of the exponent, in pieces that stay in a core's cache: 12 GB/s, an eighth of the
+    time of reading it, where `np.isfinite` of 16 bits does 1.
+
+    Args:
+        dtype: as stored; bfloat16 comes as uint16. Whole numbers are always finite.
+    """
+    if dtype not in EXPONENTS:
+        return True
+    kind, bits = EXPONENTS[dtype]
+    flat = np.ascontiguousarray(values).view(kind).reshape(-1)
+    pieces = (flat[at : at + PIECE_ITEMS] for at in range(0, flat.size, PIECE_ITEMS))
+    return all((piece & bits).max() < bits for piece in pieces)
 
 
 class _LazyStore(saving_lib.H5IOStore):
@@ -75,7 +110,6 @@ def find_weights(model: keras.Model, preset: Path) -> dict[int, StoredWeight]:
     Raises:
         DataError: the files do not fit the model.
     """
-    single = preset / "model.weights.h5"
     found: dict[int, StoredWeight] = {}
 
     def note(variable: keras.Variable, stored: StoredWeight) -> None:
@@ -84,13 +118,15 @@ def find_weights(model: keras.Model, preset: Path) -> dict[int, StoredWeight]:
                 f"{preset} holds weights of another size than its config says: expected "
                 f"{variable.path} of shape {tuple(variable.shape)}. Received: {stored.shape}"
             )
+        if "float" in variable.dtype and stored.dtype not in EXPONENTS:
+            raise DataError(
+                f"{preset} holds weights of another type than its config says: expected "
+                f"{variable.path} as one of {', '.join(EXPONENTS)}. Received: {shown(stored.dtype)}"
+            )
         found[id(variable)] = stored
 
-    store = (
-        _LazyStore(single) if single.is_file() else _LazyShardedStore(single.with_suffix(".json"))
-    )
     try:
-        with _assignments_go_to(note):
+        with _open_store(preset) as store, _assignments_go_to(note):
             saving_lib._load_state(
                 model,
                 weights_store=store,
@@ -98,13 +134,24 @@ def find_weights(model: keras.Model, preset: Path) -> dict[int, StoredWeight]:
                 inner_path="",
                 visited_saveables=set(),
             )
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # what Keras and h5py raise here has no narrower class
         raise DataError(
             f"{preset} holds weights that do not fit its config: {first_line(error)}"
         ) from error
+    return found
+
+
+@contextmanager
+def _open_store(preset: Path) -> Iterator[saving_lib.H5IOStore]:
+    single = preset / "model.weights.h5"
+    index = single.with_suffix(".json")
+    store = _LazyStore(single) if single.is_file() else _LazyShardedStore(index)
+    try:
+        yield store
     finally:
         store.close()
-    return found
 
 
 @contextmanager
