@@ -40,8 +40,8 @@ EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
 EXIT_DEADLINE = 3
 EXIT_INTERRUPTED = 130
-# The name of `single.py`'s threads.
-NATIVE_THREADS = "replica"
+# The name that `single.py` gives its threads while they compute.
+BUSY_THREAD = "replica"
 
 HELP = {
     "mode": "data-parallel: Ray workers, one replica each; model-parallel: groups of Ray workers, "
@@ -102,9 +102,13 @@ PREPARE_HELP = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: None for the process' own, which then ends here where it would not end by itself.
+    """
     code = _main(argv)
-    if any(thread.name == NATIVE_THREADS and thread.is_alive() for thread in threading.enumerate()):
+    if argv is None and any(thread.name == BUSY_THREAD for thread in threading.enumerate()):
         # Inside native code that nothing interrupts: the process would wait for it.
         sys.stdout.flush()
         sys.stderr.flush()

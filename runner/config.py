@@ -74,6 +74,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_values(self)
+        for name in ("output", "report", "journal"):
+            path = getattr(self, name)
+            if path is not None and not path.name:
+                raise ConfigError(f"{flag(name)} must name a file. Received: {flag(name)} {path}")
         if self.mode == "single" and self.num_workers not in (None, 1):
             raise ConfigError(
                 "--mode single is one process; use --mode data-parallel for several workers. "

@@ -32,8 +32,8 @@ from sharding.topology import WorkerSlot
 BATCHES_IN_FLIGHT = 2
 # Seconds between looks at the clock when nothing arrives.
 WAIT_S = 0.5
-# Threads whose names begin so may be inside native code that nothing interrupts.
-THREADS = "replica"
+# The name of a thread inside native code, which nothing interrupts: `cli.py` looks for it.
+BUSY_THREAD = "replica"
 
 Answer = tuple[Any, Any, BaseException | None]
 
@@ -45,6 +45,7 @@ class InProcess:
         self._replica = Replica(WorkerSlot(0, "auto"), verbose=verbose)
         self._progress = progress
         self._rates: Rates | None = None
+        self._threads: _Threads | None = None
         self.stats = [WorkerStats(replica=0)]
         self.faults = Faults()
         self.replicas = 1
@@ -57,7 +58,8 @@ class InProcess:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        pass
+        if self._threads is not None:
+            self._threads.end()
 
     def open(self, dtype: str, compilation_cache: str) -> str:
         """Find the device; return what `dtype` means on it."""
@@ -73,6 +75,7 @@ class InProcess:
 
     def poll(self) -> None:
         """Take over the model where it is there by now: finds bad files early."""
+        assert self._threads is not None, "this is a bug: looked for a model that is not loading"
         if self.info is None and (answer := self._threads.wait(0.0)):
             self._take_load(answer)
 
@@ -82,16 +85,14 @@ class InProcess:
         """Yield the answer to every batch, and None at least every `WAIT_S` between them."""
         self._rates = rates
         recovery = Recovery(backlog, self.faults, ids, self._progress.note)
-        try:
-            while self.info is None:
-                if answer := self._threads.wait(WAIT_S):
-                    self._take_load(answer)
-                yield None
-            rates.expect(0, self.info.matmul_flops_per_s)
-            self._replica.hold_tokens(tokens)
-            yield from self._run(backlog, recovery, rates, self._threads)
-        finally:
-            self._threads.end()
+        assert self._threads is not None, "this is a bug: batches come after the model"
+        while self.info is None:
+            if answer := self._threads.wait(WAIT_S):
+                self._take_load(answer)
+            yield None
+        rates.expect(0, self.info.matmul_flops_per_s)
+        self._replica.hold_tokens(tokens)
+        yield from self._run(backlog, recovery, rates, self._threads)
 
     def speed(self) -> float:
         """Return the cost a second that the device comes to."""
@@ -197,7 +198,7 @@ class _Threads:
         self._compiling: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._predicting: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for work in (self._compiling, *(self._predicting,) * BATCHES_IN_FLIGHT):
-            threading.Thread(target=self._serve, args=(work,), daemon=True, name=THREADS).start()
+            threading.Thread(target=self._serve, args=(work,), daemon=True).start()
 
     def compile(self, function: Callable[[Any], Any], asked: BatchShape | ModelSpec) -> None:
         self._compiling.put((function, asked))
@@ -220,7 +221,12 @@ class _Threads:
     def _serve(self, work: "queue.SimpleQueue[Any]") -> None:
         while (task := work.get()) is not None:
             function, asked = task
+            thread = threading.current_thread()
+            idle, thread.name = thread.name, BUSY_THREAD
+            answer: Answer
             try:
-                self._answers.put((asked, function(asked), None))
+                answer = asked, function(asked), None
             except BaseException as error:
-                self._answers.put((asked, None, error))
+                answer = asked, None, error
+            thread.name = idle
+            self._answers.put(answer)
