@@ -18,6 +18,7 @@ from runner.config import (
     CHOICES,
     COUNTS,
     PATHS,
+    SWITCHES,
     PrepareConfig,
     RunConfig,
     flag,
@@ -54,6 +55,12 @@ HELP = {
     "while loading, LoRA merged before; needs no flag with a prepared preset (default: none)",
     "max_tokens_per_batch": "rows x padded length of a batch (default: auto, by device)",
     "report": "where the JSON report is written (default: OUTPUT.report.json)",
+    "plan": "print what fits these devices, how long it should take and why, write it as JSON to "
+    "OUTPUT.plan.json, and stop; needs no weights and no head",
+    "device": "with --plan: forecast for another device, --num-workers of them (t4, l4, a100, "
+    "a100-80gb, h100, h200, v5e, v3-8)",
+    "calibrate": "with --plan: run a few batches on the devices here and forecast from them; needs "
+    "weights and head",
 }
 
 
@@ -88,6 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         config = parse_arguments(arguments)
         verbose = config.verbose
+        if config.plan:
+            from runner.planner import plan
+
+            interrupts.install()
+            plan(config, started=started)
+            return 0
         from runner.pipeline import run  # pandas takes half a second; --help and typos need not
 
         interrupts.install()
@@ -166,12 +179,14 @@ def _add_flags(
 ) -> None:
     for name, text in texts.items():
         options: dict[str, Any] = {"help": text, "dest": name}
-        if name in CHOICES:
+        if name in SWITCHES:
+            options["action"] = "store_true"
+        elif name in CHOICES:
             options["metavar"] = "{" + ",".join(CHOICES[name]) + "}"
         elif name in PATHS:
             options |= {"type": Path, "metavar": "DIR" if name in folders else "FILE"}
         else:
-            options["metavar"] = "N"
+            options["metavar"] = "NAME" if name == "device" else "N"
         parser.add_argument(flag(name), **options)
 
 

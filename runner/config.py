@@ -22,6 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 PATHS = ("input", "output", "preset", "lora_weights", "head_kernel", "head_bias", "report")
 COUNTS = ("sequence_length", "num_workers", "group_size", "max_tokens_per_batch")
 DEFAULT_GROUP_SIZE = 2
+SWITCHES = ("plan", "calibrate", "verbose")
 AUTO_COUNTS = ("num_workers", "max_tokens_per_batch")
 
 
@@ -50,6 +51,9 @@ class RunConfig:
     quantization: str = "none"
     max_tokens_per_batch: int | None = None
     report: Path | None = None
+    plan: bool = False
+    device: str | None = None
+    calibrate: bool = False
     verbose: bool = False
 
     def __post_init__(self) -> None:
@@ -61,6 +65,7 @@ class RunConfig:
             )
         self._check_groups()
         self._check_model_files()
+        self._check_plan()
         if self.output.suffix.lower() in (".parquet", ".json", ".jsonl"):
             raise ConfigError(
                 f"A submission is written as CSV; name it so. Received: --output {self.output}"
@@ -75,6 +80,10 @@ class RunConfig:
     @property
     def report_path(self) -> Path:
         return self.report or self.output.with_name(self.output.name + ".report.json")
+
+    @property
+    def plan_path(self) -> Path:
+        return self.output.with_name(self.output.name + ".plan.json")
 
     @property
     def members(self) -> int:
@@ -113,10 +122,22 @@ class RunConfig:
                 raise ConfigError(
                     f"{' and '.join(stray)} needs --preset DIR: without it the demo model runs."
                 )
+        elif self.plan and not self.calibrate:
+            pass  # config and tokenizer are enough for a plan
         elif missing := [flag(name) for name, path in head.items() if path is None]:
             raise ConfigError(
                 f"--preset needs a head: --head-kernel FILE.npy of shape (hidden, classes) and "
                 f"--head-bias FILE.npy of shape (classes,). Missing: {' and '.join(missing)}"
+            )
+
+    def _check_plan(self) -> None:
+        for name in ("device", "calibrate"):
+            if getattr(self, name) and not self.plan:
+                raise ConfigError(f"{flag(name)} goes with --plan. Received: {flag(name)} alone")
+        if self.device is not None and self.calibrate:
+            raise ConfigError(
+                "--calibrate measures the devices here, --device names one that is elsewhere. "
+                f"Received: --device {self.device} --calibrate"
             )
 
 
@@ -226,7 +247,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _typed(path: Path, name: str, value: Any) -> Any:
     if name in COUNTS:
         return parse_count(name, value)
-    expected = bool if name == "verbose" else str
+    expected = bool if name in SWITCHES else str
     if type(value) is not expected:
         raise ConfigError(
             f"{path} gives {name} a value of another type than {expected.__name__}. "

@@ -122,8 +122,11 @@ class Preset:
         )
 
 
-def read_preset(path: Path) -> Preset:
+def read_preset(path: Path, *, needs_weights: bool = True) -> Preset:
     """Return what a KerasHub preset directory holds.
+
+    Args:
+        needs_weights: False takes a directory whose weights are not there, or not all.
 
     Raises:
         DataError: a file is missing or unreadable, or the class is no text decoder backbone.
@@ -142,7 +145,9 @@ def read_preset(path: Path) -> Preset:
     except ValueError as error:
         raise DataError(f"{path} is no preset this runner can use. {error}") from None
     quantization = _quantization(path, config["config"].get("dtype"))
-    return Preset(path, class_name, shape, _read_tokenizer(path), _weight_files(path), quantization)
+    tokenizer = _read_tokenizer(path)
+    weights = _weight_files(path) if needs_weights else tuple(sorted(path.glob("*.weights.h5")))
+    return Preset(path, class_name, shape, tokenizer, weights, quantization)
 
 
 def _quantization(path: Path, policies: Any) -> str | None:
