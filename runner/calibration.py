@@ -21,6 +21,7 @@ from runner.options import Job, Measured, Option, command_flags
 from runner.progress import Progress
 from runner.records import Examples
 from sharding.batches import BatchShape
+from sharding.times import compile_seconds
 
 # What the batches of all lengths together should take by the forecast before.
 MEASURE_S = 20.0
@@ -49,8 +50,8 @@ def calibrate(job: Job, option: Option, examples: Examples, progress: Progress) 
         {name: tuple(cells[row] for row in rows) for name, cells in examples.columns.items()},
     )
     replicas = max(1, option.workers // option.group_size)
-    budget = job.config.max_tokens_per_batch or max(shape.tokens for shape in option.plan.shapes)
-    plan = replace(job, lengths=job.lengths[rows], plans={}).plan(budget=budget, replicas=replicas)
+    of_sample = replace(job, lengths=job.lengths[rows], plans={})
+    plan = of_sample.plan(budget=option.budget, replicas=replicas)
     progress.note(
         f"calibrating: {len(plan.batches)} batches of {_lengths(plan.shapes)} tokens a row"
     )
@@ -63,17 +64,31 @@ def calibrate(job: Job, option: Option, examples: Examples, progress: Progress) 
         second = _measure(job, sample)
     flops = float(sum(job.preset.shape.batch_flops(batch.shape) for batch in plan.batches))
     flops_per_s = flops * _busiest_share(job, option) / _busy_s(second["workers"])
-    peak = job.devices.rate(option.dtype, option.quantization)
-    if peak is not None and job.devices.kind == "cpu":
-        peak *= len(job.devices.cores) / option.workers
+    peak = job.peak(option.mode, option.dtype, option.quantization, option.workers)
+    before_predict_s = first["seconds"]["total"] - first["seconds"]["predict"]
+    one_shape_s = compile_seconds(
+        job.preset.shape,
+        kind=job.devices.kind,
+        shapes=1,
+        replicas=replicas,
+        members=option.group_size,
+        strategy=option.strategy,
+    )
+    slowness = 1.0
+    if option.seconds is not None:
+        expected_s = option.seconds.start + option.seconds.load + one_shape_s
+        slowness = before_predict_s / expected_s
     compiled = [worker for worker in first["workers"] if worker["compiled_shapes"]]
     return Measured(
         way=option.way,
         flops_per_s=flops_per_s,
         efficiency=flops_per_s / peak if peak else None,
-        before_predict_s=first["seconds"]["total"] - first["seconds"]["predict"],
+        before_predict_s=before_predict_s,
+        slowness=slowness,
+        # Where all came from the cache, other shapes may still have to be compiled.
         compile_s=max(
-            (worker["compile_s"] / worker["compiled_shapes"] for worker in compiled), default=0.0
+            (worker["compile_s"] / worker["compiled_shapes"] for worker in compiled),
+            default=one_shape_s,
         ),
         batches=len(plan.batches),
         seconds=first["seconds"]["total"]
@@ -89,7 +104,6 @@ def sample_rows(job: Job, option: Option) -> np.ndarray:
     """
     assert option.plan is not None, "this is a bug: only what fits has a plan"
     shape, replicas = job.preset.shape, max(1, option.workers // option.group_size)
-    budget = max(batch.tokens for batch in option.plan.shapes)
     order = np.argsort(job.lengths, kind="stable")
     costs = np.array([shape.batch_flops(BatchShape(1, int(n))) for n in job.lengths[order]], float)
     up_to = np.cumsum(costs)
@@ -99,7 +113,7 @@ def sample_rows(job: Job, option: Option) -> np.ndarray:
         padded = job.config.sequence_length
         if job.config.pooling != "padded-mean":
             padded = max(1, int(job.lengths[row]))
-        rows_of_batch = max(1, budget // padded)
+        rows_of_batch = max(1, option.budget // padded)
         batches = replicas * FEWEST_BATCHES
         if option.seconds and option.seconds.predict:
             total = sum(shape.batch_flops(batch.shape) for batch in option.plan.batches)

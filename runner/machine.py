@@ -64,8 +64,8 @@ class Devices:
             return "float32"
         return self.model.native_dtype if self.model else "bfloat16"
 
-    def rate(self, dtype: str, quantization: str, cores: int = 1) -> float | None:
-        """Return the FLOP/s of a large matmul on one worker's device, None where not known.
+    def rate(self, dtype: str, quantization: str) -> float | None:
+        """Return the FLOP/s of a large matmul on one device or core, None where not known.
 
         int8 is counted at the rate of the dtype around it where no run has shown it to be faster;
         int4 always, since it is unpacked first.
@@ -75,7 +75,7 @@ class Devices:
             speedup = CPU_SPEEDUPS.get(form)
             if speedup is None or (speedup != 1 and not self.is_fast_in_16_bits):
                 return None
-            return self.core_flops_per_s * cores * speedup
+            return self.core_flops_per_s * speedup
         rate = self.model.rates.get(dtype) if self.model else None
         return rate.sustained if rate else None
 

@@ -32,7 +32,6 @@ from sharding.memory import (
     weight_item_bytes,
 )
 from sharding.times import (
-    DISK_BYTES_PER_S,
     EFFICIENCY,
     ONE_PROCESS_ON_A_CPU,
     START_S,
@@ -60,13 +59,14 @@ class Measured:
 
     efficiency: FLOP/s of a worker on the model over `Devices.rate`; or flops_per_s itself, where
     that rate is not known. before_predict_s: all of a run but reading, tokenizing and predicting.
-    compile_s: of one shape on one worker.
+    slowness: that over its forecast. compile_s: of one shape on one worker.
     """
 
     way: tuple[str, str | None, str, str]
     flops_per_s: float
     efficiency: float | None
     before_predict_s: float
+    slowness: float
     compile_s: float
     batches: int
     seconds: float
@@ -106,6 +106,14 @@ class Job:
         quantization = self.preset.quantization or self.config.quantization
         return self.config.mode, strategy, self.dtype, quantization
 
+    def peak(self, mode: str, dtype: str, quantization: str, workers: int) -> float | None:
+        """Return the FLOP/s of large matmuls in one of so many workers, None where not known."""
+        rate = self.devices.rate(dtype, quantization)
+        if rate is None or self.devices.kind != "cpu":
+            return rate
+        cores = len(self.devices.cores) / workers
+        return rate * cores * (ONE_PROCESS_ON_A_CPU if mode == "single" and cores > 1 else 1.0)
+
     def plan(self, *, budget: int, replicas: int) -> Plan:
         """Return the batches under a budget, as the run itself would make them."""
         key = (budget, replicas)
@@ -123,7 +131,8 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """One way to run. `memory_bytes` and `need` are of the fullest device."""
+    """One way to run. `memory_bytes` and `need` are of the fullest device, `budget` is the most
+    padded tokens of a batch."""
 
     mode: str
     strategy: str | None
@@ -135,6 +144,7 @@ class Option:
     why_not: str | None
     memory_bytes: float
     arithmetic: str
+    budget: int = 0
     need: Need | None = None
     host_bytes: float | None = None
     plan: Plan | None = None
@@ -281,7 +291,7 @@ def _option(
         f"{weights} + {_gb(needs.total_bytes - held)} for batches of {batch_tokens:,} tokens "
         f"= {_gb(needs.total_bytes)}"
     )
-    option = replace(option, need=needs, host_bytes=host, plan=plan)
+    option = replace(option, budget=budget, need=needs, host_bytes=host, plan=plan)
     if limit is not None:
         room = limit * SHARE_IN_USE
         if needs.total_bytes > room:
@@ -385,10 +395,7 @@ def _time(
     mode, strategy, dtype, quantization = way
     shape, devices, measured = job.preset.shape, job.devices, job.measured
     replicas = workers // members
-    cores = len(devices.cores) / workers
-    peak = devices.rate(dtype, quantization)
-    if peak is not None and devices.kind == "cpu":
-        peak *= cores * (ONE_PROCESS_ON_A_CPU if mode == "single" and cores > 1 else 1.0)
+    peak = job.peak(mode, dtype, quantization, workers)
     expected, low, high = EFFICIENCY[devices.kind]
     rates = None
     if measured is not None and measured.way == way:
@@ -444,14 +451,18 @@ def _time(
         members=members,
         strategy=strategy,
     )
-    before = f"load {duration(load)}"
-    if quantizes:
-        before += f" (quantizing; {duration(job.file_bytes / DISK_BYTES_PER_S)} is reading)"
+    if measured is not None:
+        start, load, compiling = (part * measured.slowness for part in (start, load, compiling))
+    before = f"load {duration(load)}{' with quantizing' if quantizes else ''}, compile " + duration(
+        compiling
+    )
     if measured is not None and measured.way == way:
         start, load = measured.before_predict_s, 0.0
         others = (len(plan.shapes) - 1) / replicas if devices.kind == "cpu" else 0.0
         compiling = measured.compile_s * others
         before = f"start, load and first compile {duration(start)} as measured"
+        if compiling:
+            before += f", other compiles {duration(compiling)}"
 
     def seconds(rate: float) -> Seconds:
         return Seconds(
@@ -476,7 +487,7 @@ def _time(
         link = f", {max(0.0, middle.predict / ideal - 1):.1%} of it stages that wait"
     how = (
         f"{flops_text(flops)} of padded tokens / ({_times(workers)}{rate_text}) = "
-        f"{duration(middle.predict)}{link}; {before}, compile {duration(compiling)}"
+        f"{duration(middle.predict)}{link}; {before}"
     )
     return middle, (fast.total, slow.total), how
 
