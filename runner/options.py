@@ -176,6 +176,12 @@ def all_options(job: Job) -> list[Option]:
     return options
 
 
+def pipeline_over(job: Job, members: int, dtype: str, quantization: str) -> Option:
+    """Return a pipeline over so many devices as these, whatever their number is."""
+    more = replace(job, devices=replace(job.devices, count=members))
+    return _option(more, "model-parallel", "pipeline", dtype, quantization, members)
+
+
 def _first_that_fits(tried: Iterator[Option]) -> Option:
     """The smallest group that fits; else the largest, which came nearest."""
     for option in tried:

@@ -226,8 +226,11 @@ def _time(option: dict[str, Any]) -> str:
     if option["seconds"] is None:
         return "not known" if option["fits"] else "-"
     fast, slow = option["seconds_range"]
-    text = duration(option["seconds"])
-    return text if slow < 1.02 * fast else f"{text} ({duration(fast)} - {duration(slow)})"
+    text, low, high = map(duration, (option["seconds"], fast, slow))
+    if slow < 1.02 * fast:
+        return text
+    low = low.removesuffix(f" {high.split()[-1]}")  # one unit is enough
+    return f"{text} ({low} - {high})"
 
 
 def _blocks(encoding: str) -> str:

@@ -19,7 +19,7 @@ from runner.config import RunConfig
 from runner.dataset import read_examples
 from runner.errors import DataError
 from runner.machine import Devices, devices_here, named_devices
-from runner.options import Job, Option, all_options, command_flags, duration
+from runner.options import Job, Option, all_options, command_flags, duration, pipeline_over
 from runner.pipeline import cache_folder
 from runner.plan_text import render
 from runner.presets import Preset, read_preset
@@ -28,14 +28,15 @@ from runner.prompts import render_prompts
 from runner.submission import check_writable, write_whole
 from runner.tokenization import tokenize
 from sharding.buckets import bucket_of
-from sharding.memory import cut_layers, weight_item_bytes
+from sharding.memory import weight_item_bytes
 
 SCHEMA = 1
 # Longer than any row: lengths before the cut are what a person wants to see.
 UNCUT = 1 << 24
 PERCENTILES = (0, 5, 25, 50, 75, 90, 95, 99, 100)
-# Ways within this of the quickest are as quick; then the simplest of them is taken.
-AS_QUICK = 1.05
+# Ways within this share and these seconds of the quickest are as quick; then the simplest of them
+# is taken.
+AS_QUICK, AS_QUICK_S = 1.05, 30.0
 # A way that gives other numbers is named where it takes less than this of the time.
 MUCH_QUICKER = 0.8
 MOST_MEMBERS = 64
@@ -122,7 +123,7 @@ def recommend(job: Job, options: list[Option]) -> tuple[Option | None, str]:
         best = next(
             option
             for option in there
-            if option.total_s is None or option.total_s <= quickest * AS_QUICK
+            if option.total_s is None or option.total_s <= quickest * AS_QUICK + AS_QUICK_S
         )
         return best, " ".join(_reasons(job, best, wanted, options))
     return None, _what_would_fit(job)
@@ -283,12 +284,9 @@ def _what_would_fit(job: Job) -> str:
     """Say how many devices would do, where none of the ways fits."""
     if job.devices.kind == "cpu":
         return "Nothing fits the memory of this machine."
-    shape = job.preset.shape
-    item_bytes = weight_item_bytes(job.dtype, job.preset.quantization or job.config.quantization)
-    for members in range(2, min(MOST_MEMBERS, shape.num_layers) + 1):
-        try:
-            cut_layers(shape, members, item_bytes, job.devices.memory_bytes)
-        except ValueError:
+    quantization = job.preset.quantization or job.config.quantization
+    for members in range(2, min(MOST_MEMBERS, job.preset.shape.num_layers) + 1):
+        if not pipeline_over(job, members, job.dtype, quantization).fits:
             continue
         return (
             f"Nothing fits {job.devices.count} x {job.devices.title}. A pipeline over {members} of "
