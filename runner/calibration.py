@@ -79,17 +79,23 @@ def calibrate(job: Job, option: Option, examples: Examples, progress: Progress) 
         expected_s = option.seconds.start + option.seconds.load + one_shape_s
         slowness = before_predict_s / expected_s
     compiled = [worker for worker in first["workers"] if worker["compiled_shapes"]]
+    # Where all came from the cache, other shapes may still have to be compiled.
+    compile_s = max(
+        (worker["compile_s"] / worker["compiled_shapes"] for worker in compiled),
+        default=one_shape_s,
+    )
+    others = len(plan.shapes) - 1
+    if second is not first and others:
+        # Batches and compiles shared the cores: what a shape added is less than what it took.
+        added = first["seconds"]["predict"] - second["seconds"]["predict"]
+        compile_s = min(compile_s, max(0.0, added * replicas / others))
     return Measured(
         way=option.way,
         flops_per_s=flops_per_s,
         efficiency=flops_per_s / peak if peak else None,
         before_predict_s=before_predict_s,
         slowness=slowness,
-        # Where all came from the cache, other shapes may still have to be compiled.
-        compile_s=max(
-            (worker["compile_s"] / worker["compiled_shapes"] for worker in compiled),
-            default=one_shape_s,
-        ),
+        compile_s=compile_s,
         batches=len(plan.batches),
         seconds=first["seconds"]["total"]
         + (second["seconds"]["total"] if second is not first else 0),

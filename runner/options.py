@@ -59,7 +59,7 @@ class Measured:
 
     efficiency: FLOP/s of a worker on the model over `Devices.rate`; or flops_per_s itself, where
     that rate is not known. before_predict_s: all of a run but reading, tokenizing and predicting.
-    slowness: that over its forecast. compile_s: of one shape on one worker.
+    slowness: that over its forecast. compile_s: what a further shape adds on one worker.
     """
 
     way: tuple[str, str | None, str, str]
