@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from runner.errors import ConfigError, WorkerError
-from runner.options import Job, Measured, Option, command_flags
+from runner.options import FLAGS_OF_A_LONG_RUN, Measured, Option, PlanInput, command_flags
 from runner.progress import Progress
 from runner.records import Examples
 from sharding.batches import BatchShape
@@ -32,7 +32,7 @@ PLACES = (5 / 6, 1 / 2, 1 / 6)
 STOPS_WITHIN_S = 30
 
 
-def calibrate(job: Job, option: Option, examples: Examples, progress: Progress) -> Measured:
+def calibrate(job: PlanInput, option: Option, examples: Examples, progress: Progress) -> Measured:
     """Run a few batches of what the config asks for and return what they showed.
 
     Raises:
@@ -102,7 +102,7 @@ def calibrate(job: Job, option: Option, examples: Examples, progress: Progress) 
     )
 
 
-def sample_rows(job: Job, option: Option) -> np.ndarray:
+def sample_rows(job: PlanInput, option: Option) -> np.ndarray:
     """Return rows for a few batches each of a long, a middling and a short length.
 
     The same row is taken many times: what a batch costs is its shape's to say. Each length gets
@@ -132,7 +132,7 @@ def sample_rows(job: Job, option: Option) -> np.ndarray:
     return np.array(chosen)
 
 
-def _measure(job: Job, sample: Examples) -> dict[str, Any]:
+def _measure(job: PlanInput, sample: Examples) -> dict[str, Any]:
     """Run the ordinary command on a sample of rows and return its report."""
     with tempfile.TemporaryDirectory(prefix="arena-runner-calibrate-") as folder:
         rows, output = Path(folder, "rows.csv"), Path(folder, "submission.csv")
@@ -140,7 +140,8 @@ def _measure(job: Job, sample: Examples) -> dict[str, Any]:
             writer = csv.writer(file)
             writer.writerow(["id", *sample.columns])
             writer.writerows(zip(sample.ids, *sample.columns.values(), strict=True))
-        flags = command_flags(job.config, input=rows, output=output, report=None)
+        changes = dict.fromkeys((*FLAGS_OF_A_LONG_RUN, "report"))
+        flags = command_flags(job.config, **changes | {"input": rows, "output": output})
         root = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         process = subprocess.Popen(
@@ -182,7 +183,7 @@ def _busy_s(workers: list[dict[str, Any]]) -> float:
     return sum(busiest.values())
 
 
-def _busiest_share(job: Job, option: Option) -> float:
+def _busiest_share(job: PlanInput, option: Option) -> float:
     """The part of a replica's FLOPs that its busiest member computes."""
     layers, members = job.preset.shape.num_layers, option.group_size
     if option.strategy == "pipeline":

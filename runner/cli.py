@@ -1,13 +1,15 @@
 """The command line: flags -> RunConfig -> a run -> an exit code.
 
 Exit codes: 0, a complete and checked submission stands at --output; 2, bad usage or input, said
-in a line or two with nothing written; 130, interrupted; 1, anything else.
+in a line or two with nothing written; 3, --on-deadline fail and the deadline came; 130,
+interrupted, journal kept; 1, anything else.
 """
 
 import argparse
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any, NoReturn
 from runner.config import (
     CHOICES,
     COUNTS,
+    PARSERS,
     PATHS,
     SWITCHES,
     PrepareConfig,
@@ -25,11 +28,20 @@ from runner.config import (
     make_config,
     parse_count,
 )
-from runner.errors import ArenaRunnerError, ConfigError, DataError, first_line
+from runner.errors import (
+    ArenaRunnerError,
+    ConfigError,
+    DataError,
+    DeadlineError,
+    first_line,
+)
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 1
+EXIT_DEADLINE = 3
 EXIT_INTERRUPTED = 130
+# The name of `single.py`'s threads.
+NATIVE_THREADS = "replica"
 
 HELP = {
     "mode": "data-parallel: Ray workers, one replica each; model-parallel: groups of Ray workers, "
@@ -54,6 +66,19 @@ HELP = {
     "quantization": "weights as int8 (activations too, as they come) or int4, made layer by layer "
     "while loading, LoRA merged before; needs no flag with a prepared preset (default: none)",
     "max_tokens_per_batch": "rows x padded length of a batch (default: auto, by device)",
+    "time_limit": "8h45m, 90m, 30s: a submission stands by then, counted from the start of the "
+    "process, loading and writing included (default: none)",
+    "on_deadline": "where the time does not suffice: shorten, cut the rows that are left to the "
+    "longest length at which all fit; fill, whole rows as long as there is time and the fallback "
+    "for the others; fail, exit code 3 with the journal kept (default: shorten)",
+    "min_sequence_length": "tokens below which no row is cut (default: a quarter of "
+    "--sequence-length)",
+    "fallback_probabilities": "a,b,c for rows that have no answer of the model (default: the mean "
+    "of those that have)",
+    "resume": "auto: go on from the journal where it is of the same test set, model and settings, "
+    "else start afresh; require: go on or end with exit code 2; never: start afresh "
+    "(default: auto)",
+    "journal": "where rows are kept as they are done (default: OUTPUT.journal)",
     "report": "where the JSON report is written (default: OUTPUT.report.json)",
     "plan": "print what fits these devices, how long it should take and why, write it as JSON to "
     "OUTPUT.plan.json, and stop; needs no weights and no head",
@@ -63,6 +88,8 @@ HELP = {
     "weights and head",
 }
 
+
+METAVARS = {"time_limit": "8h45m", "device": "NAME", "fallback_probabilities": "A,B,C"}
 
 PREPARE_HELP = {
     "preset": "KerasHub preset directory with float weights",
@@ -82,6 +109,16 @@ PREPARE_HELP = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    code = _main(argv)
+    if any(thread.name == NATIVE_THREADS and thread.is_alive() for thread in threading.enumerate()):
+        # Inside native code that nothing interrupts: the process would wait for it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _main(argv: Sequence[str] | None) -> int:
     started = time.monotonic()
     interrupts = _Interrupts()
     verbose = False
@@ -108,8 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (ConfigError, DataError) as error:
         return _fail(f"error: {error}", EXIT_BAD_INPUT)
-    except KeyboardInterrupt:
-        return _fail("interrupted", EXIT_INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        return _fail(str(interrupt) or "interrupted", EXIT_INTERRUPTED)
+    except DeadlineError as error:
+        return _fail(f"error: {error}", EXIT_DEADLINE)
     except ArenaRunnerError as error:
         if verbose:
             raise
@@ -149,6 +188,9 @@ def parse_arguments(argv: Sequence[str]) -> RunConfig:
     for name in COUNTS:
         if name in flags:
             flags[name] = parse_count(name, flags[name])
+    for name, parse in PARSERS.items():
+        if name in flags:
+            flags[name] = parse(flags[name])
     return make_config(flags, config_file)
 
 
@@ -186,7 +228,7 @@ def _add_flags(
         elif name in PATHS:
             options |= {"type": Path, "metavar": "DIR" if name in folders else "FILE"}
         else:
-            options["metavar"] = "NAME" if name == "device" else "N"
+            options["metavar"] = METAVARS.get(name, "N")
         parser.add_argument(flag(name), **options)
 
 

@@ -3,8 +3,9 @@
 Does not open the files it names (the stage that reads a file checks it), nor know devices.
 """
 
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,22 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "text_format": ("raw", "turns"),
     "dtype": ("auto", "float32", "float16", "bfloat16"),
     "quantization": ("none", "int8", "int4"),
+    "on_deadline": ("shorten", "fill", "fail"),
+    "resume": ("auto", "never", "require"),
 }
-PATHS = ("input", "output", "preset", "lora_weights", "head_kernel", "head_bias", "report")
-COUNTS = ("sequence_length", "num_workers", "group_size", "max_tokens_per_batch")
+PATHS = (
+    *("input", "output", "preset", "lora_weights", "head_kernel", "head_bias"),
+    *("journal", "report"),
+)
+COUNTS = (
+    *("sequence_length", "num_workers", "group_size", "max_tokens_per_batch"),
+    "min_sequence_length",
+)
 DEFAULT_GROUP_SIZE = 2
 SWITCHES = ("plan", "calibrate", "verbose")
+# Of the sequence length, what is always left of a row where no --min-sequence-length is named.
+FLOOR_DIVISOR = 4
+CLASSES = 3
 AUTO_COUNTS = ("num_workers", "max_tokens_per_batch")
 
 
@@ -50,6 +62,12 @@ class RunConfig:
     dtype: str = "auto"
     quantization: str = "none"
     max_tokens_per_batch: int | None = None
+    time_limit: float | None = None
+    on_deadline: str = "shorten"
+    min_sequence_length: int | None = None
+    fallback_probabilities: tuple[float, ...] | None = None
+    resume: str = "auto"
+    journal: Path | None = None
     report: Path | None = None
     plan: bool = False
     device: str | None = None
@@ -70,10 +88,17 @@ class RunConfig:
             raise ConfigError(
                 f"A submission is written as CSV; name it so. Received: --output {self.output}"
             )
-        named = [path for path in (self.input, self.output, self.report_path) if path is not None]
+        if self.time_limit is not None and not self.time_limit > 0:
+            raise ConfigError(
+                "--time-limit must be longer than nothing, such as 8h45m. Received: --time-limit "
+                f"{self.time_limit:g}"
+            )
+        self._check_fallback()
+        written = (self.output, self.report_path, self.rows_path, self.journal_path)
+        named = [path for path in (self.input, *written) if path is not None]
         if len({path.resolve() for path in named}) != len(named):
             raise ConfigError(
-                "--input, --output and --report must be different files. Received: "
+                "--input, --output, --journal and --report must be different files. Received: "
                 + ", ".join(str(path) for path in named)
             )
 
@@ -86,6 +111,21 @@ class RunConfig:
         return self.output.with_name(self.output.name + ".plan.json")
 
     @property
+    def rows_path(self) -> Path:
+        """The table of how each row was made, beside the report."""
+        stem = self.report_path.name.removesuffix(".json").removesuffix(".report")
+        return self.report_path.with_name(stem + ".rows.csv")
+
+    @property
+    def journal_path(self) -> Path:
+        return self.journal or self.output.with_name(self.output.name + ".journal")
+
+    @property
+    def floor_length(self) -> int:
+        """The fewest tokens that a row is cut to where time is short."""
+        return self.min_sequence_length or max(1, self.sequence_length // FLOOR_DIVISOR)
+
+    @property
     def members(self) -> int:
         """Workers that hold one replica together."""
         return (self.group_size or DEFAULT_GROUP_SIZE) if self.mode == "model-parallel" else 1
@@ -93,6 +133,20 @@ class RunConfig:
     @property
     def uses_demo_model(self) -> bool:
         return self.preset is None
+
+    def _check_fallback(self) -> None:
+        values = self.fallback_probabilities
+        if values is None:
+            return
+        if (
+            len(values) != CLASSES
+            or not all(0 <= value <= 1 for value in values)
+            or abs(sum(values) - 1) > 1e-6
+        ):
+            raise ConfigError(
+                f"--fallback-probabilities must be {CLASSES} numbers from 0 to 1 that sum to one. "
+                f"Received: --fallback-probabilities {','.join(f'{value:g}' for value in values)}"
+            )
 
     def _check_groups(self) -> None:
         if self.mode != "model-parallel":
@@ -229,6 +283,44 @@ def parse_count(name: str, value: Any) -> int | None:
         ) from None
 
 
+def parse_time_limit(value: Any) -> float:
+    """Return seconds: 8h45m, 90m, 1h, 30s, 2h15m30s, or a number of seconds.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    parts = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", str(value).strip())
+    if isinstance(value, bool) or parts is None or not any(parts.groups()):
+        raise ConfigError(
+            "--time-limit must be hours, minutes and seconds such as 8h45m, 90m or 30s. "
+            f"Received: --time-limit {value}"
+        )
+    hours, minutes, seconds = (float(part or 0) for part in parts.groups())
+    return hours * 3600 + minutes * 60 + seconds
+
+
+def parse_fallback(value: Any) -> tuple[float, ...]:
+    """Return probabilities: 0.4,0.3,0.3, or a list of numbers.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    try:
+        return tuple(float(part) for part in (value.split(",") if type(value) is str else value))
+    except (TypeError, ValueError):
+        raise ConfigError(
+            "--fallback-probabilities must be numbers with commas between them, such as "
+            f"0.35,0.35,0.3. Received: --fallback-probabilities {value}"
+        ) from None
+
+
+# Fields that are read from more than text, a count or a path.
+PARSERS: dict[str, Callable[[Any], Any]] = {
+    "time_limit": parse_time_limit,
+    "fallback_probabilities": parse_fallback,
+}
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -247,6 +339,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _typed(path: Path, name: str, value: Any) -> Any:
     if name in COUNTS:
         return parse_count(name, value)
+    if name in PARSERS:
+        return PARSERS[name](value)
     expected = bool if name in SWITCHES else str
     if type(value) is not expected:
         raise ConfigError(

@@ -1,35 +1,60 @@
 """Replicas fed with batches: a bounded number in flight, results as they come, the dead replaced.
 
-Does not know JAX, tables or files, nor how a batch passes through a replica (`groups.py`). Every
-answer arrives through one `ray.wait`, so a dead worker is seen as a failed call: its group is
-replaced and its batches go back to the queue.
+Does not know JAX, tables or files, nor how a batch passes through a replica (`groups.py`) or what
+becomes of one that failed (`recovery.py`). Every answer arrives through one `ray.wait`, so a dead
+worker is seen as a failed call; one that hangs is seen by the clock.
 """
 
 import os
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 import ray
 import ray.exceptions
 
 from runner.cluster import find_devices, start_ray
-from runner.errors import ArenaRunnerError, ConfigError, WorkerError, first_line, list_ids
+from runner.errors import (
+    ArenaRunnerError,
+    ConfigError,
+    DeviceMemoryError,
+    WorkerError,
+    first_line,
+)
 from runner.groups import Group, Step
 from runner.progress import Progress
-from runner.records import BatchResult, Faults, ModelSpec, TokenTable, WorkerInfo, WorkerStats
-from runner.strategy import Strategy
-from sharding.batches import Batch, BatchShape, Plan
-from sharding.shards import cut_shards
+from runner.records import (
+    BatchResult,
+    CompileInfo,
+    Faults,
+    ModelSpec,
+    TokenTable,
+    WorkerInfo,
+    WorkerStats,
+    mean_compile_s,
+)
+from runner.recovery import Recovery
+from runner.strategy import Strategy, gpu_dtype
+from sharding.backlog import Backlog
+from sharding.batches import Batch, BatchShape
+from sharding.rates import Rates
 from sharding.topology import place_workers
 
-# A replica is given up after this many replacements.
-MAX_RESTARTS = 2
-# A batch that was being computed when this many workers died is taken to be the cause.
-MAX_DEATHS_PER_BATCH = 2
+# A replica is given up after this many replacements that no batch explains.
+MAX_RESTARTS = 3
 # Seconds between looks at the clock when nothing arrives.
-WAIT_S = 1.0
+WAIT_S = 0.5
+
+# A worker hangs that takes longer for a step than: compile and load as slow as they may be.
+STEP_WITHIN_S = {"ping": 300.0, "meet": 120.0, "tokens": 300.0, "load": 600.0, "compile": 1800.0}
+SLOWEST_LOAD_BYTES_PER_S = 20e6
+# A batch: so many times its forecast and so many seconds more, while none has come from this
+# worker, and afterwards.
+HANG_FACTOR = 8.0
+FIRST_BATCH_WITHIN_S = 120.0
+BATCH_WITHIN_S = 15.0
+# A look at the clock that comes so late was late for the workers too: the machine was suspended.
+LONGEST_LOOK_S = 10.0
 
 _DEATHS = (
     ray.exceptions.RayActorError,
@@ -37,6 +62,7 @@ _DEATHS = (
     ray.exceptions.OutOfMemoryError,
     ray.exceptions.ObjectLostError,
 )
+_STORE_FULL = (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError)
 
 
 class RayReplicas:
@@ -47,10 +73,10 @@ class RayReplicas:
         group_size: how many of them make one replica.
         strategy, family: as for `Group`.
 
-    Raises (from `start` and `run`):
+    Raises (from `open`, `start` and `run`):
         ConfigError: more workers than devices, or groups that do not fit.
         DataError: the model files do not fit each other.
-        WorkerError: no replica is left that can work, or a batch fails.
+        WorkerError: no replica is left that can work, or one cannot load.
     """
 
     def __init__(
@@ -71,13 +97,19 @@ class RayReplicas:
         self._progress = progress
         self._groups: list[Group] = []
         self._created_at = time.monotonic()
-        self._plan: Plan | None = None
+        self._backlog: Backlog | None = None
+        self._tokens: ray.ObjectRef | None = None
+        self._float_actor: ray.actor.ActorHandle | None = None
         self._said: set[str] = set()
+        self._clock, self._looked_at = 0.0, time.monotonic()
+        self._started_at: dict[int, float] = {}
         self.kind = "cpu"
+        self.replicas = 1
         self.faults = Faults()
         self.info: WorkerInfo | None = None
         self.start_workers_s = 0.0
         self.predict_s = 0.0
+        self.copied_batches = 0
 
     def __enter__(self) -> "RayReplicas":
         return self
@@ -92,15 +124,16 @@ class RayReplicas:
     def stats(self) -> list[WorkerStats]:
         return [stats for group in self._groups for stats in group.stats]
 
-    def start(self, spec: ModelSpec) -> None:
-        """Start Ray and the actors and send them to load; returns before they have."""
+    def open(self, dtype: str, compilation_cache: str) -> str:
+        """Start Ray and find the devices; return what `dtype` means on them, `auto` where only a
+        worker can tell."""
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         cores = cores or list(range(os.cpu_count() or 1))
         num_cpus = max(len(cores), self._num_workers or 1, self._group_size)
         start_ray(num_cpus, verbose=self._verbose)
         self.kind, num_devices = find_devices()
         try:
-            slots = place_workers(
+            self._slots = place_workers(
                 kind=self.kind,
                 num_devices=num_devices,
                 num_workers=self._num_workers,
@@ -109,13 +142,22 @@ class RayReplicas:
             )
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        for first in range(0, len(slots), self._group_size):
+        self.replicas = len(self._slots) // self._group_size
+        if dtype != "auto":
+            return dtype
+        return {"cpu": "float32", "tpu": "bfloat16"}.get(self.kind) or gpu_dtype() or "auto"
+
+    def start(self, spec: ModelSpec) -> None:
+        """Start the actors and send them to load; returns before they have."""
+        self._spec = spec
+        for first in range(0, len(self._slots), self._group_size):
             group = Group(
-                slots[first : first + self._group_size],
+                self._slots[first : first + self._group_size],
                 strategy=self._strategy,
                 family=self._family,
                 spec=spec,
                 verbose=self._verbose,
+                clock=lambda: self._clock,
             )
             self._groups.append(group)
             self._spawn(group)
@@ -126,26 +168,25 @@ class RayReplicas:
             self._take_setup_step(group, step)
 
     def run(
-        self, plan: Plan, tokens: TokenTable, *, costs: Sequence[float], ids: Sequence[str]
-    ) -> Iterator[BatchResult]:
-        """Yield the result of every batch once, in the order in which they arrive.
+        self, backlog: Backlog, tokens: TokenTable, *, rates: Rates, ids: Sequence[str]
+    ) -> Generator[BatchResult | None, None, None]:
+        """Yield the first answer to every batch, in the order in which they arrive, and None at
+        least every `WAIT_S` between them.
 
         Args:
-            costs: one number a batch, by which shards are cut.
+            rates: learns what batches take.
             ids: one a row, to name rows in errors.
         """
-        self._plan, self._ids = plan, ids
-        self._tokens = ray.put(tokens)
-        shards = cut_shards(costs, len(self._groups))
-        self._queue = deque(plan.batches[shard.start : shard.stop] for shard in shards)
+        self._backlog, self._rates = backlog, rates
+        self._recovery = Recovery(backlog, self.faults, ids, self._progress.note)
+        self._tokens = self._store(tokens)
         self._compiled: set[BatchShape] = set()
-        self._deaths_with: dict[int, int] = {}
         first_ready: float | None = None
-        missing = {batch.index for batch in plan.batches}
         for group in self._groups:
             if group.loaded:
+                self._expect(group)
                 group.hand_tokens(self._tokens)
-        while missing:
+        while backlog:
             for group in self._groups:
                 self._give_work(group)
             for group, step in self._finished_steps():
@@ -153,27 +194,59 @@ class RayReplicas:
                     self._take_setup_step(group, step)
                     first_ready = first_ready or group.ready_at
                     continue
-                result = group.take_result(step)
+                result = self._take_result(group, step)
                 self.predict_s = time.monotonic() - (first_ready or self._created_at)
-                missing.remove(result.batch)
-                yield result
+                if result is not None:
+                    yield result
+            self._end_hung()
+            yield None
         for group in self._groups:
             group.stop_clock()
 
-    def predict_in_float(self, batch: Batch) -> np.ndarray:
-        """Return a batch's probabilities in float32, after `run`.
+    def speed(self) -> float:
+        """Return the cost a second that all replicas at work come to now."""
+        working = [group for group in self._groups if group.warm and not group.given_up]
+        return sum(self._rates.speed(group.number) for group in working)
+
+    def compile_s(self) -> float:
+        """Return the seconds that a shape takes to compile."""
+        return mean_compile_s(self.stats)
+
+    def predict_in_float(self, batch: Batch, *, within_s: float) -> np.ndarray:
+        """Return a batch's probabilities in float32, after `run`, in a process of its own.
 
         Raises:
-            WorkerError: the worker that was asked died of it.
+            WorkerError: the worker that was asked died of it, or took longer than `within_s`.
         """
-        group = next(group for group in self._groups if group.ready_at or group.loaded)
+        group = next((group for group in self._groups if not group.given_up), self._groups[0])
+        if self._float_actor is None:
+            self._float_actor = group.replace_by_one(self._tokens)
+        slowest_s = STEP_WITHIN_S["load"] + self._spec.stored_bytes / SLOWEST_LOAD_BYTES_PER_S
+        within_s = min(within_s, slowest_s)
         try:
-            answer: np.ndarray = ray.get(group.predict_in_float(batch))
-        except (*_DEATHS, ray.exceptions.RayTaskError) as failure:
+            answer: np.ndarray = ray.get(
+                self._float_actor.predict_in_float.remote(self._spec, batch), timeout=within_s
+            )
+        except (
+            *_DEATHS,
+            ray.exceptions.RayTaskError,
+            ray.exceptions.GetTimeoutError,
+        ) as failure:
+            self._float_actor = None
             raise WorkerError(
                 f"{group.noun} {group.number}: {type(failure).__name__}: {first_line(failure)}"
             ) from failure
         return answer
+
+    def _store(self, tokens: TokenTable) -> ray.ObjectRef:
+        try:
+            return ray.put(tokens)
+        except _STORE_FULL as error:
+            size = (tokens.values.nbytes + tokens.offsets.nbytes) / 1e6
+            raise WorkerError(
+                f"Ray's object store has no room for the {size:,.0f} MB of token ids: make room in "
+                f"/dev/shm and in the folder for temporary files. ({first_line(error)})"
+            ) from error
 
     def _spawn(self, group: Group) -> None:
         self._show(group, "starting")
@@ -189,6 +262,7 @@ class RayReplicas:
         ready, _ = ray.wait(references, num_returns=1, timeout=timeout_s)
         if ready:
             ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
+        self._look_at_the_clock()
         for reference in ready:
             group = owners[reference]
             if reference not in group.calls:
@@ -197,9 +271,15 @@ class RayReplicas:
             try:
                 step.answers[place] = ray.get(reference)
             except _DEATHS as death:
-                self._bury(group, death)
+                self.faults.worker_deaths += 1
+                self._bury(group, "its worker died", death)
+            except _STORE_FULL as error:
+                raise WorkerError(
+                    "Ray's object store is full: make room in /dev/shm and in the folder for "
+                    f"temporary files. ({first_line(error)})"
+                ) from error
             except ray.exceptions.RayTaskError as failure:
-                raise self._explain(group, step, failure) from failure
+                self._take_failure(group, step, failure)
             else:
                 step.missing -= 1
                 if not step.missing:
@@ -234,61 +314,110 @@ class RayReplicas:
                     self._progress.note(note)
         group.take_load(answers)
         self._show(group, "loaded")
-        if self._plan is not None:
+        if self._backlog is not None:
+            self._expect(group)
             group.hand_tokens(self._tokens)
+
+    def _expect(self, group: Group) -> None:
+        assert self.info is not None, "this is a bug: a loaded worker has said what it is"
+        self._rates.expect(group.number, self.info.matmul_flops_per_s * len(group.slots))
+
+    def _take_result(self, group: Group, step: Step) -> BatchResult | None:
+        """Count an answer; None where another replica's came before."""
+        assert self._backlog is not None, "this is a bug: batches are given after the plan"
+        was_alone = len(group.in_flight) == 1 and self._backlog.is_suspect(step.payload)
+        result, seconds = group.take_result(step)
+        if not (was_alone and len(group.slots) > 1):
+            # Alone in a pipeline, a batch takes as long as all stages together.
+            self._rates.learn(group.number, step.payload.shape, seconds)
+        self._recovery.answered()
+        return result if self._backlog.finish(step.payload) else None
 
     def _give_work(self, group: Group) -> None:
         """Keep a group busy: shapes until all are compiled, and batches of those that are."""
         if not group.loaded or group.given_up:
             return
+        backlog = self._backlog
+        assert backlog is not None, "this is a bug: work is given after the plan"
         self._give_shape(group)
         while group.has_tokens and len(group.in_flight) < group.most_in_flight:
-            if not group.shard:
-                group.shard.extend(self._take_shard(group))
-            if not group.shard or group.shard[0].shape not in group.warm:
+            if any(backlog.is_suspect(batch) for batch in group.in_flight):
                 break
-            group.start(group.shard.popleft())
+            batch = backlog.take(
+                group.number,
+                runnable=group.warm.__contains__,
+                alone=not group.in_flight,
+                share=self._share(group),
+            )
+            batch = batch or self._slowest_elsewhere(group)
+            if batch is None:
+                break
+            self._started_at.setdefault(batch.index, self._clock)
+            group.start(batch)
         if group.in_flight:
             self._show(group, "busy")
         elif group.compiling is None:
             self._show(group, "idle")
 
-    def _take_shard(self, group: Group) -> Sequence[Batch]:
-        """Take the first shard that the group can begin now, none if there is none."""
-        for number, shard in enumerate(self._queue):
-            if shard[0].shape in group.warm:
-                del self._queue[number]
-                return shard
-        return ()
+    def _share(self, group: Group) -> float:
+        """The group's part of the speed of all."""
+        speeds = [self._rates.speed(one.number) for one in self._groups if not one.given_up]
+        own, total = self._rates.speed(group.number), sum(speeds)
+        return min(1.0, own / total) if own and total else 1 / len(speeds)
+
+    def _slowest_elsewhere(self, group: Group) -> Batch | None:
+        """Return a batch that this idle group would end sooner than the one that computes it: the
+        first answer counts, so that no row waits for a slow or hung worker."""
+        backlog = self._backlog
+        assert backlog is not None, "this is a bug: work is given after the plan"
+        if group.in_flight or any(True for _ in backlog.waiting()):
+            return None
+        latest: tuple[float, Batch] | None = None
+        for other in self._groups:
+            ahead = 0.0
+            for batch in other.in_flight:
+                ahead += self._rates.seconds(other.number, batch.shape)
+                elsewhere = backlog.replicas_of(batch)
+                if len(elsewhere) != 1 or backlog.is_suspect(batch):
+                    continue
+                begun = max(self._started_at[batch.index], other.finished_at)
+                left = ahead - (self._clock - begun)
+                own = self._rates.seconds(group.number, batch.shape)
+                # Overdue: nobody knows how long it will still take.
+                is_late = left < -own
+                if batch.shape in group.warm and (is_late or left > 1.2 * own):
+                    end = float("inf") if is_late else left
+                    if latest is None or end > latest[0]:
+                        latest = end, batch
+        if latest is None:
+            return None
+        backlog.copy(latest[1], group.number)
+        self.copied_batches += 1
+        return latest[1]
 
     def _give_shape(self, group: Group) -> None:
         """Give the next shape that nobody compiles now: compiled elsewhere, it is in the cache."""
-        assert self._plan is not None, "this is a bug: shapes are given before there is a plan"
-        if group.compiling is not None or len(group.warm) == len(self._plan.shapes):
+        assert self._backlog is not None, "this is a bug: shapes are given before there is a plan"
+        if group.compiling is not None:
             return
+        shapes = self._backlog.shapes(group.number)
         elsewhere = {other.compiling for other in self._groups} - self._compiled
-        for shape in self._plan.shapes:
+        for shape in shapes:
             if shape not in group.warm and shape not in elsewhere:
-                self._show(group, f"compiling {len(group.warm) + 1}/{len(self._plan.shapes)}")
+                total = len(group.warm | set(shapes))
+                self._show(group, f"compiling {len(group.warm) + 1}/{total}")
                 group.compile(shape)
                 return
 
-    def _bury(self, group: Group, death: Exception) -> None:
+    def _bury(self, group: Group, reason: str, cause: Exception | None = None) -> None:
         """Take back the batches of a group that lost a worker and replace it, if it may be."""
-        self.faults.worker_deaths += 1
-        self.faults.retried_batches += len(group.in_flight)
-        suspect = group.in_flight[0] if group.in_flight else None
-        if batches := group.end():
-            self._queue.appendleft(batches)
-        if suspect is not None:
-            deaths = self._deaths_with[suspect.index] = self._deaths_with.get(suspect.index, 0) + 1
-            if deaths >= MAX_DEATHS_PER_BATCH:
-                raise WorkerError(
-                    f"{deaths} workers died computing {self._name(suspect)}. Try a smaller "
-                    "--max-tokens-per-batch, or look for what is special in these rows."
-                ) from death
-        if group.restarts < MAX_RESTARTS:
+        batches = group.end()
+        explained = False
+        if self._backlog is not None:
+            explained = self._recovery.lost(group.number, batches, reason)
+        if not explained:
             group.restarts += 1
+        if group.restarts <= MAX_RESTARTS:
             for stats in group.stats:
                 stats.restarts += 1
             self._progress.note(f"{group.noun} {group.number} died and is started again")
@@ -302,26 +431,86 @@ class RayReplicas:
                 f"{group.number}. Is there memory enough for the model and one batch? Fewer "
                 "--num-workers or a smaller --max-tokens-per-batch need less; --verbose shows the "
                 "workers' logs."
-            ) from death
+            ) from cause
+
+    def _take_failure(self, group: Group, step: Step, failure: ray.exceptions.RayTaskError) -> None:
+        """A worker raised an error: find another way for the batch, or end the run."""
+        cause = failure.cause
+        while isinstance(cause, ray.exceptions.RayTaskError):
+            cause = cause.cause  # handed on from an earlier stage
+        if step.what == "compile" and isinstance(cause, DeviceMemoryError):
+            # Predicting says it again, of a batch that can then be split.
+            step.answers = [CompileInfo(0.0, cached=False)] * len(step.answers)
+            group.forget(step)
+            self._take_setup_step(group, step)
+            return
+        if step.what != "predict" or (
+            isinstance(cause, ArenaRunnerError) and not isinstance(cause, DeviceMemoryError)
+        ):
+            raise self._explain(group, step, failure, cause) from failure
+        assert self._backlog is not None, "this is a bug: batches are given after the plan"
+        group.drop(step)
+        if isinstance(cause, DeviceMemoryError):
+            alike = [one.number for one in self._groups if one.device == group.device]
+            self._recovery.too_large(group.number, alike, step.payload)
+        else:
+            said = f"{type(cause).__name__}: {first_line(cause)}"
+            self._recovery.failed(group.number, step.payload, failure, said)
+        if group.strategy_name == "tensor":
+            # The other members wait for the one that failed.
+            for batch in group.end():
+                self._backlog.put_back(batch, group.number)
+            self._backlog.release(group.number)
+            self._spawn(group)
 
     def _explain(
-        self, group: Group, step: Step, failure: ray.exceptions.RayTaskError
+        self, group: Group, step: Step, failure: Exception, cause: BaseException
     ) -> ArenaRunnerError:
         """Return the error that a worker raised, named by replica, batch and rows."""
-        cause = failure.cause
         if isinstance(cause, ArenaRunnerError):
             return cause
-        doing = f"in {step.what}"
-        if step.what == "predict":
-            doing = f"computing {self._name(step.payload)}"
         return WorkerError(
-            f"{group.noun.capitalize()} {group.number} failed {doing}: "
+            f"{group.noun.capitalize()} {group.number} failed in {step.what}: "
             f"{type(cause).__name__}: {first_line(cause)}"
         )
 
-    def _name(self, batch: Batch) -> str:
-        rows = list_ids(self._ids, batch.rows)
-        return f"batch {batch.index} ({len(batch.rows)} rows: {rows})"
+    def _look_at_the_clock(self) -> None:
+        """Move the dispatcher's clock, which stands still while the machine is suspended."""
+        now = time.monotonic()
+        self._clock += min(now - self._looked_at, LONGEST_LOOK_S)
+        self._looked_at = now
+
+    def _end_hung(self) -> None:
+        """End groups that take far longer for something than they should."""
+        assert self._backlog is not None, "this is a bug: work is given after the plan"
+        for group in self._groups:
+            for step, since in list(group.oldest()):
+                limit = self._limit_s(group, step)
+                if self._clock - since <= limit or group.given_up:
+                    continue
+                self.faults.hangs += 1
+                doing = "a batch" if step.what == "predict" else step.what
+                self._progress.note(
+                    f"warning: {group.noun} {group.number} hangs: {self._clock - since:.0f} s in "
+                    f"{doing}, where {limit:.0f} are the most; ended"
+                )
+                if step.what == "predict":
+                    # Those behind it did no harm.
+                    for batch in tuple(group.in_flight)[1:]:
+                        group.in_flight.remove(batch)
+                        self._backlog.put_back(batch, group.number)
+                self._bury(group, "its worker hung")
+                break
+
+    def _limit_s(self, group: Group, step: Step) -> float:
+        if step.what == "predict":
+            seconds = self._rates.seconds(group.number, step.payload.shape)
+            floor = BATCH_WITHIN_S if self._rates.knows(group.number) else FIRST_BATCH_WITHIN_S
+            # While one compiles, a batch has half of the cores.
+            floor *= 1 if group.compiling is None else 2
+            return floor + HANG_FACTOR * seconds * max(1, len(group.slots))
+        stored = self._spec.stored_bytes if step.what == "load" else 0
+        return STEP_WITHIN_S[step.what] + stored / SLOWEST_LOAD_BYTES_PER_S
 
     def _show(self, group: Group, state: str) -> None:
         self._progress.set_worker(group.number, state)

@@ -4,6 +4,9 @@
     |-- ConfigError    a flag or a file of flags is wrong                           exit code 2
     |-- DataError      a test set, preset, LoRA or head file is wrong               exit code 2
     |-- WorkerError    a worker failed at work that the input does not explain      exit code 1
+    |   `-- DeviceMemoryError    a batch does not fit; survived by a smaller one
+    |-- JournalError   rows that are done cannot be kept, the disk is full say      exit code 1
+    |-- DeadlineError  the time limit came, and --on-deadline is fail               exit code 3
     `-- MergeError     the results do not make a complete and sound submission      exit code 1
 
 The first two are the person's to mend: their message is one or two lines and no traceback.
@@ -27,6 +30,18 @@ class DataError(ArenaRunnerError):
 
 class WorkerError(ArenaRunnerError):
     """A worker died or failed; the message names the replica, the batch and its rows."""
+
+
+class DeviceMemoryError(WorkerError):
+    """A device has no room for a batch."""
+
+
+class JournalError(ArenaRunnerError):
+    """Rows that are done cannot be kept; the message names where those before are safe."""
+
+
+class DeadlineError(ArenaRunnerError):
+    """The time limit came before the rows were done."""
 
 
 class MergeError(ArenaRunnerError):

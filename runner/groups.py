@@ -6,6 +6,7 @@ plan, or when to give up: `dispatch.py` decides that.
 
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,12 +34,16 @@ RESOURCES = {"cpu": {"CPU": 1.0}, "gpu": {"CPU": 1.0, "GPU": 1.0}, "tpu": {"CPU"
 
 @dataclass(slots=True, eq=False)
 class Step:
-    """One thing asked of a group: the answers of those members that have a part in it."""
+    """One thing asked of a group: the answers of those members that have a part in it.
+
+    asked_at: by the dispatcher's clock, in seconds.
+    """
 
     what: str
     payload: Any
     answers: list[Any]
     missing: int
+    asked_at: float
 
 
 class Group:
@@ -60,17 +65,21 @@ class Group:
         family: str,
         spec: ModelSpec,
         verbose: bool,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.slots = slots
         self.stats = [WorkerStats(slot.replica, slot.member, slot.kind) for slot in slots]
         self.calls: dict[Any, tuple[Step, int]] = {}
-        self.shard: deque[Batch] = deque()
         self.in_flight: deque[Batch] = deque()
         self.warm: set[BatchShape] = set()
         self.compiling: BatchShape | None = None
         self.loaded = self.has_tokens = self.given_up = False
+        # Those that count against it: not those that a batch explains.
         self.restarts = 0
         self.ready_at: float | None = None
+        self.device = slots[0].kind
+        self.finished_at = 0.0
+        self._clock = clock
         self._alive_s = 0.0
         self._strategy = strategy
         self._name = strategy.name if strategy else None
@@ -87,6 +96,10 @@ class Group:
         return self.slots[0].replica
 
     @property
+    def strategy_name(self) -> str | None:
+        return self._name
+
+    @property
     def noun(self) -> str:
         return "worker" if self._strategy is None else "group"
 
@@ -99,19 +112,9 @@ class Group:
 
     def spawn(self) -> None:
         """Fill the slots with new actors and send them to load."""
-        threads = {"compile": 1, "predict": PREDICTING_THREADS[self._name]}
-        actor_class = ray.remote(concurrency_groups=threads)(ACTORS[self._name])
+        plain = ACTORS[self._name]
         self._actors = [
-            actor_class.options(
-                num_cpus=self._resources["CPU"],
-                num_gpus=self._resources.get("GPU", 0),
-                resources={"TPU": 1} if "TPU" in self._resources else None,
-                max_restarts=0,
-                max_task_retries=0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    self._placement, placement_group_bundle_index=slot.member
-                ),
-            ).remote(slot, verbose=self._verbose)
+            self._actor_class(plain, slot.member).remote(slot, verbose=self._verbose)
             for slot in self.slots
         ]
         self._ask("ping", [actor.ping.remote() for actor in self._actors])
@@ -134,6 +137,7 @@ class Group:
 
     def take_load(self, answers: list[WorkerInfo]) -> None:
         self.loaded = True
+        self.device = answers[0].device.split(",")[0]
         for stats, info in zip(self.stats, answers, strict=True):
             stats.introduce(info)
 
@@ -177,30 +181,62 @@ class Group:
             calls = [call(last.finish, batch, activations)]
         self._ask("predict", calls, batch)
 
-    def predict_in_float(self, batch: Batch) -> Any:
-        """Return the reference of a batch's probabilities in float32, by the first member."""
-        return self._actors[0].predict_in_float.remote(self._spec, batch)
+    def replace_by_one(self, tokens: Any) -> Any:
+        """End the group; return a new actor in the place of its first member, who holds no model.
 
-    def take_result(self, step: Step) -> BatchResult:
-        """Count a finished batch and return its result."""
+        The members of a tensor group cannot compute alone, and a device has no room for more.
+        """
+        self.end()
+        actor = self._actor_class(Replica).remote(self.slots[0], verbose=self._verbose)
+        actor.hold_tokens.remote(tokens)
+        self._actors = [actor]
+        return actor
+
+    def take_result(self, step: Step) -> tuple[BatchResult, float]:
+        """Count a finished batch; return its result and the seconds it took, those in line behind
+        other batches left out."""
         self.in_flight.remove(step.payload)
+        now = self._clock()
+        seconds = now - max(step.asked_at, self.finished_at)
+        self.finished_at = now
         result: BatchResult = step.answers[0]
         # Each member of a tensor group answers for itself; a pipeline's last stage for all.
         work = [entry for answer in step.answers for entry in answer.work]
         for stats, entry in zip(self.stats, work, strict=True):
-            stats.count(len(result.rows), entry)
-        return result
+            stats.count(len(result.batch.rows), entry)
+        return result, seconds
+
+    def drop(self, step: Step) -> None:
+        """Forget a batch that failed; its other members' calls too."""
+        self.in_flight.remove(step.payload)
+        self.forget(step)
+        self.finished_at = self._clock()
+
+    def forget(self, step: Step) -> None:
+        """Wait no longer for the calls of a step."""
+        for reference in [ref for ref, (of, _) in self.calls.items() if of is step]:
+            del self.calls[reference]
+
+    def oldest(self) -> Iterator[tuple[Step, float]]:
+        """Yield each step that is being worked at, and since when; batches behind others wait."""
+        steps = dict.fromkeys(step for step, _ in self.calls.values())
+        predicting = [step for step in steps if step.what == "predict"]
+        for step in steps:
+            if step.what != "predict":
+                yield step, step.asked_at
+            elif step is predicting[0]:
+                yield step, max(step.asked_at, self.finished_at)
 
     def end(self) -> tuple[Batch, ...]:
-        """End all actors and return the batches that were theirs, the oldest in flight first.
+        """End all actors and return the batches in flight, the oldest first.
 
         The members of a group cannot go on without each other, and may hang: they end together.
         """
-        batches = (*self.in_flight, *self.shard)
+        batches = tuple(self.in_flight)
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
-        for left in (self.calls, self.in_flight, self.shard, self.warm):
+        for left in (self.calls, self.in_flight, self.warm):
             left.clear()
         self.stop_clock()
         self.loaded = self.has_tokens = False
@@ -215,7 +251,21 @@ class Group:
         for stats in self.stats:
             stats.idle_s = max(0.0, self._alive_s - stats.busy_s)
 
+    def _actor_class(self, plain: type, member: int = 0) -> Any:
+        """Return the Ray actor class of a plain one, for the device of a member."""
+        threads = {"compile": 1, "predict": PREDICTING_THREADS[self._name]}
+        return ray.remote(concurrency_groups=threads)(plain).options(
+            num_cpus=self._resources["CPU"],
+            num_gpus=self._resources.get("GPU", 0),
+            resources={"TPU": 1} if "TPU" in self._resources else None,
+            max_restarts=0,
+            max_task_retries=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                self._placement, placement_group_bundle_index=member
+            ),
+        )
+
     def _ask(self, what: str, calls: list[Any], payload: Any = None) -> None:
-        step = Step(what, payload, [None] * len(calls), len(calls))
+        step = Step(what, payload, [None] * len(calls), len(calls), self._clock())
         for place, reference in enumerate(calls):
             self.calls[reference] = (step, place)

@@ -14,7 +14,6 @@ from runner.errors import ConfigError
 from runner.machine import Devices
 from runner.pipeline import plan_run
 from runner.presets import Preset
-from runner.records import TokenTable
 from runner.strategy import tensor_bytes_per_token
 from sharding.batches import Plan
 from sharding.memory import (
@@ -51,11 +50,21 @@ LAYOUTS: tuple[tuple[str, str | None], ...] = (
 )
 DTYPES = ("float32", "float16", "bfloat16")
 QUANTIZATIONS = ("none", "int8", "int4")
+# A time limit and what goes on from before are a person's run's alone, not a calibrating one's.
+FLAGS_OF_A_LONG_RUN = (
+    *("time_limit", "on_deadline", "min_sequence_length", "fallback_probabilities"),
+    *("resume", "journal"),
+)
+FLAGS_OF_A_RUN = (
+    *("mode", "strategy", "group_size", "num_workers", "dtype", "quantization"),
+    *("preset", "lora_weights", "head_kernel", "head_bias", "pooling", "sequence_length"),
+    *("text_format", "max_tokens_per_batch", *FLAGS_OF_A_LONG_RUN, "input", "output", "report"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What a few batches showed, for `Job.measured`.
+    """What a few batches showed, for `PlanInput.measured`.
 
     efficiency: FLOP/s of a worker on the model over `Devices.rate`; or flops_per_s itself, where
     that rate is not known. before_predict_s: all of a run but reading, tokenizing and predicting.
@@ -73,7 +82,7 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class PlanInput:
     """What is to be done, and on what. lengths: (rows,), cut at the sequence length."""
 
     config: RunConfig
@@ -118,9 +127,8 @@ class Job:
         """Return the batches under a budget, as the run itself would make them."""
         key = (budget, replicas)
         if key not in self.plans:
-            offsets = np.concatenate([[0], np.cumsum(self.lengths)])
             self.plans[key] = plan_run(
-                TokenTable(np.empty(0, np.int32), offsets),
+                self.lengths,
                 replace(self.config, max_tokens_per_batch=budget),
                 self.preset,
                 kind=self.devices.kind,
@@ -160,7 +168,7 @@ class Option:
         return self.seconds.total if self.seconds else None
 
 
-def all_options(job: Job) -> list[Option]:
+def all_options(job: PlanInput) -> list[Option]:
     """Return every way to run.
 
     Raises:
@@ -176,7 +184,7 @@ def all_options(job: Job) -> list[Option]:
     return options
 
 
-def pipeline_over(job: Job, members: int, dtype: str, quantization: str) -> Option:
+def pipeline_over(job: PlanInput, members: int, dtype: str, quantization: str) -> Option:
     """Return a pipeline over so many devices as these, whatever their number is."""
     more = replace(job, devices=replace(job.devices, count=members))
     return _option(more, "model-parallel", "pipeline", dtype, quantization, members)
@@ -190,7 +198,7 @@ def _first_that_fits(tried: Iterator[Option]) -> Option:
     return option
 
 
-def _group_sizes(job: Job, mode: str) -> Sequence[int]:
+def _group_sizes(job: PlanInput, mode: str) -> Sequence[int]:
     if mode != "model-parallel":
         return (1,)
     if job.config.group_size is not None or job.devices.kind == "cpu":
@@ -201,7 +209,7 @@ def _group_sizes(job: Job, mode: str) -> Sequence[int]:
 
 
 def _option(
-    job: Job, mode: str, strategy: str | None, dtype: str, quantization: str, members: int
+    job: PlanInput, mode: str, strategy: str | None, dtype: str, quantization: str, members: int
 ) -> Option:
     shape, devices = job.preset.shape, job.devices
     workers = _workers(job, mode, members)
@@ -330,7 +338,7 @@ def _option(
     )
 
 
-def _workers(job: Job, mode: str, members: int) -> int:
+def _workers(job: PlanInput, mode: str, members: int) -> int:
     """Return how many workers there would be; 0 where no whole group can be made.
 
     Raises:
@@ -364,7 +372,7 @@ def _memory_per_worker(devices: Devices, workers: int) -> float:
 
 
 def _impossible(
-    job: Job, mode: str, strategy: str | None, dtype: str, quantization: str, members: int
+    job: PlanInput, mode: str, strategy: str | None, dtype: str, quantization: str, members: int
 ) -> str | None:
     """Return why a way does not exist, whatever the memory."""
     shape, devices = job.preset.shape, job.devices
@@ -388,7 +396,7 @@ def _impossible(
 
 
 def _time(
-    job: Job,
+    job: PlanInput,
     way: tuple[str, str | None, str, str],
     plan: Plan,
     *,
@@ -522,14 +530,14 @@ def parameters_text(count: float) -> str:
 def command_flags(config: RunConfig, **changes: object) -> list[str]:
     """Return the flags that make a config's run, with changes: None leaves a flag out."""
     plain = RunConfig()
-    names = ("mode", "strategy", "group_size", "num_workers", "dtype", "quantization", "preset",
-             "lora_weights", "head_kernel", "head_bias", "pooling", "sequence_length",
-             "text_format", "max_tokens_per_batch", "input", "output", "report")  # fmt: skip
     flags: list[str] = []
-    for name in names:
+    for name in FLAGS_OF_A_RUN:
         value = changes[name] if name in changes else getattr(config, name)
-        if value is not None and (name == "mode" or value != getattr(plain, name)):
-            flags += [flag(name), str(value)]
+        if value is None or (name != "mode" and value == getattr(plain, name)):
+            continue
+        if isinstance(value, tuple):
+            value = ",".join(f"{part:g}" for part in value)
+        flags += [flag(name), f"{value:g}" if isinstance(value, float) else str(value)]
     return flags
 
 

@@ -3,14 +3,12 @@
 The only file that knows all stages.
 """
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -18,26 +16,43 @@ import numpy as np
 from runner.accuracy import compare, reference_batch
 from runner.config import RunConfig
 from runner.dataset import read_examples
-from runner.errors import ConfigError, DataError, WorkerError
-from runner.fingerprint import fingerprint
-from runner.merge import Merger
-from runner.presets import Preset, check_lora, read_head, read_preset
+from runner.deadline import Deadline
+from runner.errors import (
+    ArenaRunnerError,
+    DataError,
+    DeadlineError,
+    WorkerError,
+    first_line,
+    list_ids,
+)
+from runner.job import Job, compilation_cache, find_job
+from runner.journal import Journal
+from runner.merge import FILLED, SHORTENED, WIDER, Merger
+from runner.presets import Preset
 from runner.progress import Progress
 from runner.prompts import render_prompts
-from runner.records import Faults, ModelSpec, TokenTable, WorkerInfo
-from runner.report import make_report, summarize, versions, write_report
+from runner.records import Examples, Faults, TokenTable
+from runner.report import make_report, summarize, write_report, write_rows
+from runner.steering import Steering
 from runner.strategy import Strategy, choose_strategy, tokens_per_batch
-from runner.submission import LABEL_COLUMNS, check_writable, write_submission
+from runner.submission import LABEL_COLUMNS, check_writable, rehearse, write_submission
 from runner.tokenization import tokenize
-from sharding.batches import BatchShape, Plan, plan_batches
+from sharding.backlog import Backlog
+from sharding.batches import Batch, BatchShape, Plan, plan_batches
 from sharding.buckets import choose_buckets
+from sharding.rates import Rates
 from sharding.topology import BUCKET_MULTIPLES
 
 if TYPE_CHECKING:
     from runner.dispatch import RayReplicas
     from runner.single import InProcess
 
+    Executor = RayReplicas | InProcess
+
 T = TypeVar("T")
+
+# Rows that are computed again in float32 at a time.
+ROWS_IN_FLOAT = 8
 
 
 def run(
@@ -49,256 +64,439 @@ def run(
     """Do what `config` asks for and return the report, which is also on disk then.
 
     Args:
-        started: `time.monotonic()` of the process' start, for `seconds.total`.
+        started: `time.monotonic()` of the process' start, for `seconds.total` and the limit.
         on_signals_taken: called when Ray has replaced the process' signal handlers.
 
     Raises:
         ConfigError, DataError: the person's to mend; nothing was written.
-        WorkerError, MergeError: the run failed; no submission was written.
+        DeadlineError: the time is over and --on-deadline is fail; the journal is kept.
+        WorkerError, MergeError, JournalError: the run failed; no submission was written. The
+            message says what is safe in the journal.
     """
     started = time.monotonic() if started is None else started
-    seconds = dict.fromkeys(
-        ("total", "read", "tokenize", "start_workers", "load", "compile", "predict", "merge"), 0.0
-    )
     with Progress(started=started) as progress:
         check_writable("--output", config.output)
         check_writable("--report", config.report_path)
-        files = _find_files(config, progress)
-        preset = read_preset(files["preset"])
-        spec = _model_spec(config, files, preset)
-
-        progress.stage(f"reading {files['input'].name}")
-        with _timed(seconds, "read"):
-            examples = read_examples(files["input"])
-            texts = render_prompts(examples, text_format=config.text_format)
-        if not examples:
-            progress.note(f"warning: {files['input']} has no rows; the submission is a header.")
-            return _finish_without_rows(config, started, seconds)
-
-        def count(rows: int) -> None:
-            done = rows == len(texts)
-            progress.stage(
-                "starting, loading and compiling"
-                if done
-                else f"tokenizing {rows:,}/{len(texts):,} rows"
-            )
-
-        strategy = choose_strategy(config, preset)
-        if strategy is not None:
-            progress.note(strategy.why)
-        progress.stage("tokenizing")
-        with _open_executor(config, preset, strategy, progress) as executor:
-            tokenizing = _in_background(
-                lambda: _tokenize(texts, preset, config.sequence_length, count)
-            )
-            executor.start(spec)
+        check_writable("--journal", config.journal_path)
+        this = _Run(config, find_job(config, progress), progress, started)
+        progress.stage(f"reading {this.job.test_set.name}")
+        with this.timed("read"):
+            this.read()
+        if not this.examples:
+            progress.note(f"warning: {this.job.test_set} has no rows; the submission is a header.")
+        with this.open_executor() as executor:
+            dtype = executor.open(config.dtype, compilation_cache()) if this.examples else ""
             on_signals_taken()
-            while not tokenizing.done():
-                executor.poll()
-                time.sleep(0.05)
-            tokens, seconds["tokenize"] = tokenizing.result()
-
-            replicas = len(executor.stats) // config.members
-            plan = plan_run(tokens, config, preset, kind=executor.kind, replicas=replicas)
-            costs = [float(preset.shape.batch_flops(batch.shape)) for batch in plan.batches]
-            progress.expect(rows=len(examples), cost=sum(costs))
-            merger = Merger(examples.ids, len(LABEL_COLUMNS))
-            lengths = tokens.lengths
-            for result in executor.run(plan, tokens, costs=costs, ids=examples.ids):
-                merger.add(result)
-                progress.advance(
-                    rows=len(result.rows),
-                    tokens=int(lengths[list(result.rows)].sum()),
-                    cost=costs[result.batch],
-                )
-            progress.stage("merging and writing")
-            with _timed(seconds, "merge"):
-                probabilities = merger.finish()
-                write_submission(config.output, examples.ids, probabilities)
-            quantization = _quantization_report(
-                config, preset, spec, executor, lengths, probabilities, progress
-            )
-
-        seconds |= {
-            "start_workers": executor.start_workers_s,
-            "load": max(worker.load_s for worker in executor.stats),
-            "compile": max(worker.compile_s for worker in executor.stats),
-            "predict": executor.predict_s,
-            "total": time.monotonic() - started,
-        }
-        report = make_report(
-            config,
-            fingerprint=_fingerprint(config, files, preset, examples.ids, texts, executor.info),
-            rows=len(examples),
-            real_tokens=plan.real_tokens,
-            padded_tokens=plan.padded_tokens,
-            model_flops=_model_flops(preset, lengths),
-            seconds=seconds,
-            info=executor.info,
-            workers=executor.stats,
-            faults=executor.faults,
-            plan=_describe(plan),
-            strategy=strategy,
-            quantization=quantization,
-        )
+            with this.open_journal(dtype):
+                if this.merger.unfinished():
+                    tokenizing = _in_background(this.tokenize)
+                    executor.start(this.job.spec(config, dtype))
+                    if this.wait_for(tokenizing, executor):
+                        this.predict(executor, tokenizing.result())
+                    this.repeat_broken_rows(executor)
+                    this.fill(executor)
+                progress.stage("merging and writing")
+                with this.timed("merge"):
+                    probabilities = this.merger.finish()
+                    write_submission(config.output, this.examples.ids, probabilities)
+                this.stands()
+                quantization = this.measure_quantization(executor, probabilities)
+        report = this.report(executor, quantization)
         write_report(config.report_path, report)
-    print(summarize(report, config, is_demo_model=config.uses_demo_model), flush=True)
+        write_rows(config.rows_path, this.examples.ids, this.merger)
+    print(summarize(report, config), flush=True)
     return report
 
 
 def plan_run(
-    tokens: TokenTable, config: RunConfig, preset: Preset, *, kind: str, replicas: int
+    lengths: np.ndarray,
+    config: RunConfig,
+    preset: Preset,
+    *,
+    kind: str,
+    replicas: int,
+    rows: Sequence[int] | None = None,
+    cap: int | None = None,
+    known: Sequence[BatchShape] = (),
 ) -> Plan:
     """Return the batches for these rows on so many replicas on this kind of device.
 
     `padded-mean` averages over every position up to the sequence length, so every row is padded
     to it; the other poolings do not see padding, and rows get the shortest bucket.
+
+    Args:
+        lengths: int64 (rows,), tokens of each row.
+        rows: those to plan, None for all.
+        cap: the tokens that rows are cut to, where time is short.
+        known: shapes that are compiled already, of which others are to be few.
     """
     shape = preset.shape
+    chosen = np.arange(len(lengths)) if rows is None else np.asarray(rows, dtype=np.int64)
+    limit = config.sequence_length if cap is None else min(cap, config.sequence_length)
+    needed = np.minimum(lengths[chosen], limit)
     if config.pooling == "padded-mean":
-        buckets: tuple[int, ...] = (config.sequence_length,)
+        buckets: tuple[int, ...] = (limit,)
+    elif known:
+        buckets = tuple(sorted({one.length for one in known if one.length < limit} | {limit}))
     else:
         buckets = choose_buckets(
-            tokens.lengths,
-            sequence_length=config.sequence_length,
+            needed,
+            sequence_length=limit,
             cost=lambda length: shape.batch_flops(BatchShape(1, length)),
             cost_of_shape=shape.compile_flops(kind, replicas),
             multiple_of=BUCKET_MULTIPLES[kind],
         )
     budget = tokens_per_batch(config, preset, kind)
-    return plan_batches(tokens.lengths, buckets=buckets, max_tokens_per_batch=budget)
-
-
-def _find_files(config: RunConfig, progress: Progress) -> dict[str, Path]:
-    """Return the files of the run, the demo's where the person named none."""
-    named = {
-        "preset": config.preset,
-        "lora_weights": config.lora_weights,
-        "head_kernel": config.head_kernel,
-        "head_bias": config.head_bias,
-        "input": config.input,
-    }
-    if config.preset is None or config.input is None:
-        from runner.demo import ensure_demo
-
-        demo = ensure_demo(cache_folder(), progress)
-        if config.preset is None:
-            named |= demo.model_files
-        if config.input is None:
-            named["input"] = demo.test_set
-    return {name: path for name, path in named.items() if path is not None}
-
-
-def _model_spec(config: RunConfig, files: dict[str, Path], preset: Preset) -> ModelSpec:
-    """Check the model files and return where workers find them."""
-    lora = files.get("lora_weights")
-    if lora is not None:
-        check_lora(lora, preset.shape)
-    read_head(
-        files["head_kernel"],
-        files["head_bias"],
-        hidden_dim=preset.shape.hidden_dim,
-        classes=len(LABEL_COLUMNS),
-    )
-    return ModelSpec(
-        preset=str(preset.path.resolve()),
-        lora_weights=str(lora.resolve()) if lora is not None else None,
-        head_kernel=str(files["head_kernel"].resolve()),
-        head_bias=str(files["head_bias"].resolve()),
-        classes=len(LABEL_COLUMNS),
-        pooling=config.pooling,
-        dtype=config.dtype,
-        quantization=_quantization_to_do(config, preset),
-        compilation_cache=str(cache_folder() / "xla"),
+    return plan_batches(
+        needed, buckets=buckets, max_tokens_per_batch=budget, rows=chosen, known=known
     )
 
 
-def _quantization_to_do(config: RunConfig, preset: Preset) -> str | None:
-    """Return what workers have to make of the preset's weights while they load them."""
-    asked = None if config.quantization == "none" else config.quantization
-    if preset.quantization is None:
-        return asked
-    if asked not in (None, preset.quantization):
-        raise ConfigError(
-            f"{preset.path} holds {preset.quantization} weights; take the float preset for another "
-            f"quantization. Received: --quantization {asked}"
+class _Run:
+    """One run's state between its stages."""
+
+    def __init__(self, config: RunConfig, job: Job, progress: Progress, started: float) -> None:
+        self.config = config
+        self.job = job
+        self.strategy: Strategy | None = choose_strategy(config, job.preset)
+        self.seconds = dict.fromkeys(
+            ("total", "read", "tokenize", "start_workers", "load", "compile", "predict", "merge"),
+            0.0,
         )
-    if config.lora_weights is not None:
-        raise ConfigError(
-            f"{preset.path} holds {preset.quantization} weights, into which no LoRA file can be "
-            "merged; `run.py prepare` merges it before. Received: --lora-weights "
-            f"{config.lora_weights}"
+        self.deadline = Deadline(config.time_limit, config.on_deadline)
+        self._progress = progress
+        self._started = started
+        self._plan = Plan((), (), 0)
+        self._steering: Steering | None = None
+        self._lengths = np.zeros(0, dtype=np.int64)
+        if self.strategy is not None:
+            progress.note(self.strategy.why)
+
+    def read(self) -> None:
+        """Read the test set and render its texts."""
+        self.examples: Examples = read_examples(self.job.test_set)
+        self._texts = render_prompts(self.examples, text_format=self.config.text_format)
+        self.merger = Merger(self.examples.ids, len(LABEL_COLUMNS))
+        self.deadline.rehearsed(rehearse(self.config.output, self.examples.ids))
+
+    def tokenize(self) -> TokenTable:
+        """Return the token ids of all rows."""
+
+        def count(rows: int) -> None:
+            done = rows == len(self._texts)
+            self._progress.stage(
+                "starting, loading and compiling"
+                if done
+                else f"tokenizing {rows:,}/{len(self._texts):,} rows"
+            )
+
+        preset = self.job.preset
+        with self.timed("tokenize"):
+            tokens = tokenize(
+                self._texts,
+                preset.tokenizer,
+                sequence_length=self.config.sequence_length,
+                on_progress=count,
+            )
+        largest = int(tokens.values.max(initial=tokens.pad_id))
+        if largest >= preset.shape.vocabulary_size:
+            raise DataError(
+                f"{preset.tokenizer.vocabulary} does not belong to the backbone: expected token "
+                f"ids below {preset.shape.vocabulary_size}. Received: {largest}"
+            )
+        return tokens
+
+    def open_executor(self) -> "Executor":
+        config, progress = self.config, self._progress
+        progress.stage("starting")
+        if config.mode == "single" or not self.examples:
+            from runner.single import InProcess
+
+            return InProcess(verbose=config.verbose, progress=progress)
+        from runner.dispatch import RayReplicas
+
+        return RayReplicas(
+            num_workers=config.num_workers,
+            verbose=config.verbose,
+            progress=progress,
+            strategy=self.strategy,
+            group_size=config.members,
+            family=self.job.preset.class_name,
         )
-    return None
 
-
-def _quantization_report(
-    config: RunConfig,
-    preset: Preset,
-    spec: ModelSpec,
-    executor: "RayReplicas | InProcess",
-    lengths: np.ndarray,
-    probabilities: np.ndarray,
-    progress: Progress,
-) -> dict[str, Any] | None:
-    """Return how far quantization moved the first rows, or what its preparation measured."""
-    if preset.quantization is not None:
-        return {"mode": preset.quantization, **preset.accuracy}
-    if spec.quantization is None:
-        return None
-    progress.stage("the submission is written; comparing its first rows with float32")
-    started = time.monotonic()
-    batch = reference_batch(lengths, pooling=config.pooling, sequence_length=config.sequence_length)
-    try:
-        reference = executor.predict_in_float(batch)
-    except WorkerError as error:
-        # The submission stands; a worker without memory for this costs the figure alone.
-        return {"mode": spec.quantization, "measured": f"it failed: {error}"}
-    figures = compare(
-        probabilities[: len(batch.rows)], reference, seconds=time.monotonic() - started
-    )
-    return {"mode": spec.quantization, **figures}
-
-
-def cache_folder() -> Path:
-    """Return the folder for the demo and for compiled programs, kept between runs."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "arena-runner"
-
-
-def _open_executor(
-    config: RunConfig, preset: Preset, strategy: Strategy | None, progress: Progress
-) -> "RayReplicas | InProcess":
-    if config.mode == "single":
-        from runner.single import InProcess
-
-        return InProcess(verbose=config.verbose, progress=progress)
-    from runner.dispatch import RayReplicas
-
-    return RayReplicas(
-        num_workers=config.num_workers,
-        verbose=config.verbose,
-        progress=progress,
-        strategy=strategy,
-        group_size=config.members,
-        family=preset.class_name,
-    )
-
-
-def _tokenize(
-    texts: list[str], preset: Preset, sequence_length: int, on_progress: Callable[[int], None]
-) -> tuple[TokenTable, float]:
-    started = time.monotonic()
-    tokens = tokenize(
-        texts, preset.tokenizer, sequence_length=sequence_length, on_progress=on_progress
-    )
-    largest = int(tokens.values.max(initial=tokens.pad_id))
-    if largest >= preset.shape.vocabulary_size:
-        raise DataError(
-            f"{preset.tokenizer.vocabulary} does not belong to the backbone: expected token ids "
-            f"below {preset.shape.vocabulary_size}. Received: {largest}"
+    @contextmanager
+    def open_journal(self, dtype: str) -> Iterator[None]:
+        """Take up the journal or start one; errors within say what is safe in it."""
+        config, examples = self.config, self.examples
+        self._fingerprint = self.job.fingerprint(config, dtype, examples.ids, self._texts)
+        journal = Journal.open(
+            config.journal_path,
+            fingerprint=self._fingerprint,
+            ids=examples.ids,
+            classes=len(LABEL_COLUMNS),
+            resume=config.resume,
         )
-    return tokens, time.monotonic() - started
+        try:
+            for note in journal.notes:
+                self._progress.note(note)
+            self._take_up(journal)
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted. {self._how_to_resume()}") from None
+        except (WorkerError, DeadlineError) as error:
+            raise type(error)(f"{error}\n{self._how_to_resume()}") from error
+        except OSError as error:
+            raise ArenaRunnerError(
+                f"{type(error).__name__}: {error}\n{self._how_to_resume()}"
+            ) from error
+        finally:
+            journal.close(keep_empty=False)
+
+    def _take_up(self, journal: Journal) -> None:
+        """Take over the rows that are done."""
+        self._journal, done = journal, journal.done()
+        for row, how, length, values in zip(
+            done.rows.tolist(), done.how, done.lengths, done.probabilities, strict=True
+        ):
+            if how != FILLED:
+                self.merger.add([row], values[None], how=how, lengths=[length])
+        self._resumed = len(self.examples) - len(self.merger.unfinished())
+
+    def wait_for(self, tokenizing: "Future[TokenTable]", executor: "Executor") -> bool:
+        """Wait for the tokens while workers start; return whether there is time for them."""
+        while not tokenizing.done():
+            executor.poll()
+            time.sleep(0.05)
+            if self.deadline.is_over(self.now()):
+                return False
+        return True
+
+    def predict(self, executor: "Executor", tokens: TokenTable) -> None:
+        """Predict the rows that have no full answer yet, for as long as there is time."""
+        config, preset, lengths = self.config, self.job.preset, tokens.lengths
+        self._lengths, self._tokens = lengths, tokens
+        rows = self.merger.unfinished()
+
+        def plan(rows: Sequence[int], cap: int | None, known: Sequence[BatchShape] = ()) -> Plan:
+            return plan_run(
+                lengths, config, preset, kind=executor.kind, replicas=executor.replicas,
+                rows=rows, cap=cap, known=known,
+            )  # fmt: skip
+
+        self._plan = plan(rows, None)
+        cost = preset.shape.batch_flops
+        backlog, rates = Backlog(self._plan.batches, cost=cost), Rates(cost)
+        multiple = BUCKET_MULTIPLES[executor.kind]
+        longest = int(lengths[rows].max(initial=1))
+        sees_padding = config.pooling == "padded-mean"
+        top = config.sequence_length if sees_padding else min(longest, config.sequence_length)
+        floor = min(config.floor_length, top)
+        self._steering = steering = Steering(
+            backlog,
+            rates,
+            executor,
+            merger=self.merger,
+            journal=self._journal,
+            progress=self._progress,
+            deadline=self.deadline,
+            lengths=lengths,
+            replan=lambda rows, cap: plan(rows, cap, self._plan.shapes),
+            caps=sorted({*range(floor, top, multiple), top}),
+            full_length=config.sequence_length if sees_padding else None,
+            started=self._started,
+        )
+        self._progress.expect(rows=len(lengths), done=len(lengths) - len(rows))
+        results = executor.run(backlog, tokens, rates=rates, ids=self.examples.ids)
+        for result in results:
+            if result is not None:
+                steering.take(result)
+            if not steering.tick():
+                break
+        results.close()
+
+    def repeat_broken_rows(self, executor: "Executor") -> None:
+        """Predict rows that came out as NaN or infinity again, in float32."""
+        broken = self._steering.broken if self._steering is not None else []
+        if not broken:
+            return
+        executor.faults.nonfinite_rows += len(broken)
+        named = list_ids(self.examples.ids, broken)
+        self._progress.note(
+            f"warning: {len(broken)} rows came out as NaN or infinity ({named}); "
+            "predicted again in float32"
+        )
+        self._progress.stage(f"predicting {len(broken)} rows again in float32")
+        for start in range(0, len(broken), ROWS_IN_FLOAT):
+            rows = broken[start : start + ROWS_IN_FLOAT]
+            within_s = self.deadline.left_s(self.now())
+            if within_s <= 0:
+                return
+            lengths = self._lengths[rows]
+            length = int(lengths.max())
+            if self.config.pooling == "padded-mean":
+                length = self.config.sequence_length
+            batch = Batch(0, tuple(rows), BatchShape(len(rows), max(1, length)))
+            try:
+                values = executor.predict_in_float(batch, within_s=within_s)
+            except WorkerError as error:
+                self._progress.note(f"warning: that failed: {error}")
+                return
+            finite = np.isfinite(values).all(axis=1)
+            mended = [row for row, is_one in zip(rows, finite, strict=True) if is_one]
+            if mended:
+                said = lengths[finite].tolist()
+                self._journal.add(mended, values[finite], how=WIDER, worker="", lengths=said)
+                self.merger.add(mended, values[finite], how=WIDER, lengths=said, again=True)
+
+    def fill(self, executor: "Executor") -> None:
+        """Give rows without an answer the fallback, or end the run where that is not wanted.
+
+        Raises:
+            DeadlineError: the time is over and --on-deadline is fail.
+            WorkerError: no row at all has an answer though there was time.
+        """
+        missing = self.merger.missing()
+        over = self.deadline.is_over(self.now())
+        unfinished = self.merger.unfinished()
+        if over and unfinished and self.deadline.policy == "fail":
+            raise DeadlineError(
+                f"The time limit came with {len(unfinished):,} of {len(self.examples):,} rows not "
+                "predicted; --on-deadline fail writes no submission then."
+            )
+        if not missing:
+            return
+        if not over and len(missing) == len(self.examples):
+            raise WorkerError(
+                f"No row has an answer: all {len(missing):,} came out as NaN or infinity, or could "
+                "not be computed. If the dtype is float16, try --dtype bfloat16 or float32; else "
+                "look at the weights and the head."
+            )
+        fallback = self.config.fallback_probabilities
+        values = np.asarray(fallback) if fallback is not None else self.merger.mean()
+        table, none = np.tile(values, (len(missing), 1)), [0] * len(missing)
+        self._journal.add(missing, table, how=FILLED, worker="", lengths=none)
+        self.merger.add(missing, table, how=FILLED, lengths=none)
+        what = (
+            f"{len(missing):,} rows ({list_ids(self.examples.ids, missing)}) have no answer of the "
+            f"model and get the fallback {', '.join(f'{value:.4f}' for value in values)}"
+        )
+        if over:
+            self.deadline.note(self.now(), what)
+        self._progress.note(f"warning: {what}")
+
+    def stands(self) -> None:
+        """The submission is in its place."""
+        self._stands_s = self.now()
+
+    def measure_quantization(
+        self, executor: "Executor", probabilities: np.ndarray
+    ) -> dict[str, Any] | None:
+        """Return how far quantization moved the first rows, or what its preparation measured."""
+        preset, mode = self.job.preset, self.job.quantization
+        if preset.quantization is not None:
+            return {"mode": preset.quantization, **preset.accuracy}
+        if mode is None or self._steering is None:
+            return None
+        first = list(range(min(len(probabilities), ROWS_IN_FLOAT)))
+        if self.deadline.limit_s is not None or any(
+            self.merger.how[row] in (SHORTENED, FILLED, WIDER) for row in first
+        ):
+            return {"mode": mode, "measured": "not in this run: its time or its rows were cut"}
+        self._progress.stage("the submission is written; comparing its first rows with float32")
+        started = time.monotonic()
+        batch = reference_batch(
+            self._lengths,
+            pooling=self.config.pooling,
+            sequence_length=self.config.sequence_length,
+        )
+        try:
+            reference = executor.predict_in_float(batch, within_s=float("inf"))
+        except WorkerError as error:
+            # The submission stands; a worker without memory for this costs the figure alone.
+            return {"mode": mode, "measured": f"it failed: {first_line(error)}"}
+        figures = compare(
+            probabilities[: len(batch.rows)], reference, seconds=time.monotonic() - started
+        )
+        return {"mode": mode, **figures}
+
+    def report(self, executor: "Executor", quantization: dict[str, Any] | None) -> dict[str, Any]:
+        """Return the run's report."""
+        steering = self._steering
+        self.seconds |= {
+            "start_workers": executor.start_workers_s,
+            "load": max((worker.load_s for worker in executor.stats), default=0.0),
+            "compile": max((worker.compile_s for worker in executor.stats), default=0.0),
+            "predict": executor.predict_s,
+            "total": self.now(),
+        }
+        how = self.merger.how
+        filled, shortened = how.count(FILLED), how.count(SHORTENED)
+        resumed = self._resumed
+        real = steering.real_tokens if steering else 0
+        return make_report(
+            self.config,
+            fingerprint=self._fingerprint.digest,
+            rows={
+                "total": len(how),
+                "predicted": len(how) - filled - shortened - resumed,
+                "resumed": resumed,
+                "shortened": shortened,
+                "filled": filled,
+            },
+            real_tokens=real,
+            padded_tokens=steering.padded_tokens if steering else 0,
+            answered=steering.answered if steering else 0,
+            model_flops=_model_flops(self.job.preset, steering.lengths_done) if steering else 0.0,
+            seconds=self.seconds,
+            info=executor.info,
+            workers=executor.stats if self.examples and executor.info else [],
+            faults=executor.faults if executor.info else Faults(),
+            plan=self._describe(executor),
+            strategy=self.strategy,
+            quantization=quantization,
+            deadline={
+                "limit_s": self.deadline.limit_s,
+                "finished_s": round(self._stands_s, 4),
+                "slack_s": None
+                if self.deadline.limit_s is None
+                else round(self.deadline.limit_s - self._stands_s, 4),
+                "events": self.deadline.events,
+            },
+            forecasts=steering.forecasts if steering else [],
+            journal={
+                "path": str(self.config.journal_path),
+                "seconds": round(steering.journal_s, 4) if steering else 0.0,
+            },
+        )
+
+    def now(self) -> float:
+        """Seconds since the process started."""
+        return time.monotonic() - self._started
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[name] += time.monotonic() - started
+
+    def _describe(self, executor: "Executor") -> dict[str, Any]:
+        plan = self._plan
+        return {
+            "batches": len(plan.batches),
+            "predicted_padding": 1 - plan.real_tokens / plan.padded_tokens
+            if plan.batches
+            else None,
+            "shapes": [asdict(shape) for shape in plan.shapes],
+            "copied_batches": executor.copied_batches,
+        }
+
+    def _how_to_resume(self) -> str:
+        done = len(self.examples) - len(self.merger.unfinished())
+        path = self.config.journal_path
+        return (
+            f"{done:,} of {len(self.examples):,} rows are safe in {path}; the same command goes on "
+            "from there."
+        )
 
 
 def _in_background(work: Callable[[], T]) -> "Future[T]":
@@ -315,77 +513,8 @@ def _in_background(work: Callable[[], T]) -> "Future[T]":
     return future
 
 
-def _finish_without_rows(
-    config: RunConfig, started: float, seconds: dict[str, float]
-) -> dict[str, Any]:
-    """Write a header-only submission and a report of nothing; no worker starts."""
-    write_submission(config.output, (), Merger((), len(LABEL_COLUMNS)).finish())
-    seconds["total"] = time.monotonic() - started
-    report = make_report(
-        config,
-        fingerprint="",
-        rows=0,
-        real_tokens=0,
-        padded_tokens=0,
-        model_flops=0.0,
-        seconds=seconds,
-        info=None,
-        workers=[],
-        faults=Faults(),
-        plan=_describe(Plan((), (), 0)),
-    )
-    write_report(config.report_path, report)
-    return report
-
-
-def _fingerprint(
-    config: RunConfig,
-    files: dict[str, Path],
-    preset: Preset,
-    ids: Sequence[str],
-    texts: Sequence[str],
-    info: WorkerInfo | None,
-) -> str:
-    found = versions()
-    lora = [files["lora_weights"]] if "lora_weights" in files else []
-    return fingerprint(
-        settings={
-            "pooling": config.pooling,
-            "sequence_length": config.sequence_length,
-            "text_format": config.text_format,
-            "dtype": info.dtype if info else config.dtype,
-            "quantization": preset.quantization or config.quantization,
-            "lora": bool(lora),
-            "versions": {name: found.get(name) for name in ("jax", "keras", "keras-hub")},
-        },
-        files=[
-            *preset.small_files,
-            files["head_kernel"],
-            files["head_bias"],
-            *lora,
-        ],
-        weight_files=preset.weight_files,
-        texts=(*ids, *texts),
-    )
-
-
 def _model_flops(preset: Preset, lengths: np.ndarray) -> float:
     """FLOPs that the real tokens need, padding left out."""
     shape = preset.shape
     per_token = float(lengths.sum()) * shape.flops_per_token
     return per_token + float((lengths.astype(float) ** 2).sum()) * shape.attention_flops(1)
-
-
-def _describe(plan: Plan) -> dict[str, Any]:
-    return {
-        "batches": len(plan.batches),
-        "predicted_padding": 1 - plan.real_tokens / plan.padded_tokens if plan.batches else None,
-        "shapes": [asdict(shape) for shape in plan.shapes],
-    }
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    started = time.monotonic()
-    yield
-    seconds[name] += time.monotonic() - started

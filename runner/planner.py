@@ -18,9 +18,9 @@ from runner.calibration import calibrate
 from runner.config import RunConfig
 from runner.dataset import read_examples
 from runner.errors import DataError
+from runner.job import cache_folder
 from runner.machine import Devices, devices_here, named_devices
-from runner.options import Job, Option, all_options, command_flags, duration, pipeline_over
-from runner.pipeline import cache_folder
+from runner.options import Option, PlanInput, all_options, command_flags, duration, pipeline_over
 from runner.plan_text import render
 from runner.presets import Preset, read_preset
 from runner.progress import Progress
@@ -74,7 +74,7 @@ def plan(config: RunConfig, *, started: float | None = None) -> dict[str, Any]:
                 f"ids below {preset.shape.vocabulary_size}. Received: {tokens.values.max()}"
             )
         uncut = tokens.lengths
-        job = Job(
+        job = PlanInput(
             config=config,
             preset=preset,
             devices=devices,
@@ -95,12 +95,12 @@ def plan(config: RunConfig, *, started: float | None = None) -> dict[str, Any]:
     return document
 
 
-def asked_option(job: Job, options: list[Option]) -> Option:
+def asked_option(job: PlanInput, options: list[Option]) -> Option:
     """Return what the config asks for, whether it fits or not."""
     return next(option for option in options if option.way == job.asked)
 
 
-def recommend(job: Job, options: list[Option]) -> tuple[Option | None, str]:
+def recommend(job: PlanInput, options: list[Option]) -> tuple[Option | None, str]:
     """Return the way to take and a sentence or two that say why; None where nothing fits.
 
     Numbers as the model was trained come first: dtype and quantization are those asked for, and
@@ -129,7 +129,7 @@ def recommend(job: Job, options: list[Option]) -> tuple[Option | None, str]:
     return None, _what_would_fit(job)
 
 
-def describe(job: Job, uncut: np.ndarray, options: list[Option]) -> dict[str, Any]:
+def describe(job: PlanInput, uncut: np.ndarray, options: list[Option]) -> dict[str, Any]:
     """Return the plan as JSON has it.
 
     uncut: (rows,) token counts before the cut.
@@ -236,7 +236,7 @@ def _file_bytes(preset: Preset) -> float:
     return preset.shape.weight_bytes(item_bytes)
 
 
-def _reasons(job: Job, best: Option, wanted: str, options: list[Option]) -> list[str]:
+def _reasons(job: PlanInput, best: Option, wanted: str, options: list[Option]) -> list[str]:
     """Say why `best`: what it beats, and what would be quicker at a price."""
     said = []
     dtype = [option for option in options if option.dtype == best.dtype]
@@ -275,12 +275,17 @@ def _reasons(job: Job, best: Option, wanted: str, options: list[Option]) -> list
                 f"{_label(other).capitalize()} in {forms} should take {duration(seconds)}, but "
                 "its numbers are rounder."
             )
+    limit = job.config.time_limit
+    if limit is not None and best.range_s is not None:
+        fast, slow = best.range_s
+        within = "is" if slow <= limit else "may be" if fast <= limit else "is not"
+        said.append(f"That {within} within the time limit of {duration(limit)}.")
     if best.total_s is None:
         said.append("How long it takes is not known: --calibrate measures it.")
     return said
 
 
-def _what_would_fit(job: Job) -> str:
+def _what_would_fit(job: PlanInput) -> str:
     """Say how many devices would do, where none of the ways fits."""
     if job.devices.kind == "cpu":
         return "Nothing fits the memory of this machine."
@@ -295,7 +300,7 @@ def _what_would_fit(job: Job) -> str:
     return f"Nothing fits, nor would {MOST_MEMBERS} x {job.devices.title} together."
 
 
-def _command(job: Job, best: Option) -> list[str]:
+def _command(job: PlanInput, best: Option) -> list[str]:
     """The flags of the run that is recommended."""
     config, auto = job.config, job.devices.native_dtype
     is_group = best.mode == "model-parallel"

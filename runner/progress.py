@@ -30,9 +30,11 @@ class Progress:
         self._lock = threading.RLock()
         self._stage = "starting"
         self._states: dict[int, str] = {}
-        self._rows = self._total_rows = 0
+        self._rows = self._rows_before = self._total_rows = 0
         self._tokens = 0
-        self._cost = self._total_cost = 0.0
+        self._left_s: float | None = None
+        self._slack_s: float | None = None
+        self._forecast_at = 0.0
         self._first_row_at: float | None = None
         self._is_terminal = bool(getattr(self._stream, "isatty", lambda: False)())
         self._bar: tqdm | None = None
@@ -78,22 +80,27 @@ class Progress:
         with self._lock:
             self._states[number] = state
 
-    def expect(self, *, rows: int, cost: float) -> None:
-        """Say how much there is to predict; `cost` is in any unit that time is proportional to."""
+    def expect(self, *, rows: int, done: int = 0) -> None:
+        """Say how many rows there are to predict, and how many are done already."""
         with self._lock:
-            self._total_rows, self._total_cost = rows, cost
+            self._total_rows, self._rows_before = rows, done
 
-    def advance(self, *, rows: int, tokens: int, cost: float) -> None:
+    def advance(self, *, rows: int, tokens: int) -> None:
         """Count a finished batch."""
         with self._lock:
             if self._first_row_at is None:
-                self._first_row_at = time.monotonic()
                 # Work done before the clock started would flatter the rate.
-                self._rows_at_first, self._cost_at_first = rows, cost
+                self._first_row_at = time.monotonic()
             else:
                 self._tokens += tokens
             self._rows += rows
-            self._cost += cost
+
+    def forecast(self, *, left_s: float, slack_s: float | None) -> None:
+        """Say how many seconds of work are left, and how much time beyond them, if there is a
+        limit."""
+        with self._lock:
+            self._left_s, self._slack_s = left_s, slack_s
+            self._forecast_at = time.monotonic()
 
     def _keep_drawing(self) -> None:
         while not self._stop.wait(REDRAW_S):
@@ -108,7 +115,7 @@ class Progress:
 
     def _draw_bar(self, bar: tqdm) -> None:
         if self._rows:
-            bar.total, bar.n = self._total_rows, self._rows
+            bar.total, bar.n = self._total_rows, self._rows_before + self._rows
             bar.bar_format = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows, {desc}"
             bar.set_description_str(f"{self._rates()}; {self._workers()}", refresh=False)
         else:
@@ -119,7 +126,7 @@ class Progress:
     def _draw_plain(self) -> None:
         what = self._stage
         if self._rows:
-            what = f"{self._rows}/{self._total_rows} rows, {self._rates()}"
+            what = f"{self._rows_before + self._rows}/{self._total_rows} rows, {self._rates()}"
         self._print(
             f"[{_clock(self._elapsed())}] " + "; ".join(filter(None, [what, self._workers()]))
         )
@@ -132,12 +139,16 @@ class Progress:
         return time.monotonic() - self._started
 
     def _rates(self) -> str:
-        seconds = time.monotonic() - (self._first_row_at or 0.0)
-        done = self._cost - self._cost_at_first
-        if done <= 0 or seconds <= 0:
+        if self._left_s is None:
             return "time left ?"
-        left = (self._total_cost - self._cost) * seconds / done
-        return f"{self._tokens / seconds:,.0f} tokens/s, {_clock(left)} left"
+        now = time.monotonic()
+        said = f"{_clock(self._left_s - (now - self._forecast_at))} left"
+        if self._tokens and self._first_row_at is not None:
+            said = f"{self._tokens / (now - self._first_row_at):,.0f} tokens/s, {said}"
+        if self._slack_s is not None:
+            short = self._slack_s < 0
+            said += f", {_clock(abs(self._slack_s))} {'too long' if short else 'to spare'}"
+        return said
 
     def _workers(self) -> str:
         states = sorted(self._states.items())

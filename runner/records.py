@@ -1,8 +1,13 @@
-"""Nouns shared by the stages of a run. Imports nothing of ours."""
+"""Nouns shared by the stages of a run. Of ours it imports the planner's nouns alone."""
 
 from dataclasses import dataclass
 
 import numpy as np
+
+from sharding.batches import Batch
+
+# Seconds, of a few layers on a CPU.
+USUAL_COMPILE_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +43,12 @@ class TokenTable:
         self, rows: tuple[int, ...], num_rows: int, length: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return `rows` as int32 (num_rows, length), `pad_id` after each row's end, and the token
-        counts as int32 (num_rows,); rows past `len(rows)` are filler of length 0."""
+        counts as int32 (num_rows,); rows past `len(rows)` are filler of length 0.
+
+        A row of more than `length` tokens is cut to them, as a run at that sequence length would.
+        """
         starts = self.offsets[list(rows)]
-        counts = self.offsets[np.add(rows, 1)] - starts
+        counts = np.minimum(self.offsets[np.add(rows, 1)] - starts, length)
         tokens = np.full((num_rows, length), self.pad_id, dtype=np.int32)
         lengths = np.zeros(num_rows, dtype=np.int32)
         lengths[: len(rows)] = counts
@@ -55,7 +63,7 @@ class ModelSpec:
     """All a worker needs to make a replica. Paths and names only: models do not travel.
 
     quantization: what to make of a float preset while it is loaded; None where it is to stay as
-    it is on disk.
+    it is on disk. stored_bytes: of its weight files.
     """
 
     preset: str
@@ -67,6 +75,7 @@ class ModelSpec:
     dtype: str
     quantization: str | None
     compilation_cache: str | None
+    stored_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +116,13 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """Probabilities of one batch: float32 (len(rows), classes), in the order of `rows`.
+    """Probabilities of one batch: float32 (len(batch.rows), classes), in the order of its rows.
 
     work: one entry for each worker that had a part in it, in the order of the group's members.
     """
 
-    batch: int
-    rows: tuple[int, ...]
+    batch: Batch
+    replica: int
     probabilities: np.ndarray
     work: tuple[Work, ...]
 
@@ -171,6 +180,12 @@ class WorkerStats:
         self.weight_bytes = info.weight_bytes
         self.rss_after_imports_bytes = info.rss_after_imports_bytes
         self.load_s = info.load_s
+
+
+def mean_compile_s(workers: list[WorkerStats]) -> float:
+    """Return the seconds that a shape took to compile, a guess where none was."""
+    shapes = sum(worker.compiled_shapes + worker.cached_shapes for worker in workers)
+    return sum(worker.compile_s for worker in workers) / shapes if shapes else USUAL_COMPILE_S
 
 
 @dataclass(slots=True)

@@ -3,13 +3,17 @@
 import importlib.metadata
 import json
 import platform
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from runner import __version__
 from runner.accuracy import describe
 from runner.config import RunConfig
+from runner.merge import Merger
 from runner.records import Faults, WorkerInfo, WorkerStats
 from runner.strategy import Strategy
 from runner.submission import write_whole
@@ -33,7 +37,8 @@ def make_report(
     config: RunConfig,
     *,
     fingerprint: str,
-    rows: int,
+    rows: dict[str, int],
+    answered: int,
     real_tokens: int,
     padded_tokens: int,
     model_flops: float,
@@ -42,13 +47,18 @@ def make_report(
     workers: list[WorkerStats],
     faults: Faults,
     plan: dict[str, Any],
-    strategy: Strategy | None = None,
-    quantization: dict[str, Any] | None = None,
+    deadline: dict[str, Any],
+    forecasts: list[tuple[float, float]],
+    journal: dict[str, Any],
+    strategy: Strategy | None,
+    quantization: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the report; every duration in seconds, every rate over `seconds["predict"]`.
 
-    `rates.mfu` is model FLOPs of real tokens over what the workers' devices did in a large matmul
-    measured in this run, all workers together.
+    `rates` are of the `answered` rows of this run, not of those resumed. `rates.mfu` is model FLOPs
+    of real tokens over what the workers' devices did in a large matmul measured in this run, all
+    workers together. `forecasts` are pairs: seconds since the start, and the total seconds that
+    were forecast then.
     """
     predict_s = seconds["predict"]
     flops_per_s = model_flops / predict_s if predict_s else None
@@ -63,27 +73,24 @@ def make_report(
         "fingerprint": fingerprint,
         "mode": config.mode,
         "strategy": strategy.name if strategy else None,
-        "rows": {"total": rows, "predicted": rows, "resumed": 0, "shortened": 0, "filled": 0},
+        "rows": rows,
         "tokens": {"real": real_tokens, "padded": padded_tokens},
         "seconds": {key: round(value, 4) for key, value in seconds.items()},
         "rates": {
-            "rows_per_s": rows / predict_s if predict_s else None,
+            "rows_per_s": answered / predict_s if predict_s else None,
             "tokens_per_s": real_tokens / predict_s if predict_s else None,
             "model_flops_per_s": flops_per_s,
             "mfu": flops_per_s / peak if flops_per_s and peak else None,
         },
         "workers": [asdict(worker) for worker in workers],
         "faults": asdict(faults),
-        "deadline": {
-            "limit_s": None,
-            "finished_s": round(seconds["total"], 4),
-            "slack_s": None,
-            "events": [],
-        },
+        "deadline": deadline,
+        "forecasts": forecasts,
+        "journal": journal,
         "model": asdict(info) if info else None,
         "quantization": quantization,
         "plan": plan,
-        "group": _describe_group(strategy, workers),
+        "group": _describe_group(strategy, workers) if workers else None,
     }
 
 
@@ -102,10 +109,17 @@ def _describe_group(strategy: Strategy | None, workers: list[WorkerStats]) -> di
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write the report so that whoever looks sees the old one or all of the new one."""
-    write_whole(path, json.dumps(report, indent=1) + "\n")
+    write_whole(path, json.dumps(report, indent=1) + "\n", private=True)
 
 
-def summarize(report: dict[str, Any], config: RunConfig, *, is_demo_model: bool) -> str:
+def write_rows(path: Path, ids: Sequence[str], merger: Merger) -> None:
+    """Write how each row was made and from how many tokens, beside the report."""
+    table = pd.DataFrame({"how": merger.how, "tokens": merger.lengths})
+    table.insert(0, "id", pd.Series(ids, dtype=object))
+    write_whole(path, table.to_csv(index=False, lineterminator="\n"), private=True)
+
+
+def summarize(report: dict[str, Any], config: RunConfig) -> str:
     """Return the few lines a person reads at the end."""
     rows, seconds = report["rows"], report["seconds"]
     lines = [
@@ -130,16 +144,56 @@ def summarize(report: dict[str, Any], config: RunConfig, *, is_demo_model: bool)
             f"{report['strategy']}: the members hold {held} MB of weights each; they stood idle "
             f"{report['group']['idle_share']:.0%} of the time"
         )
-    faults = report["faults"]
-    if faults["worker_deaths"]:
-        lines.append(
-            f"{faults['worker_deaths']} worker deaths were survived; "
-            f"{faults['retried_batches']} batches in flight were computed again."
-        )
-    if is_demo_model:
+    lines += _describe_rows(report)
+    lines += _describe_faults(report["faults"])
+    if config.uses_demo_model:
         lines.append(
             "The model is the demo preset: its weights are random, so its probabilities mean "
             "nothing. Name your own with --preset, --head-kernel and --head-bias."
         )
     lines.append(f"Report: {config.report_path}")
     return "\n".join(lines)
+
+
+def _describe_rows(report: dict[str, Any]) -> Iterator[str]:
+    """Say what is not as it was asked for, and the deadline's part in it."""
+    rows, deadline = report["rows"], report["deadline"]
+    if rows["resumed"]:
+        yield f"{rows['resumed']:,} rows were in the journal already."
+    if rows["shortened"]:
+        said = f"{rows['shortened']:,} rows were made from fewer tokens than asked for"
+        if report["config"]["pooling"] == "padded-mean":
+            said += ", and pooled over another length than the head was trained with"
+        yield said + "."
+    if rows["filled"]:
+        yield f"{rows['filled']:,} rows have no answer of the model: they got the fallback."
+    if deadline["limit_s"] is not None:
+        yield (
+            f"The submission stood {deadline['slack_s']:.1f} s before the limit of "
+            f"{deadline['limit_s']:,.0f} s."
+        )
+
+
+def _describe_faults(faults: dict[str, int]) -> Iterator[str]:
+    """Say in words what was survived."""
+    deaths, hangs, retried = faults["worker_deaths"], faults["hangs"], faults["retried_batches"]
+    if deaths or hangs:
+        what = [f"{deaths} worker deaths"] if deaths else []
+        what += [f"{hangs} hung workers"] if hangs else []
+        yield (
+            f"{' and '.join(what)} were survived; {retried} batches in flight were computed again."
+        )
+    elif retried and not faults["memory_splits"]:
+        yield f"{retried} batches failed and were computed again."
+    if faults["memory_splits"]:
+        yield (
+            f"{faults['memory_splits']} batches did not fit the device's memory and were computed "
+            "in smaller ones."
+        )
+    if faults["nonfinite_rows"]:
+        yield f"{faults['nonfinite_rows']} rows came out as NaN or infinity at first."
+    if faults["quarantined_rows"]:
+        yield (
+            f"{faults['quarantined_rows']} rows could not be computed by any worker; the lines "
+            "above name them."
+        )

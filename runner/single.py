@@ -1,11 +1,15 @@
 """The plan in this process, without Ray: the reference answer and the debugger's path."""
 
+import queue
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import numpy as np
 
+from runner.errors import ArenaRunnerError, DeviceMemoryError, WorkerError, first_line
 from runner.progress import Progress
 from runner.records import (
     BatchResult,
@@ -15,10 +19,23 @@ from runner.records import (
     TokenTable,
     WorkerInfo,
     WorkerStats,
+    mean_compile_s,
 )
+from runner.recovery import Recovery
 from runner.workers import Replica
-from sharding.batches import Batch, BatchShape, Plan
+from sharding.backlog import Backlog
+from sharding.batches import Batch, BatchShape
+from sharding.rates import Rates
 from sharding.topology import WorkerSlot
+
+# One batch computes while the next is brought to the device.
+BATCHES_IN_FLIGHT = 2
+# Seconds between looks at the clock when nothing arrives.
+WAIT_S = 0.5
+# Threads whose names begin so may be inside native code that nothing interrupts.
+THREADS = "replica"
+
+Answer = tuple[Any, Any, BaseException | None]
 
 
 class InProcess:
@@ -27,10 +44,13 @@ class InProcess:
     def __init__(self, *, verbose: bool, progress: Progress) -> None:
         self._replica = Replica(WorkerSlot(0, "auto"), verbose=verbose)
         self._progress = progress
+        self._rates: Rates | None = None
         self.stats = [WorkerStats(replica=0)]
         self.faults = Faults()
+        self.replicas = 1
         self.start_workers_s = 0.0
         self.predict_s = 0.0
+        self.copied_batches = 0
         self.info: WorkerInfo | None = None
 
     def __enter__(self) -> "InProcess":
@@ -39,52 +59,168 @@ class InProcess:
     def __exit__(self, *exception: object) -> None:
         pass
 
+    def open(self, dtype: str, compilation_cache: str) -> str:
+        """Find the device; return what `dtype` means on it."""
+        self.kind, dtype = self._replica.find_device(dtype, compilation_cache)
+        return dtype
+
     def start(self, spec: ModelSpec) -> None:
-        """Load the model; returns when it is there."""
+        """Begin to load the model; returns before it is there."""
         self._progress.set_worker(0, "loading")
         self._spec = spec
-        self.info = self._replica.load(spec)
-        self.kind = self.info.kind
-        self.stats[0].introduce(self.info)
-        for note in self.info.notes:
-            self._progress.note(note)
+        self._threads = _Threads()
+        self._threads.compile(self._replica.load, spec)
 
     def poll(self) -> None:
-        """Nothing happens beside this thread."""
+        """Take over the model where it is there by now: finds bad files early."""
+        if self.info is None and (answer := self._threads.wait(0.0)):
+            self._take_load(answer)
 
     def run(
-        self, plan: Plan, tokens: TokenTable, *, costs: Sequence[float], ids: Sequence[str]
-    ) -> Iterator[BatchResult]:
-        """Yield the result of every batch, in the order of the plan."""
-        self._replica.hold_tokens(tokens)
-        # One thread compiles in the order of use, ahead of the batches.
-        with ThreadPoolExecutor(1, "compile") as compiler:
-            compiling = {
-                shape: compiler.submit(self._replica.compile, shape) for shape in plan.shapes
-            }
-            try:
-                yield from self._predict(plan, compiling)
-            finally:
-                compiler.shutdown(cancel_futures=True)
+        self, backlog: Backlog, tokens: TokenTable, *, rates: Rates, ids: Sequence[str]
+    ) -> Generator[BatchResult | None, None, None]:
+        """Yield the answer to every batch, and None at least every `WAIT_S` between them."""
+        self._rates = rates
+        recovery = Recovery(backlog, self.faults, ids, self._progress.note)
+        try:
+            while self.info is None:
+                if answer := self._threads.wait(WAIT_S):
+                    self._take_load(answer)
+                yield None
+            rates.expect(0, self.info.matmul_flops_per_s)
+            self._replica.hold_tokens(tokens)
+            yield from self._run(backlog, recovery, rates, self._threads)
+        finally:
+            self._threads.end()
 
-    def _predict(
-        self, plan: Plan, compiling: dict[BatchShape, Future[CompileInfo]]
-    ) -> Iterator[BatchResult]:
+    def speed(self) -> float:
+        """Return the cost a second that the device comes to."""
+        return self._rates.speed(0) if self._rates is not None else 0.0
+
+    def compile_s(self) -> float:
+        """Return the seconds that a shape takes to compile."""
+        return mean_compile_s(self.stats)
+
+    def predict_in_float(self, batch: Batch, *, within_s: float) -> np.ndarray:
+        """Return a batch's probabilities in float32, after `run`.
+
+        Raises:
+            WorkerError: it took longer than `within_s`.
+        """
+        threads = _Threads()
+        threads.predict(lambda batch: self._replica.predict_in_float(self._spec, batch), batch)
+        threads.end()
+        answer = threads.wait(min(within_s, threading.TIMEOUT_MAX))
+        if answer is None:
+            raise WorkerError(f"no answer within {within_s:.0f} s")
+        if answer[2] is not None:
+            raise WorkerError(f"{type(answer[2]).__name__}: {first_line(answer[2])}")
+        values: np.ndarray = answer[1]
+        return values
+
+    def _take_load(self, answer: "Answer") -> None:
+        _, info, error = answer
+        if error is not None:
+            raise error
+        self.info = info
+        self.stats[0].introduce(info)
+        for note in info.notes:
+            self._progress.note(note)
+
+    def _run(
+        self, backlog: Backlog, recovery: Recovery, rates: Rates, threads: "_Threads"
+    ) -> Generator[BatchResult | None, None, None]:
         stats, started = self.stats[0], 0.0
         warm: set[BatchShape] = set()
-        for batch in plan.batches:
-            if batch.shape not in warm:
-                self._progress.set_worker(0, f"compiling {len(warm) + 1}/{len(plan.shapes)}")
-                stats.count_compiled(compiling[batch.shape].result())
-                warm.add(batch.shape)
+        compiling: BatchShape | None = None
+        in_flight: deque[Batch] = deque()
+        while backlog:
+            if compiling is None:
+                # One thread compiles in the order of use, ahead of the batches.
+                shapes = backlog.shapes(0)
+                compiling = next((shape for shape in shapes if shape not in warm), None)
+                if compiling is not None:
+                    threads.compile(self._replica.compile, compiling)
+                    if not warm:
+                        self._progress.set_worker(0, f"compiling 1/{len(shapes)}")
+            while len(in_flight) < BATCHES_IN_FLIGHT:
+                if any(map(backlog.is_suspect, in_flight)):
+                    break
+                batch = backlog.take(0, runnable=warm.__contains__, alone=not in_flight)
+                if batch is None:
+                    break
+                in_flight.append(batch)
+                threads.predict(self._replica.predict, batch)
+                started = started or time.monotonic()
+            answer = threads.wait(WAIT_S)
+            if answer is None:
+                yield None
+                continue
+            asked, value, error = answer
+            if isinstance(asked, BatchShape):
+                if error is not None and not isinstance(error, DeviceMemoryError):
+                    raise error
+                # Where memory was short, predicting says so of a batch that can be split.
+                stats.count_compiled(value or CompileInfo(0.0, cached=False))
+                warm.add(asked)
+                compiling = None
                 self._progress.set_worker(0, "busy")
-            started = started or time.monotonic()
-            result = self._replica.predict(batch)
-            stats.count(len(result.rows), result.work[0])
-            self.predict_s = time.monotonic() - started
-            stats.idle_s = self.predict_s - stats.busy_s
-            yield result
+                continue
+            in_flight.remove(asked)
+            if error is not None:
+                self._take_failure(recovery, asked, error)
+                continue
+            result: BatchResult = value
+            now = time.monotonic()
+            rates.learn(0, asked.shape, result.work[0].seconds)
+            recovery.answered()
+            stats.count(len(asked.rows), result.work[0])
+            self.predict_s = now - started
+            stats.idle_s = max(0.0, self.predict_s - stats.busy_s)
+            if backlog.finish(asked):
+                yield result
 
-    def predict_in_float(self, batch: Batch) -> np.ndarray:
-        """Return a batch's probabilities in float32, after `run`."""
-        return self._replica.predict_in_float(self._spec, batch)
+    def _take_failure(self, recovery: Recovery, batch: Batch, error: BaseException) -> None:
+        if isinstance(error, DeviceMemoryError):
+            recovery.too_large(0, (0,), batch)
+        elif isinstance(error, ArenaRunnerError):
+            raise error
+        else:
+            recovery.failed(0, batch, error, f"{type(error).__name__}: {first_line(error)}")
+
+
+class _Threads:
+    """Threads that do not keep the process alive: one compiles, others predict."""
+
+    def __init__(self) -> None:
+        self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+        self._compiling: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._predicting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for work in (self._compiling, *(self._predicting,) * BATCHES_IN_FLIGHT):
+            threading.Thread(target=self._serve, args=(work,), daemon=True, name=THREADS).start()
+
+    def compile(self, function: Callable[[Any], Any], asked: BatchShape | ModelSpec) -> None:
+        self._compiling.put((function, asked))
+
+    def predict(self, function: Callable[[Batch], Any], batch: Batch) -> None:
+        self._predicting.put((function, batch))
+
+    def wait(self, timeout_s: float) -> Answer | None:
+        """Return (what was asked, its value, its error), None if nothing came."""
+        try:
+            return self._answers.get(block=timeout_s > 0, timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    def end(self) -> None:
+        """Let the threads end when they have done what they do."""
+        for work in (self._compiling, *(self._predicting,) * BATCHES_IN_FLIGHT):
+            work.put(None)
+
+    def _serve(self, work: "queue.SimpleQueue[Any]") -> None:
+        while (task := work.get()) is not None:
+            function, asked = task
+            try:
+                self._answers.put((asked, function(asked), None))
+            except BaseException as error:
+                self._answers.put((asked, None, error))

@@ -116,12 +116,30 @@ def device_memory_bytes() -> int | None:
     """
     if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         return None
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    found = _ask_nvidia_smi("memory.total")
+    return min(map(int, found)) << 20 if found else None
+
+
+def _ask_nvidia_smi(what: str) -> list[str]:
+    """Return a number for each NVIDIA GPU, as text; none where there is no such program."""
+    query = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-        return min(int(line) for line in done.stdout.split()) << 20
+        numbers = done.stdout.split()
+        return numbers if all(float(number) >= 0 for number in numbers) else []
     except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+
+
+def gpu_dtype() -> str | None:
+    """Return the 16-bit dtype that the least of the NVIDIA GPUs here has, None where none is seen.
+
+    As `predictor.resolve_dtype`, for a driver that must not start JAX.
+    """
+    capabilities = _ask_nvidia_smi("compute_cap")
+    if not capabilities:
         return None
+    return "bfloat16" if min(map(float, capabilities)) >= 8.0 else "float16"
 
 
 def tensor_bytes_per_token(shape: ModelShape, members: int, item_bytes: int) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,11 +46,41 @@ def write_submission(path: Path, ids: Sequence[str], probabilities: np.ndarray) 
     write_whole(path, table.to_csv(index=False, lineterminator="\n"))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that whoever looks sees the old one or all of the new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def rehearse(path: Path, ids: Sequence[str]) -> float:
+    """Write a table of this size beside an output file and remove it; return the seconds it took.
+
+    Raises:
+        ConfigError: there is no room for it.
+    """
+    started = time.monotonic()
+    rehearsal = path.with_name(f".{path.name}.{os.getpid()}.rehearsal")
+    # As long as probabilities come out: 0.3333333333333333.
+    values = np.full((len(ids), len(LABEL_COLUMNS)), 1 / 3)
     try:
-        with open(aside, "w", encoding="utf-8", newline="") as file:
+        write_submission(rehearsal, ids, values)
+    except OSError as error:
+        raise ConfigError(
+            f"--output needs room for {len(ids):,} rows in {path.resolve().parent}. "
+            f"Received: {error.strerror or error}"
+        ) from None
+    finally:
+        rehearsal.unlink(missing_ok=True)
+    return time.monotonic() - started
+
+
+def write_whole(path: Path, text: str, *, private: bool = False) -> None:
+    """Write a file so that whoever looks sees the old one or all of the new one.
+
+    Args:
+        private: its owner alone may read it, from its first byte on.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Of a process that was killed and had this number: its mode is not to be inherited.
+    aside.unlink(missing_ok=True)
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        descriptor = os.open(aside, flags, 0o600 if private else 0o666)
+        with open(descriptor, "w", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -9,12 +9,15 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runner.errors import WorkerError
+from runner.errors import DeviceMemoryError, WorkerError, first_line
+from runner.faults import InjectedFaults
 from runner.records import (
     Activations,
     BatchResult,
@@ -32,6 +35,8 @@ from sharding.topology import WorkerSlot
 GPU_MEMORY_FRACTION = "0.92"
 # Seconds in which all members of a group must have come to its address.
 GROUP_MEETS_WITHIN_S = 120
+# What XLA, CUDA and the host say in an error where memory is short.
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "OUT_OF_MEMORY")
 
 
 def prepare_process(slot: WorkerSlot, *, verbose: bool) -> None:
@@ -67,6 +72,7 @@ class Replica:
         self._slot = slot
         self._predictor: Any = None
         self._tokens: TokenTable | None = None
+        self._injected = InjectedFaults(slot.replica)
         self._clock = threading.Lock()
         self._last_end = 0.0
 
@@ -75,6 +81,17 @@ class Replica:
         import ray
 
         return str(ray.util.get_node_ip_address())
+
+    def find_device(self, dtype: str, compilation_cache: str | None) -> tuple[str, str]:
+        """Start JAX; return the kind of its device and what `dtype` means there.
+
+        Raises:
+            WorkerError: the device is not there.
+        """
+        device = _start_jax(self._slot.kind, compilation_cache)
+        from runner.predictor import resolve_dtype
+
+        return device.platform, resolve_dtype(dtype, device)
 
     def load(self, spec: ModelSpec) -> WorkerInfo:
         """Load preset, LoRA and head onto the device.
@@ -101,15 +118,29 @@ class Replica:
         self._tokens = tokens
 
     def compile(self, shape: BatchShape) -> CompileInfo:
-        """Make the program for one shape."""
-        return self._predictor.compile(shape)
+        """Make the program for one shape.
+
+        Raises:
+            DeviceMemoryError: the device has no room for it.
+        """
+        with _memory_errors():
+            return self._predictor.compile(shape)
 
     def predict(self, batch: Batch) -> BatchResult:
-        """Return the probabilities of a batch; filler rows are left out."""
+        """Return the probabilities of a batch; filler rows are left out.
+
+        Raises:
+            DeviceMemoryError: the device has no room for it.
+        """
         started = time.perf_counter()
-        tokens, lengths = self._arrays(batch)
-        probabilities = self._predictor.predict(tokens, lengths)[: len(batch.rows)]
-        return BatchResult(batch.index, batch.rows, probabilities, (self._work_since(started),))
+        with _memory_errors():
+            self._injected.before(batch)
+            tokens, lengths = self._arrays(batch)
+            probabilities = self._predictor.predict(tokens, lengths)[: len(batch.rows)]
+        took = time.perf_counter() - started
+        probabilities = self._injected.after(batch, probabilities, took)
+        work = (self._work_since(started),)
+        return BatchResult(batch, self._slot.replica, probabilities, work)
 
     def predict_in_float(self, spec: ModelSpec, batch: Batch) -> np.ndarray:
         """Return a batch's probabilities in float32, by Keras' own layers, one after the other.
@@ -117,7 +148,8 @@ class Replica:
         The weights are read again, a decoder layer at a time: slow, and never the whole model.
         """
         tokens, lengths = self._arrays(batch)
-        return predict_in_float(spec, tokens, lengths)[: len(batch.rows)]
+        probabilities = predict_in_float(spec, tokens, lengths)[: len(batch.rows)]
+        return self._injected.after(batch, probabilities, 0.0, wide=True)
 
     def _work_since(self, started: float, sent_bytes: int = 0) -> Work:
         """Return the work of a batch that ends now. A batch waits on the device while the one
@@ -183,23 +215,29 @@ class PipelineStage(Replica):
     def begin(self, batch: Batch) -> Activations:
         """The first stage: token ids in, hidden states out."""
         started = time.perf_counter()
-        tokens, lengths = self._arrays(batch)
-        hidden = self._predictor.predict(tokens, lengths)
+        with _memory_errors():
+            self._injected.before(batch)
+            tokens, lengths = self._arrays(batch)
+            hidden = self._predictor.predict(tokens, lengths)
         return Activations(hidden, lengths, (self._work_since(started, hidden.nbytes),))
 
     def carry_on(self, activations: Activations) -> Activations:
         """A stage between: hidden states in and out."""
         started = time.perf_counter()
-        hidden = self._predictor.predict(activations.hidden, activations.lengths)
+        with _memory_errors():
+            hidden = self._predictor.predict(activations.hidden, activations.lengths)
         work = (*activations.work, self._work_since(started, hidden.nbytes))
         return Activations(hidden, activations.lengths, work)
 
     def finish(self, batch: Batch, activations: Activations) -> BatchResult:
         """The last stage: hidden states in, probabilities out."""
         started = time.perf_counter()
-        output = self._predictor.predict(activations.hidden, activations.lengths)
+        with _memory_errors():
+            output = self._predictor.predict(activations.hidden, activations.lengths)
+        took = time.perf_counter() - started
+        probabilities = self._injected.after(batch, output[: len(batch.rows)], took)
         work = (*activations.work, self._work_since(started))
-        return BatchResult(batch.index, batch.rows, output[: len(batch.rows)], work)
+        return BatchResult(batch, self._slot.replica, probabilities, work)
 
 
 class TensorMember(Replica):
@@ -260,6 +298,19 @@ def predict_in_float(spec: ModelSpec, tokens: np.ndarray, lengths: np.ndarray) -
         values = predictor.predict(values, lengths)
         del predictor
     return values
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Within, what JAX raises where memory is short becomes a DeviceMemoryError."""
+    try:
+        yield
+    except (RuntimeError, ValueError, MemoryError) as error:
+        # XlaRuntimeError is a RuntimeError.
+        is_memory = isinstance(error, MemoryError)
+        if is_memory or any(words in str(error) for words in OUT_OF_MEMORY):
+            raise DeviceMemoryError(first_line(error)) from error
+        raise
 
 
 def _head(spec: ModelSpec, backbone: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 Rows are known by their position in the test set only. Does not know devices or replicas.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +51,12 @@ class Plan:
 
 
 def plan_batches(
-    lengths: np.ndarray, *, buckets: tuple[int, ...], max_tokens_per_batch: int
+    lengths: np.ndarray,
+    *,
+    buckets: tuple[int, ...],
+    max_tokens_per_batch: int,
+    rows: np.ndarray | None = None,
+    known: Iterable[BatchShape] = (),
 ) -> Plan:
     """Return every row in exactly one batch, longest first; ties go by row.
 
@@ -63,6 +69,8 @@ def plan_batches(
         lengths: (rows,) token counts.
         buckets: padded lengths, ascending; the last holds the longest row.
         max_tokens_per_batch: rows x padded length of a batch, except where one row alone is more.
+        rows: the row of each length, ascending; None where they are all rows.
+        known: shapes that are compiled already: their lengths keep their rows.
     """
     if max_tokens_per_batch < 1:
         raise ValueError(
@@ -70,18 +78,21 @@ def plan_batches(
             f"Received: max_tokens_per_batch={max_tokens_per_batch}"
         )
     lengths = np.asarray(lengths, dtype=np.int64)
-    order = np.lexsort((np.arange(lengths.size), -lengths))
+    rows = np.arange(lengths.size) if rows is None else rows
+    order = np.lexsort((rows, -lengths))
     padded = bucket_of(lengths, buckets)[order] if lengths.size else order
     batches: list[Batch] = []
     shapes: dict[int, BatchShape] = {}
+    compiled = {shape.length: shape for shape in known if shape.tokens <= max_tokens_per_batch}
     start = 0
     while start < order.size:
         length = int(padded[start])
         if length not in shapes:
             in_bucket = int(np.count_nonzero(padded[start:] == length))
-            rows = _rows_of(in_bucket, max(1, max_tokens_per_batch // length))
-            shapes[length] = BatchShape(rows, length)
-        members = tuple(order[start : start + shapes[length].rows].tolist())
+            most = max(1, max_tokens_per_batch // length)
+            fresh = BatchShape(_rows_of(in_bucket, most), length)
+            shapes[length] = compiled.get(length, fresh)
+        members = tuple(rows[order[start : start + shapes[length].rows]].tolist())
         batches.append(Batch(len(batches), members, shapes[length]))
         start += len(members)
     return Plan(tuple(batches), tuple(shapes.values()), int(lengths.sum()))

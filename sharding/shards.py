@@ -1,43 +1,29 @@
-"""Costs of batches -> shards: runs of neighbouring batches that replicas pull, large ones first.
+"""Costs of batches -> a shard: the run of neighbouring batches that a replica pulls next.
 
 Does not know what a batch holds nor who pulls it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """Batches `start` up to, not including, `stop` of the plan."""
-
-    start: int
-    stop: int
-
-
-def cut_shards(costs: Sequence[float], replicas: int) -> tuple[Shard, ...]:
-    """Cut the batches into shards of falling cost, so that replicas end together.
+def shard_size(costs: Iterable[float], *, remaining: float, share: float) -> int:
+    """Return how many of the next batches a replica pulls: at least one where there is one.
 
     Guided self-scheduling (Polychronopoulos and Kuck, 1987) with half its chunk: a shard is the
-    share of one replica in half of what is left, at least one batch. The first shards are large,
-    the last are single batches, so a slow replica delays the end by at most one batch.
+    replica's share of half of what is left. The first shards are large, the last are single
+    batches, so a slow replica delays the end by at most one batch; a faster one pulls more.
 
     Args:
-        costs: one positive number a batch, any unit.
-        replicas: how many will pull.
+        costs: of the batches that wait, in their order, any unit.
+        remaining: the cost of all batches that nobody has pulled.
+        share: the replica's part of the speed of all, above 0 and at most 1.
     """
-    if replicas < 1:
-        raise ValueError(f"At least one replica must pull. Received: replicas={replicas}")
-    remaining = float(sum(costs))
-    shards: list[Shard] = []
-    start = 0
-    while start < len(costs):
-        target = remaining / (2 * replicas)
-        stop, cost = start + 1, costs[start]
-        while stop < len(costs) and cost + costs[stop] <= target:
-            cost += costs[stop]
-            stop += 1
-        shards.append(Shard(start, stop))
-        remaining -= cost
-        start = stop
-    return tuple(shards)
+    if not 0 < share <= 1:
+        raise ValueError(f"A share lies above 0 and at most at 1. Received: share={share}")
+    target, size, total = remaining * share / 2, 0, 0.0
+    for cost in costs:
+        total += cost
+        if size and total > target:
+            break
+        size += 1
+    return size

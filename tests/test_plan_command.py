@@ -18,7 +18,7 @@ from runner.config import RunConfig, make_config
 from runner.demo import make_rows, train_tokenizer, write_test_set
 from runner.errors import ConfigError, DataError
 from runner.machine import Devices, devices_here, named_devices
-from runner.options import Job, all_options, duration
+from runner.options import PlanInput, all_options, duration
 from runner.plan_text import render
 from runner.planner import asked_option, recommend
 from runner.presets import Preset, read_preset
@@ -84,7 +84,7 @@ def find(plan, mode, strategy, dtype, quantization="none"):
 def job_on(devices, lengths=(512,) * 1000, **flags):
     """Gemma 2 9B over rows of these lengths."""
     flags = {"preset": "p", "plan": True, "pooling": "mean", **flags}
-    return Job(
+    return PlanInput(
         config=RunConfig(**flags),
         preset=Preset("p", "GemmaBackbone", SHAPE, tokenizer=None, weight_files=()),
         devices=devices,
@@ -103,7 +103,9 @@ def cpu_with(gigabytes, cores=2, rate=1e11):
 
 class TestCommand:
     def test_gemma_2_9b_on_two_t4(self, planned):
-        plan, text = planned("--device", "t4", "--num-workers", "2", "--pooling", "mean")
+        plan, text = planned(
+            "--device", "t4", "--num-workers", "2", "--pooling", "mean", "--time-limit", "8h45m"
+        )
         replica = find(plan, "data-parallel", None, "float16")
         assert not replica["fits"]
         assert "9.24 B weights x 2 bytes = 18.5 GB > 16.0 GB - does not fit" in text
@@ -129,6 +131,7 @@ class TestCommand:
         )  # fmt: skip
         assert "float16 replica does not fit" in best["why"]
         assert "--mode model-parallel --num-workers 2" in text
+        assert "--time-limit 31500" in text
         assert "has not been measured on a GPU" in text
 
     def test_the_keys_that_others_read(self, planned, rows):
@@ -232,6 +235,14 @@ class TestRecommendation:
         assert "Nothing fits with float weights" in why
         asked, _ = self.recommend(named_devices("t4", 1), quantization="int4")
         assert asked.quantization == "int4"
+
+    @pytest.mark.parametrize(("limit", "said"), [(60, "is not"), (700, "may be"), (9000, "is")])
+    def test_a_time_limit(self, limit, said):
+        """Two thousand rows of 512 tokens on two T4: 11 minutes, or as many as 15."""
+        devices = named_devices("t4", 2)
+        best, why = self.recommend(devices, lengths=(512,) * 2000, time_limit=float(limit))
+        assert f"That {said} within the time limit" in why
+        assert best.range_s[0] < 700 < best.range_s[1]
 
     def test_a_device_that_holds_a_replica_takes_whole_replicas(self):
         best, why = self.recommend(named_devices("h200", 2))

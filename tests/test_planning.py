@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sharding.backlog import Backlog
 from sharding.batches import BatchShape, plan_batches
 from sharding.buckets import bucket_of, choose_buckets
 from sharding.costs import model_shape
-from sharding.shards import cut_shards
+from sharding.shards import shard_size
 from sharding.topology import place_workers
 from tests.conftest import ROOT
 
@@ -91,29 +92,27 @@ def test_a_short_last_batch_takes_a_shape_that_is_there():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.floats(0.1, 100), max_size=120), st.integers(1, 9))
-def test_shards_cover_all_batches_and_shrink(costs, replicas):
+@given(st.lists(st.floats(0.1, 100), min_size=1, max_size=120), st.integers(1, 9))
+def test_shards_are_a_share_of_half_of_what_is_left(costs, replicas):
     costs = sorted(costs, reverse=True)
-    shards = cut_shards(costs, replicas)
-    covered = [index for shard in shards for index in range(shard.start, shard.stop)]
-    assert covered == list(range(len(costs)))
-    total = sum(costs)
-    for shard in shards:
-        cost = sum(costs[shard.start : shard.stop])
-        assert cost <= total / (2 * replicas) + 1e-6 or shard.stop - shard.start == 1
-    if shards:
-        assert shards[-1].stop - shards[-1].start == 1, "the last shard is one batch"
+    sizes, start = [], 0
+    while start < len(costs):
+        remaining = sum(costs[start:])
+        size = shard_size(costs[start:], remaining=remaining, share=1 / replicas)
+        cost = sum(costs[start : start + size])
+        assert cost <= remaining / (2 * replicas) + 1e-6 or size == 1
+        sizes.append(size)
+        start += size
+    assert sum(sizes) == len(costs)
+    assert sizes[-1] == 1, "the last shard is one batch"
 
 
-def test_even_batches_end_together():
-    """Two replicas that pull shards of equal batches end within one batch of each other."""
-    costs = [1.0] * 101
-    clocks = [0.0, 0.0]
-    for shard in cut_shards(costs, 2):
-        clocks[clocks.index(min(clocks))] += sum(costs[shard.start : shard.stop])
-    assert abs(clocks[0] - clocks[1]) <= 1
-    with pytest.raises(ValueError, match="replicas=0"):
-        cut_shards(costs, 0)
+def test_shards_by_hand():
+    assert shard_size([5.0, 5.0, 5.0, 5.0], remaining=20.0, share=1.0) == 2
+    assert shard_size([5.0, 5.0, 5.0, 5.0], remaining=20.0, share=0.4) == 1
+    assert shard_size([], remaining=0.0, share=0.5) == 0
+    with pytest.raises(ValueError, match="share=0"):
+        shard_size([1.0], remaining=1.0, share=0)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +220,6 @@ def test_planning_and_merging_25_000_rows_take_moments(tmp_path):
     import time
 
     from runner.merge import Merger
-    from runner.records import BatchResult
     from runner.submission import write_submission
 
     lengths = np.minimum(np.random.default_rng(0).lognormal(6.5, 0.8, 25_000).astype(int) + 2, 1024)
@@ -229,11 +227,14 @@ def test_planning_and_merging_25_000_rows_take_moments(tmp_path):
     started = time.perf_counter()
     buckets = choose_buckets(lengths, sequence_length=1024)
     plan = plan_batches(lengths, buckets=buckets, max_tokens_per_batch=4096)
-    cut_shards([float(batch.shape.tokens) for batch in plan.batches], 8)
+    backlog = Backlog(plan.batches, cost=lambda shape: float(shape.tokens))
     merger = Merger(ids, 3)
-    for batch in plan.batches:
+    number = 0
+    while batch := backlog.take(number % 8, runnable=lambda shape: True, alone=True, share=1 / 8):
         probabilities = np.full((len(batch.rows), 3), 1 / 3, np.float32)
-        merger.add(BatchResult(batch.index, batch.rows, probabilities, ()))
+        merger.add(batch.rows, probabilities, how="predicted", lengths=lengths[list(batch.rows)])
+        backlog.finish(batch)
+        number += 1
     write_submission(tmp_path / "submission.csv", ids, merger.finish())
     assert time.perf_counter() - started < 3.0
     assert plan.num_rows == 25_000

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -15,12 +16,11 @@ from runner.config import RunConfig, make_config
 from runner.dataset import read_examples
 from runner.demo import make_rows
 from runner.errors import ConfigError, DataError, MergeError
-from runner.fingerprint import WEIGHT_SAMPLE_BYTES, fingerprint
 from runner.merge import Merger
 from runner.presets import BytePairOptions, TokenizerFiles, read_preset
 from runner.progress import Progress
 from runner.prompts import render_prompts
-from runner.records import BatchResult, Examples, TokenTable
+from runner.records import Examples, TokenTable
 from runner.submission import write_submission, write_whole
 from runner.tokenization import tokenize
 from tests.conftest import LENGTH, SHARED, run_script
@@ -197,39 +197,57 @@ class TestTokens:
         assert tokens.tolist() == [[5, 6, 0, 0], [1, 2, 3, 0], [0] * 4, [0] * 4]
         assert lengths.tolist() == [2, 3, 0, 0]
         assert table.lengths.tolist() == [3, 0, 1, 2]
+        tokens, lengths = table.batch_arrays((3, 0), 2, 2)
+        assert tokens.tolist() == [[5, 6], [1, 2]], "cut, as at that sequence length"
+        assert lengths.tolist() == [2, 2]
         tokens, _ = TokenTable(table.values, table.offsets, pad_id=9).batch_arrays((2, 1), 2, 2)
         assert tokens.tolist() == [[4, 9], [9, 9]]
 
 
-def result(rows, probabilities, batch=0):
-    return BatchResult(batch, rows, np.array(probabilities, dtype=np.float32), ())
+def add(merger, rows, probabilities, **named):
+    named = {"how": "predicted", "lengths": [1] * len(rows)} | named
+    merger.add(rows, np.array(probabilities, dtype=np.float32), **named)
 
 
 class TestMerge:
     def test_any_order_gives_the_order_of_the_test_set(self):
         merger = Merger(["a", "b", "c"], 3)
-        merger.add(result((2, 0), [[0.2, 0.3, 0.5], [1, 0, 0]], batch=1))
-        merger.add(result((1,), [[0, 0.5, 0.50001]]))
+        add(merger, (2, 0), [[0.2, 0.3, 0.5], [1, 0, 0]], lengths=[7, 8])
+        assert merger.missing() == [1]
+        add(merger, (1,), [[0, 0.5, 0.50001]], how="shortened")
         table = merger.finish()
         assert table == pytest.approx(
             np.array([[1, 0, 0], [0, 0.5, 0.5], [0.2, 0.3, 0.5]]), abs=1e-5
         )
         assert np.abs(table.sum(axis=1) - 1).max() < 1e-15
+        assert merger.how == ["predicted", "shortened", "predicted"]
+        assert merger.lengths.tolist() == [8, 1, 7]
+        assert merger.missing() == []
+        assert merger.unfinished() == [1]
+        add(merger, (1,), [[1, 0, 0]], again=True)
+        assert merger.finish()[1].tolist() == [1, 0, 0]
+
+    def test_the_mean_of_what_was_predicted(self):
+        merger = Merger(["a", "b", "c"], 3)
+        assert merger.mean().tolist() == [1 / 3] * 3
+        add(merger, (0, 2), [[0.5, 0.25, 0.25], [1, 0, 0]])
+        add(merger, (1,), [[0, 0, 1]], how="filled")
+        assert merger.mean().tolist() == [0.75, 0.125, 0.125]
 
     def test_what_it_refuses(self):
         even = [[1 / 3] * 3]
         merger = Merger(["a", "b"], 3)
-        merger.add(result((0,), even))
+        add(merger, (0,), even)
         with pytest.raises(MergeError, match="1 rows have no result: id b"):
             merger.finish()
         with pytest.raises(MergeError, match=r"repeats rows\. Received: id a"):
-            merger.add(result((0,), even))
+            add(merger, (0,), even)
         with pytest.raises(MergeError, match="repeats rows"):
-            merger.add(result((1, 1), even * 2))
+            add(merger, (1, 1), even * 2)
         with pytest.raises(MergeError, match="not there"):
-            merger.add(result((2,), even))
+            add(merger, (2,), even)
         with pytest.raises(MergeError, match="shape"):
-            merger.add(result((1,), [[0.5, 0.5]]))
+            add(merger, (1,), [[0.5, 0.5]])
 
     @pytest.mark.parametrize(
         ("row", "message"),
@@ -242,7 +260,7 @@ class TestMerge:
     )
     def test_rows_that_are_no_probabilities(self, row, message):
         merger = Merger(["a", "bad"], 3)
-        merger.add(result((0, 1), [[1, 0, 0], row]))
+        add(merger, (0, 1), [[1, 0, 0], row])
         with pytest.raises(MergeError, match=f"{message}.*id bad"):
             merger.finish()
 
@@ -302,25 +320,6 @@ class TestConfig:
             make_config({}, path)
 
 
-def test_fingerprint_sees_what_changes_answers(tmp_path):
-    small, large = tmp_path / "small", tmp_path / "large"
-    small.write_bytes(b"head")
-    large.write_bytes(bytes(3 * WEIGHT_SAMPLE_BYTES))
-
-    def of(settings=("mean",), texts=("a", "b")):
-        return fingerprint(
-            settings={"pooling": settings}, files=[small], weight_files=[large], texts=texts
-        )
-
-    first = of()
-    assert of() == first
-    assert len({first, of(settings=("last",)), of(texts=("ab", "")), of(texts=("b", "a"))}) == 4
-    small.write_bytes(b"Head")
-    second = of()
-    large.write_bytes(bytes(3 * WEIGHT_SAMPLE_BYTES - 1) + b"x")
-    assert len({first, second, of()}) == 3
-
-
 def test_demo_rows_are_seeded_and_arena_like():
     rows = make_rows(300, seed=1)
     assert rows == make_rows(300, seed=1)
@@ -346,10 +345,15 @@ class TestProgress:
             progress.stage("reading test.csv")
             progress.set_worker(0, "loading")
             time.sleep(0.2)
-            progress.expect(rows=10, cost=100.0)
-            progress.advance(rows=2, tokens=5, cost=20.0)
+            progress.expect(rows=10, done=1)
+            progress.advance(rows=1, tokens=5)
             time.sleep(0.1)
-            progress.advance(rows=2, tokens=50, cost=20.0)
+            progress.advance(rows=2, tokens=50)
+            progress.forecast(left_s=75.0, slack_s=None)
+            time.sleep(0.2)
+            progress.forecast(left_s=75.0, slack_s=-12.0)
+            time.sleep(0.2)
+            progress.forecast(left_s=75.0, slack_s=3700.0)
             time.sleep(0.2)
             for number in range(6):
                 progress.set_worker(number, "compiling 1/8" if number else "busy")
@@ -357,6 +361,7 @@ class TestProgress:
         text = stream.getvalue()
         assert "[0:00] reading test.csv; w0 loading\n" in text
         assert "2/10 rows, time left ?; w0 loading\n" in text
-        assert "4/10 rows, " in text
-        assert "tokens/s, 0:0" in text
+        assert re.search(r"4/10 rows, [\d,]+ tokens/s, 1:1\d left; w0 loading\n", text)
+        assert "left, 0:12 too long; w0 loading\n" in text
+        assert "left, 1:01:40 to spare; w0 loading\n" in text
         assert "workers: 5 compiling, 1 busy\n" in text

@@ -1,0 +1,81 @@
+"""Faults on purpose, so that tests can see them survived. Off unless ARENA_RUNNER_FAULTS is set.
+
+The variable holds a JSON list of faults, read where a worker's process starts, such as
+
+    [{"kind": "hang", "rows": [17], "once": "/tmp/x"}, {"kind": "memory", "tokens": 512}]
+
+kind: `hang` (never returns), `kill` (SIGKILL to itself), `error` (an exception), `memory` (what JAX
+raises where a device has no room), `nan` (answers that are no numbers), `slow` (`factor` times as
+long). A fault strikes batches that hold one of `rows`, or of more than `tokens` tokens, or all; of
+all replicas, or of `replica`. `once`: a path that is made when it strikes, and spares what follows.
+`wide`: strikes the float32 repetition too.
+"""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sharding.batches import Batch
+
+VARIABLE = "ARENA_RUNNER_FAULTS"
+
+
+class InjectedFaults:
+    """The faults of one worker's process."""
+
+    def __init__(self, replica: int) -> None:
+        self._faults = [
+            fault
+            for fault in json.loads(os.environ.get(VARIABLE, "[]"))
+            if fault.get("replica", replica) == replica
+        ]
+
+    def before(self, batch: Batch) -> None:
+        """Strike before a batch is computed."""
+        for fault in self._striking(batch, ("hang", "kill", "error", "memory")):
+            match fault["kind"]:
+                case "hang":
+                    time.sleep(1e6)
+                case "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "memory":
+                    raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory, on purpose")
+                case "error":
+                    raise RuntimeError("a fault on purpose")
+
+    def after(
+        self, batch: Batch, probabilities: np.ndarray, seconds: float, *, wide: bool = False
+    ) -> np.ndarray:
+        """Strike what a batch came to, float32 (rows, classes), or how long it took."""
+        for fault in self._striking(batch, ("nan", "slow")):
+            if fault["kind"] == "slow" and not wide:
+                time.sleep(seconds * (fault["factor"] - 1))
+            elif fault["kind"] == "nan" and (not wide or fault.get("wide")):
+                probabilities = probabilities.copy()
+                struck = np.isin(batch.rows, fault.get("rows", batch.rows))
+                probabilities[struck] = np.nan
+        return probabilities
+
+    def _striking(self, batch: Batch, kinds: tuple[str, ...]) -> list[dict[str, Any]]:
+        return [
+            fault
+            for fault in self._faults
+            if fault["kind"] in kinds
+            and ("rows" not in fault or set(fault["rows"]) & set(batch.rows))
+            and batch.shape.tokens > fault.get("tokens", 0)
+            and self._is_first(fault)
+        ]
+
+    def _is_first(self, fault: dict[str, Any]) -> bool:
+        if "once" not in fault:
+            return True
+        try:
+            Path(fault["once"]).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
