@@ -21,6 +21,7 @@ from runner.config import (
     COUNTS,
     PARSERS,
     PATHS,
+    SWITCHES,
     PrepareConfig,
     RunConfig,
     flag,
@@ -80,10 +81,16 @@ HELP = {
     "(default: auto)",
     "journal": "where rows are kept as they are done (default: OUTPUT.journal)",
     "report": "where the JSON report is written (default: OUTPUT.report.json)",
+    "plan": "print what fits these devices, how long it should take and why, write it as JSON to "
+    "OUTPUT.plan.json, and stop; needs no weights and no head",
+    "device": "with --plan: forecast for another device, --num-workers of them (t4, l4, a100, "
+    "a100-80gb, h100, h200, v5e, v3-8)",
+    "calibrate": "with --plan: run a few batches on the devices here and forecast from them; needs "
+    "weights and head",
 }
 
 
-METAVARS = {"time_limit": "8h45m", "fallback_probabilities": "A,B,C"}
+METAVARS = {"time_limit": "8h45m", "device": "NAME", "fallback_probabilities": "A,B,C"}
 
 PREPARE_HELP = {
     "preset": "KerasHub preset directory with float weights",
@@ -130,6 +137,12 @@ def _main(argv: Sequence[str] | None) -> int:
             return 0
         config = parse_arguments(arguments)
         verbose = config.verbose
+        if config.plan:
+            from runner.planner import plan
+
+            interrupts.install()
+            plan(config, started=started)
+            return 0
         from runner.pipeline import run  # pandas takes half a second; --help and typos need not
 
         interrupts.install()
@@ -213,7 +226,9 @@ def _add_flags(
 ) -> None:
     for name, text in texts.items():
         options: dict[str, Any] = {"help": text, "dest": name}
-        if name in CHOICES:
+        if name in SWITCHES:
+            options["action"] = "store_true"
+        elif name in CHOICES:
             options["metavar"] = "{" + ",".join(CHOICES[name]) + "}"
         elif name in PATHS:
             options |= {"type": Path, "metavar": "DIR" if name in folders else "FILE"}

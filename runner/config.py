@@ -31,6 +31,7 @@ COUNTS = (
     "min_sequence_length",
 )
 DEFAULT_GROUP_SIZE = 2
+SWITCHES = ("plan", "calibrate", "verbose")
 # Of the sequence length, what is always left of a row where no --min-sequence-length is named.
 FLOOR_DIVISOR = 4
 CLASSES = 3
@@ -70,6 +71,9 @@ class RunConfig:
     resume: str = "auto"
     journal: Path | None = None
     report: Path | None = None
+    plan: bool = False
+    device: str | None = None
+    calibrate: bool = False
     verbose: bool = False
 
     def __post_init__(self) -> None:
@@ -85,8 +89,7 @@ class RunConfig:
             )
         self._check_groups()
         self._check_model_files()
-        if not self.output.name:
-            raise ConfigError(f"--output must name a file. Received: {self.output}")
+        self._check_plan()
         if self.output.suffix.lower() in (".parquet", ".json", ".jsonl"):
             raise ConfigError(
                 f"A submission is written as CSV; name it so. Received: --output {self.output}"
@@ -108,6 +111,10 @@ class RunConfig:
     @property
     def report_path(self) -> Path:
         return self.report or self.output.with_name(self.output.name + ".report.json")
+
+    @property
+    def plan_path(self) -> Path:
+        return self.output.with_name(self.output.name + ".plan.json")
 
     @property
     def rows_path(self) -> Path:
@@ -175,10 +182,22 @@ class RunConfig:
                 raise ConfigError(
                     f"{' and '.join(stray)} needs --preset DIR: without it the demo model runs."
                 )
+        elif self.plan and not self.calibrate:
+            pass  # config and tokenizer are enough for a plan
         elif missing := [flag(name) for name, path in head.items() if path is None]:
             raise ConfigError(
                 f"--preset needs a head: --head-kernel FILE.npy of shape (hidden, classes) and "
                 f"--head-bias FILE.npy of shape (classes,). Missing: {' and '.join(missing)}"
+            )
+
+    def _check_plan(self) -> None:
+        for name in ("device", "calibrate"):
+            if getattr(self, name) and not self.plan:
+                raise ConfigError(f"{flag(name)} goes with --plan. Received: {flag(name)} alone")
+        if self.device is not None and self.calibrate:
+            raise ConfigError(
+                "--calibrate measures the devices here, --device names one that is elsewhere. "
+                f"Received: --device {self.device} --calibrate"
             )
 
 
@@ -329,7 +348,7 @@ def _typed(path: Path, name: str, value: Any) -> Any:
         return parse_count(name, value)
     if name in PARSERS:
         return PARSERS[name](value)
-    expected = bool if name == "verbose" else str
+    expected = bool if name in SWITCHES else str
     if type(value) is not expected:
         raise ConfigError(
             f"{path} gives {name} a value of another type than {expected.__name__}. "

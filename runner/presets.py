@@ -138,8 +138,11 @@ class Preset:
         )
 
 
-def read_preset(path: Path) -> Preset:
+def read_preset(path: Path, *, needs_weights: bool = True) -> Preset:
     """Return what a KerasHub preset directory holds.
+
+    Args:
+        needs_weights: False takes a directory whose weights are not there, or not all.
 
     Raises:
         DataError: a file is missing or unreadable, or the class is no text decoder backbone.
@@ -159,8 +162,12 @@ def read_preset(path: Path) -> Preset:
     except (ValueError, OverflowError) as error:
         raise DataError(f"{path} is no preset this runner can use. {first_line(error)}") from None
     quantization = _quantization(path, settings.get("dtype"))
-    tokenizer, weight_files = _read_tokenizer(path), _weight_files(path)
-    _check_size(path / "config.json", shape, weight_files)
+    tokenizer = _read_tokenizer(path)
+    if needs_weights:
+        weight_files = _weight_files(path)
+        _check_size(path / "config.json", shape, weight_files)
+    else:
+        weight_files = tuple(sorted(path.glob("*.weights.h5")))
     return Preset(path, class_name, shape, tokenizer, weight_files, quantization)
 
 

@@ -10,18 +10,10 @@ from dataclasses import dataclass
 from runner.config import RunConfig
 from runner.errors import ConfigError
 from runner.presets import Preset
-from sharding.batches import BatchShape
 from sharding.costs import ModelShape
-from sharding.stages import Stage, cut_stages
+from sharding.memory import ITEM_BYTES, QUANTIZED_BYTES, batch_budget, cut_layers, fullest_bytes
+from sharding.stages import Stage
 from sharding.topology import DEFAULT_TOKENS_PER_BATCH
-
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# Of a weight, its scales (and zero points) left out.
-QUANTIZED_BYTES = {"int8": 1.0, "int4": 0.5}
-# Of a device's memory; the rest is for activations, work space and the CUDA context.
-SHARE_FOR_WEIGHTS = 0.85
-# Of a device's memory, for weights and batches together: less than `workers.GPU_MEMORY_FRACTION`.
-SHARE_IN_USE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +87,26 @@ def tokens_per_batch(config: RunConfig, preset: Preset, kind: str) -> int:
         return default
     item_bytes = ITEM_BYTES.get(config.dtype, 2)
     quantization = preset.quantization or config.quantization
-    weights = preset.shape.weight_bytes(QUANTIZED_BYTES.get(quantization, item_bytes))
-    free = memory * SHARE_IN_USE - weights / config.members
-    # What is quantized comes out of a product in 32 bits.
-    wide = 4 if quantization != "none" else item_bytes
-    fit = free / preset.shape.working_bytes_per_token(config.sequence_length, wide)
-    return int(max(config.sequence_length, min(default, fit)))
+    cut = config.members > 1 and config.strategy != "tensor"
+    try:
+        held = fullest_bytes(
+            preset.shape,
+            members=config.members,
+            strategy="pipeline" if cut and config.members <= preset.shape.num_layers else None,
+            item_bytes=QUANTIZED_BYTES.get(quantization, float(item_bytes)),
+            memory_bytes=memory,
+        )
+    except ValueError as error:
+        raise ConfigError(f"--strategy pipeline: {error}") from None
+    return batch_budget(
+        preset.shape,
+        memory_bytes=memory,
+        held_bytes=held,
+        # What is quantized comes out of a product in 32 bits.
+        value_bytes=4 if quantization != "none" else item_bytes,
+        sequence_length=config.sequence_length,
+        most=default,
+    )
 
 
 def device_memory_bytes() -> int | None:
@@ -148,15 +154,7 @@ def tensor_bytes_per_token(shape: ModelShape, members: int, item_bytes: int) -> 
 def _stages(
     shape: ModelShape, members: int, weight_bytes: float, memory: int | None
 ) -> tuple[Stage, ...]:
-    layer_flops = shape.batch_flops(BatchShape(1, 512)) / shape.num_layers
-    layer_bytes = int(shape.layer_parameters * weight_bytes)
     try:
-        return cut_stages(
-            [layer_flops] * shape.num_layers,
-            [layer_bytes] * shape.num_layers,
-            members,
-            first_bytes=int(shape.vocabulary_size * shape.hidden_dim * weight_bytes),
-            max_bytes=int(memory * SHARE_FOR_WEIGHTS) if memory else None,
-        )
+        return cut_layers(shape, members, weight_bytes, memory)
     except ValueError as error:
         raise ConfigError(f"--strategy pipeline: {error}") from None

@@ -63,14 +63,18 @@ class ModelShape:
     def working_bytes_per_token(self, length: int, item_bytes: int) -> float:
         """Bytes that one token of a batch needs beside the weights, at the widest place of a layer.
 
-        Hidden states and their norms, queries, keys and values, both feed-forward projections and
-        their product; attention scores in float32 of an eighth of the queries at a time, twice;
-        and half as much again for what a compiler keeps.
+        Activations; attention scores in float32 of an eighth of the queries at a time, twice; and
+        half as much again for what a compiler keeps.
         """
+        scores = 2 * 4 * self.num_query_heads * length / 8
+        return 1.5 * (self.activation_bytes_per_token(item_bytes) + scores)
+
+    def activation_bytes_per_token(self, item_bytes: int) -> int:
+        """Bytes of hidden states and their norms, queries, keys and values, both feed-forward
+        projections and their product."""
         heads = self.num_query_heads + 2 * self.num_key_value_heads
         values = 6 * self.hidden_dim + 2 * heads * self.head_dim + 3 * self.intermediate_dim
-        scores = 2 * 4 * self.num_query_heads * length / 8
-        return 1.5 * (values * item_bytes + scores)
+        return values * item_bytes
 
     def compile_flops(self, kind: str, replicas: int) -> float:
         """Return the FLOPs that all replicas could do while each compiles one shape."""

@@ -1,0 +1,227 @@
+"""This machine, or a device that a person named -> what workers have to compute with.
+
+Asks nvidia-smi, /dev, /proc and the control group, and times one matmul on a CPU core. Starts
+neither Ray nor JAX. Does not know models.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.errors import ConfigError
+from sharding.devices import DEVICES, DeviceModel, find_model, recognize
+from sharding.times import CPU_LINK_BYTES_PER_S
+
+# Time of a whole model in float32 over that of another form, on a core with AVX-512 BF16 and VNNI
+# (benchmarks/LOG.md, 2026-11-24). Where the core lacks them, how fast the form is is not known.
+CPU_SPEEDUPS = {
+    ("float32", "none"): 1.0,
+    ("bfloat16", "none"): 1.6,
+    ("float32", "int8"): 1.39,
+    ("bfloat16", "int8"): 1.30,
+}
+CPU_FEATURES = ("avx512_bf16", "avx512_vnni")
+MEASURE_RATE = """
+import time, numpy
+values = numpy.full((1024, 1024), 1 / 1024, numpy.float32)
+best, end = 1.0, time.perf_counter() + 0.6
+while time.perf_counter() < end:
+    started = time.perf_counter()
+    values @ values
+    best = min(best, time.perf_counter() - started)
+print(2 * 1024**3 / best)
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Devices:
+    """What a run has: `count` devices of one kind, or on a CPU the `cores` that are dealt out.
+
+    model: its entry in `sharding.devices`, None on a CPU or where the table lacks it.
+    memory_bytes: of one GPU or TPU; on a CPU, of the machine.
+    host_bytes: memory of the machine, None where the devices are elsewhere.
+    core_flops_per_s: float32 matmul rate of one CPU core, as measured now.
+    """
+
+    kind: str
+    title: str
+    count: int
+    is_here: bool
+    memory_bytes: float
+    host_bytes: float | None
+    model: DeviceModel | None = None
+    cores: tuple[int, ...] = ()
+    core_flops_per_s: float = 0.0
+    is_fast_in_16_bits: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def native_dtype(self) -> str:
+        """What --dtype auto will be."""
+        if self.kind == "cpu":
+            return "float32"
+        return self.model.native_dtype if self.model else "bfloat16"
+
+    def rate(self, dtype: str, quantization: str) -> float | None:
+        """Return the FLOP/s of a large matmul on one device or core, None where not known.
+
+        int8 is counted at the rate of the dtype around it where no run has shown it to be faster;
+        int4 always, since it is unpacked first.
+        """
+        if self.kind == "cpu":
+            form = (dtype, "none" if quantization == "int4" else quantization)
+            speedup = CPU_SPEEDUPS.get(form)
+            if speedup is None or (speedup != 1 and not self.is_fast_in_16_bits):
+                return None
+            return self.core_flops_per_s * speedup
+        rate = self.model.rates.get(dtype) if self.model else None
+        return rate.sustained if rate else None
+
+    @property
+    def link_bytes_per_s(self) -> float:
+        return self.model.link_bytes_per_s if self.model else CPU_LINK_BYTES_PER_S
+
+
+def named_devices(name: str, count: int | None) -> Devices:
+    """Return devices that are not here.
+
+    Raises:
+        ConfigError: the table has no such device.
+    """
+    try:
+        model = find_model(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    notes = (model.note,) if model.note else ()
+    if count is None:
+        notes = (f"{model.usual_count} of them are assumed; --num-workers N for another number.",
+                 *notes)  # fmt: skip
+    return Devices(
+        kind=model.kind,
+        title=model.title,
+        count=count or model.usual_count,
+        is_here=False,
+        memory_bytes=model.memory_bytes,
+        host_bytes=None,
+        model=model,
+        notes=notes,
+    )
+
+
+def devices_here() -> Devices:
+    """Return the devices that a run on this machine would take.
+
+    JAX_PLATFORMS decides the kind where it is set, as it does for a run.
+    """
+    wanted = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
+    kind = {"cuda": "gpu"}.get(wanted, wanted)
+    gpus = _gpus() if kind in ("", "gpu") else []
+    chips = _tpu_chips() if kind in ("", "tpu") else 0
+    host = memory_of_machine()
+    if gpus:
+        names = sorted({name for name, _ in gpus})
+        memory = min(size for _, size in gpus)
+        model = recognize(names[0], memory)
+        notes = []
+        if len(names) > 1:
+            notes.append(f"The GPUs differ ({', '.join(names)}); all are counted as {names[0]}.")
+        if model is None:
+            notes.append(
+                f"No rate is known for {names[0]}: --calibrate measures it. Known: "
+                f"{', '.join(DEVICES)}."
+            )
+        return Devices(kind="gpu", title=names[0], count=len(gpus), is_here=True,
+                       memory_bytes=memory, host_bytes=host, model=model,
+                       notes=tuple(notes))  # fmt: skip
+    if chips:
+        reported = os.environ.get("TPU_ACCELERATOR_TYPE", "")
+        model = recognize(reported) or DEVICES["v5e"]
+        note = f"TPU_ACCELERATOR_TYPE is {reported or 'not set'}: counted as {model.title}."
+        return Devices(kind="tpu", title=model.title, count=chips, is_here=True,
+                       memory_bytes=model.memory_bytes, host_bytes=host, model=model,
+                       notes=(note, *([model.note] if model.note else [])))  # fmt: skip
+    if kind not in ("", "cpu"):
+        raise ConfigError(
+            f"No {kind} was found here; --device NAME plans for one elsewhere. "
+            f"Received: JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}"
+        )
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    cores = cores or list(range(os.cpu_count() or 1))
+    name, features = _cpu()
+    return Devices(
+        kind="cpu",
+        title=f"{len(cores)} CPU cores{f', {name}' if name else ''}",
+        count=len(cores),
+        is_here=True,
+        memory_bytes=host,
+        host_bytes=host,
+        cores=tuple(cores),
+        core_flops_per_s=_core_rate(),
+        is_fast_in_16_bits=all(feature in features for feature in CPU_FEATURES),
+    )
+
+
+def memory_of_machine() -> float:
+    """Return the bytes that processes here may use: the machine's, or its control group's limit."""
+    sizes = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemTotal:"):
+                sizes.append(int(line.split()[1]) * 1024)
+    except (OSError, ValueError):
+        sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            sizes.append(int(Path("/sys/fs/cgroup", limit).read_text()))
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return float(min(sizes))
+
+
+def _gpus() -> list[tuple[str, float]]:
+    """Name and bytes of each NVIDIA GPU that this process may see."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+        rows = [line.rsplit(",", 1) for line in done.stdout.splitlines() if line.strip()]
+        found = [(name.strip(), float(int(size) << 20)) for name, size in rows]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return found
+    named = [number.strip() for number in visible.split(",") if number.strip()]
+    if all(number.isdigit() for number in named):
+        return [found[int(number)] for number in named if int(number) < len(found)]
+    return found[: len(named)]  # by their unique names
+
+
+def _tpu_chips() -> int:
+    """Chips by their device files: /dev/accel0, or /dev/vfio/0 on newer machines."""
+    accelerators = list(Path("/dev").glob("accel[0-9]*"))
+    return len(accelerators or list(Path("/dev/vfio").glob("[0-9]*")))
+
+
+def _cpu() -> tuple[str, set[str]]:
+    """Name and features of the first core."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "", set()
+    values: dict[str, str] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        values.setdefault(name.strip(), value.strip())
+    return values.get("model name", ""), set(values.get("flags", "").split())
+
+
+def _core_rate() -> float:
+    """FLOP/s of a float32 matmul on one core: NumPy in a process with one thread."""
+    threads = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    command = [sys.executable, "-c", MEASURE_RATE]
+    done = subprocess.run(
+        command, env=os.environ | threads, capture_output=True, text=True, timeout=60, check=True
+    )
+    return float(done.stdout)
