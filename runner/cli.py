@@ -76,6 +76,8 @@ HELP = {
     "--sequence-length)",
     "fallback_probabilities": "a,b,c for rows that have no answer of the model (default: the mean "
     "of those that have)",
+    "extra_passes": "swap: where time is left, rows are predicted again with their two responses "
+    "exchanged, the most uncertain first, and averaged (default: none)",
     "resume": "auto: go on from the journal where it is of the same test set, model and settings, "
     "else start afresh; require: go on or end with exit code 2; never: start afresh "
     "(default: auto)",

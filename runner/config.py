@@ -20,6 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("auto", "float32", "float16", "bfloat16"),
     "quantization": ("none", "int8", "int4"),
     "on_deadline": ("shorten", "fill", "fail"),
+    "extra_passes": ("none", "swap"),
     "resume": ("auto", "never", "require"),
 }
 PATHS = (
@@ -68,6 +69,7 @@ class RunConfig:
     on_deadline: str = "shorten"
     min_sequence_length: int | None = None
     fallback_probabilities: tuple[float, ...] | None = None
+    extra_passes: str = "none"
     resume: str = "auto"
     journal: Path | None = None
     report: Path | None = None

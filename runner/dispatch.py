@@ -164,7 +164,10 @@ class RayReplicas:
     def poll(self) -> None:
         """Take what workers answered so far: keeps the progress true and finds bad files early."""
         for group, step in self._finished_steps(timeout_s=0):
-            self._take_setup_step(group, step)
+            if step.what == "predict":
+                group.take_result(step)  # a copy of a batch that another replica ended before
+            else:
+                self._take_setup_step(group, step)
 
     def run(
         self, backlog: Backlog, tokens: TokenTable, *, rates: Rates, ids: Sequence[str]
@@ -181,6 +184,7 @@ class RayReplicas:
         self._tokens = self._store(tokens)
         self._compiled: set[BatchShape] = set()
         first_ready: float | None = None
+        self._started_at.clear()
         for group in self._groups:
             if group.loaded:
                 self._expect(group)

@@ -152,6 +152,7 @@ class Group:
     def hand_tokens(self, tokens: Any) -> None:
         """Give the reference of the token table to those who read it."""
         # Of a pipeline only the first stage sees tokens.
+        self.has_tokens = False
         readers = self._actors[:1] if self._name == "pipeline" else self._actors
         self._ask("tokens", [actor.hold_tokens.remote(tokens) for actor in readers])
 

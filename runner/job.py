@@ -63,6 +63,7 @@ class Job:
                 "text_format": config.text_format,
                 "dtype": dtype,
                 "quantization": self.preset.quantization or config.quantization,
+                "extra_passes": config.extra_passes,
             },
             versions={name: found[name] for name in ANSWERS_DEPEND_ON if name in found},
             ids=ids,

@@ -30,7 +30,7 @@ class Merger:
     """
 
     def __init__(self, ids: Sequence[str], classes: int) -> None:
-        self._ids = ids
+        self.ids = ids
         self._probabilities = np.zeros((len(ids), classes))
         self.how: list[str] = [""] * len(ids)
         self.lengths = np.zeros(len(ids), dtype=np.int64)
@@ -59,7 +59,7 @@ class Merger:
                 f"This is a bug: rows must have probabilities of shape {expected}. "
                 f"Received: {probabilities.shape}"
             )
-        if place.size and (place.min() < 0 or place.max() >= len(self._ids)):
+        if place.size and (place.min() < 0 or place.max() >= len(self.ids)):
             raise MergeError("This is a bug: an answer names rows that are not there.")
         repeated = [row for row in rows if self.how[row]] if not again else []
         if repeated or np.unique(place).size != place.size:
@@ -113,4 +113,4 @@ class Merger:
         return table / sums[:, None]
 
     def _name(self, rows: Sequence[int] | np.ndarray) -> str:
-        return list_ids(self._ids, [int(row) for row in rows])
+        return list_ids(self.ids, [int(row) for row in rows])

@@ -25,9 +25,10 @@ from runner.errors import (
     first_line,
     list_ids,
 )
+from runner.extra_passes import in_waves, predict_swapped, rows_to_swap, swap
 from runner.job import Job, compilation_cache, find_job
 from runner.journal import Journal
-from runner.merge import FILLED, SHORTENED, WIDER, Merger
+from runner.merge import FILLED, PREDICTED, SHORTENED, SWAPPED, WIDER, Merger
 from runner.presets import Preset
 from runner.progress import Progress
 from runner.prompts import render_prompts
@@ -88,19 +89,17 @@ def run(
             dtype = executor.open(config.dtype, compilation_cache()) if this.examples else ""
             on_signals_taken()
             with this.open_journal(dtype):
-                if this.merger.unfinished():
-                    tokenizing = _in_background(this.tokenize)
+                if this.merger.unfinished() or this.rows_to_improve():
                     executor.start(this.job.spec(config, dtype))
-                    if this.wait_for(tokenizing, executor):
-                        this.predict(executor, tokenizing.result())
+                if this.merger.unfinished():
+                    if tokens := this.tokens(this.examples, executor):
+                        this.predict(executor, tokens)
                     this.repeat_broken_rows(executor)
-                    this.fill(executor)
+                    this.fill()
                 progress.stage("merging and writing")
-                with this.timed("merge"):
-                    probabilities = this.merger.finish()
-                    write_submission(config.output, this.examples.ids, probabilities)
-                this.stands()
-                quantization = this.measure_quantization(executor, probabilities)
+                this.write()
+                this.improve(executor)
+                quantization = this.measure_quantization(executor)
         report = this.report(executor, quantization)
         write_report(config.report_path, report)
         write_rows(config.rows_path, this.examples.ids, this.merger)
@@ -168,6 +167,9 @@ class _Run:
         self._started = started
         self._plan = Plan((), (), 0)
         self._steering: Steering | None = None
+        self._stands_s = 0.0
+        self._next_index = 0
+        self._extra: dict[str, float] | None = None
         self._lengths = np.zeros(0, dtype=np.int64)
         if self.strategy is not None:
             progress.note(self.strategy.why)
@@ -175,25 +177,37 @@ class _Run:
     def read(self) -> None:
         """Read the test set and render its texts."""
         self.examples: Examples = read_examples(self.job.test_set)
-        self._texts = render_prompts(self.examples, text_format=self.config.text_format)
+        self._texts = self._render(self.examples)
         self.merger = Merger(self.examples.ids, len(LABEL_COLUMNS))
         self.deadline.rehearsed(rehearse(self.config.output, self.examples.ids))
 
-    def tokenize(self) -> TokenTable:
-        """Return the token ids of all rows."""
+    def tokens(self, examples: Examples, executor: "Executor") -> TokenTable | None:
+        """Return the token ids of all rows, made while workers start; None where time is over."""
+        texts = self._texts if examples is self.examples else self._render(examples)
+        tokenizing = _in_background(lambda: self._tokenize(texts))
+        while not tokenizing.done():
+            executor.poll()
+            time.sleep(0.05)
+            if self.deadline.is_over(self.now()):
+                return None
+        return tokenizing.result()
 
+    def _render(self, examples: Examples) -> list[str]:
+        return render_prompts(examples, text_format=self.config.text_format)
+
+    def _tokenize(self, texts: list[str]) -> TokenTable:
         def count(rows: int) -> None:
-            done = rows == len(self._texts)
+            done = rows == len(texts)
             self._progress.stage(
                 "starting, loading and compiling"
                 if done
-                else f"tokenizing {rows:,}/{len(self._texts):,} rows"
+                else f"tokenizing {rows:,}/{len(texts):,} rows"
             )
 
         preset = self.job.preset
         with self.timed("tokenize"):
             tokens = tokenize(
-                self._texts,
+                texts,
                 preset.tokenizer,
                 sequence_length=self.config.sequence_length,
                 on_progress=count,
@@ -262,28 +276,12 @@ class _Run:
                 self.merger.add([row], values[None], how=how, lengths=[length])
         self._resumed = len(self.examples) - len(self.merger.unfinished())
 
-    def wait_for(self, tokenizing: "Future[TokenTable]", executor: "Executor") -> bool:
-        """Wait for the tokens while workers start; return whether there is time for them."""
-        while not tokenizing.done():
-            executor.poll()
-            time.sleep(0.05)
-            if self.deadline.is_over(self.now()):
-                return False
-        return True
-
     def predict(self, executor: "Executor", tokens: TokenTable) -> None:
         """Predict the rows that have no full answer yet, for as long as there is time."""
         config, preset, lengths = self.config, self.job.preset, tokens.lengths
-        self._lengths, self._tokens = lengths, tokens
+        self._lengths = lengths
         rows = self.merger.unfinished()
-
-        def plan(rows: Sequence[int], cap: int | None, known: Sequence[BatchShape] = ()) -> Plan:
-            return plan_run(
-                lengths, config, preset, kind=executor.kind, replicas=executor.replicas,
-                rows=rows, cap=cap, known=known,
-            )  # fmt: skip
-
-        self._plan = plan(rows, None)
+        self._plan = self._plan_rows(executor, lengths, rows)
         cost = preset.shape.batch_flops
         backlog, rates = Backlog(self._plan.batches, cost=cost), Rates(cost)
         multiple = BUCKET_MULTIPLES[executor.kind]
@@ -300,7 +298,9 @@ class _Run:
             progress=self._progress,
             deadline=self.deadline,
             lengths=lengths,
-            replan=lambda rows, cap: plan(rows, cap, self._plan.shapes),
+            replan=lambda rows, cap: self._plan_rows(
+                executor, lengths, rows, cap=cap, known=self._plan.shapes
+            ),
             caps=sorted({*range(floor, top, multiple), top}),
             full_length=config.sequence_length if sees_padding else None,
             started=self._started,
@@ -313,6 +313,27 @@ class _Run:
             if not steering.tick():
                 break
         results.close()
+        self._next_index = backlog.next_index
+
+    def _plan_rows(
+        self,
+        executor: "Executor",
+        lengths: np.ndarray,
+        rows: Sequence[int],
+        *,
+        cap: int | None = None,
+        known: Sequence[BatchShape] = (),
+    ) -> Plan:
+        return plan_run(
+            lengths,
+            self.config,
+            self.job.preset,
+            kind=executor.kind,
+            replicas=executor.replicas,
+            rows=rows,
+            cap=cap,
+            known=known,
+        )
 
     def repeat_broken_rows(self, executor: "Executor") -> None:
         """Predict rows that came out as NaN or infinity again, in float32."""
@@ -348,7 +369,7 @@ class _Run:
                 self._journal.add(mended, values[finite], how=WIDER, worker="", lengths=said)
                 self.merger.add(mended, values[finite], how=WIDER, lengths=said, again=True)
 
-    def fill(self, executor: "Executor") -> None:
+    def fill(self) -> None:
         """Give rows without an answer the fallback, or end the run where that is not wanted.
 
         Raises:
@@ -384,22 +405,61 @@ class _Run:
             self.deadline.note(self.now(), what)
         self._progress.note(f"warning: {what}")
 
-    def stands(self) -> None:
-        """The submission is in its place."""
+    def write(self) -> None:
+        """Write the submission as it is now, and note when it stood."""
+        with self.timed("merge"):
+            write_submission(self.config.output, self.examples.ids, self.merger.finish())
         self._stands_s = self.now()
 
-    def measure_quantization(
-        self, executor: "Executor", probabilities: np.ndarray
-    ) -> dict[str, Any] | None:
+    def rows_to_improve(self) -> list[int]:
+        """Return the rows that an extra pass is asked for, the most uncertain first."""
+        return rows_to_swap(self.merger) if self.config.extra_passes == "swap" else []
+
+    def improve(self, executor: "Executor") -> None:
+        """Use the time that is left for an extra pass, and write what came of it, whatever ends
+        it."""
+        rows, began = self.rows_to_improve(), self.now()
+        if not rows or self.deadline.is_over(began):
+            return
+        self._progress.stage("tokenizing rows with their responses swapped")
+        predict_s, tokens = executor.predict_s, self.tokens(swap(self.examples), executor)
+        if tokens is None:
+            return
+        lengths, cost = tokens.lengths, self.job.preset.shape.batch_flops
+        batches = in_waves(
+            rows,
+            lambda wave: self._plan_rows(executor, lengths, wave, known=self._plan.shapes),
+        )
+        try:
+            predict_swapped(
+                executor,
+                tokens,
+                list(batches),
+                merger=self.merger,
+                journal=self._journal,
+                deadline=self.deadline,
+                progress=self._progress,
+                cost=cost,
+                first_index=self._next_index,
+                now=self.now,
+                write=self.write,
+            )
+        finally:
+            averaged = self.merger.how.count(SWAPPED)
+            self._extra = {"rows": averaged, "seconds": round(self.now() - began, 4)}
+            executor.predict_s = predict_s
+            self.write()
+
+    def measure_quantization(self, executor: "Executor") -> dict[str, Any] | None:
         """Return how far quantization moved the first rows, or what its preparation measured."""
         preset, mode = self.job.preset, self.job.quantization
         if preset.quantization is not None:
             return {"mode": preset.quantization, **preset.accuracy}
         if mode is None or self._steering is None:
             return None
-        first = list(range(min(len(probabilities), ROWS_IN_FLOAT)))
+        first = list(range(min(len(self.examples), ROWS_IN_FLOAT)))
         if self.deadline.limit_s is not None or any(
-            self.merger.how[row] in (SHORTENED, FILLED, WIDER) for row in first
+            self.merger.how[row] != PREDICTED for row in first
         ):
             return {"mode": mode, "measured": "not in this run: its time or its rows were cut"}
         self._progress.stage("the submission is written; comparing its first rows with float32")
@@ -415,7 +475,7 @@ class _Run:
             # The submission stands; a worker without memory for this costs the figure alone.
             return {"mode": mode, "measured": f"it failed: {first_line(error)}"}
         figures = compare(
-            probabilities[: len(batch.rows)], reference, seconds=time.monotonic() - started
+            self.merger.probabilities(batch.rows), reference, seconds=time.monotonic() - started
         )
         return {"mode": mode, **figures}
 
@@ -463,6 +523,7 @@ class _Run:
                 "events": self.deadline.events,
             },
             forecasts=steering.forecasts if steering else [],
+            extra_passes=self._extra,
             journal={
                 "path": str(self.config.journal_path),
                 "seconds": round(steering.journal_s, 4) if steering else 0.0,

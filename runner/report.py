@@ -49,6 +49,7 @@ def make_report(
     plan: dict[str, Any],
     deadline: dict[str, Any],
     forecasts: list[tuple[float, float]],
+    extra_passes: dict[str, float] | None,
     journal: dict[str, Any],
     strategy: Strategy | None,
     quantization: dict[str, Any] | None,
@@ -86,6 +87,7 @@ def make_report(
         "faults": asdict(faults),
         "deadline": deadline,
         "forecasts": forecasts,
+        "extra_passes": extra_passes,
         "journal": journal,
         "model": asdict(info) if info else None,
         "quantization": quantization,
@@ -167,6 +169,11 @@ def _describe_rows(report: dict[str, Any]) -> Iterator[str]:
         yield said + "."
     if rows["filled"]:
         yield f"{rows['filled']:,} rows have no answer of the model: they got the fallback."
+    if extra := report["extra_passes"]:
+        yield (
+            f"{extra['rows']:,} rows were predicted again with their responses swapped, and "
+            f"averaged, in {extra['seconds']:.1f} s."
+        )
     if deadline["limit_s"] is not None:
         yield (
             f"The submission stood {deadline['slack_s']:.1f} s before the limit of "

@@ -28,9 +28,17 @@ class Backlog:
     Args:
         batches: in the order of work.
         cost: of a shape, any unit that time is proportional to.
+        first_index: the number of the first batch, beyond those of an earlier backlog whose
+            answers may still come.
     """
 
-    def __init__(self, batches: Iterable[Batch], *, cost: Callable[[BatchShape], float]) -> None:
+    def __init__(
+        self,
+        batches: Iterable[Batch],
+        *,
+        cost: Callable[[BatchShape], float],
+        first_index: int = 0,
+    ) -> None:
         self._cost = cost
         self._queue: deque[Batch] = deque()
         self._suspects: deque[Batch] = deque()
@@ -40,7 +48,7 @@ class Backlog:
         self._batches_under_way: dict[int, Batch] = {}
         self._setbacks: dict[int, int] = {}
         self._budgets: dict[int, int] = {}
-        self._next_index = 0
+        self.next_index = first_index
         self.given_up: dict[int, str] = {}
         self.rows_left: set[int] = set()
         self._append(batches)
@@ -231,8 +239,8 @@ class Backlog:
         return [self._numbered(Batch(0, piece, shape)) for piece in pieces]
 
     def _numbered(self, batch: Batch) -> Batch:
-        self._next_index += 1
-        return replace(batch, index=self._next_index - 1)
+        self.next_index += 1
+        return replace(batch, index=self.next_index - 1)
 
     def _leave(self, batch: Batch, replica: int) -> bool:
         """A replica no longer computes a batch; return whether nobody does and it is not done."""

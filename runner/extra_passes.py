@@ -1,0 +1,113 @@
+"""Time left over -> rows predicted again with their responses swapped, and averaged.
+
+The most uncertain rows come first, so that whatever moment ends it, the best has been done. Does
+not know Ray, JAX or files.
+"""
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from runner.deadline import Deadline
+from runner.journal import Journal
+from runner.merge import FILLED, SWAPPED, Merger
+from runner.progress import Progress
+from runner.records import BatchResult, Examples, TokenTable
+from sharding.backlog import Backlog
+from sharding.batches import Batch, BatchShape, Plan
+from sharding.rates import Rates
+
+SWAPPED_COLUMNS = {"response_a": "response_b", "response_b": "response_a"}
+# The classes of a pair whose responses are swapped: the winners change places, a tie stays one.
+SWAPPED_CLASSES = (1, 0, 2)
+# Rows go in so many groups, the most uncertain first; within one, rows of like length together.
+WAVES = 8
+# Seconds after which what has been improved is written again.
+WRITE_EVERY_S = 60.0
+
+
+class Executor(Protocol):
+    """What an extra pass asks of the executor that runs a backlog."""
+
+    def run(
+        self, backlog: Backlog, tokens: TokenTable, *, rates: Rates, ids: Sequence[str]
+    ) -> Generator[BatchResult | None, None, None]: ...
+
+
+def swap(examples: Examples) -> Examples:
+    """Return the examples with their two responses exchanged."""
+    return Examples(
+        examples.ids,
+        {name: examples.columns[SWAPPED_COLUMNS.get(name, name)] for name in examples.columns},
+    )
+
+
+def rows_to_swap(merger: Merger) -> list[int]:
+    """Return the rows that have an answer of the model for one order, the most uncertain first."""
+    rows = [row for row, how in enumerate(merger.how) if how not in ("", FILLED, SWAPPED)]
+    certainty = merger.probabilities(rows).max(axis=1)
+    return [rows[place] for place in np.argsort(certainty, kind="stable")]
+
+
+def in_waves(rows: Sequence[int], plan: Callable[[Sequence[int]], Plan]) -> Iterator[Batch]:
+    """Yield the batches of rows that come in the order in which they should be done."""
+    size = max(1, -(-len(rows) // WAVES))
+    for start in range(0, len(rows), size):
+        yield from plan(sorted(rows[start : start + size])).batches
+
+
+def predict_swapped(
+    executor: Executor,
+    tokens: TokenTable,
+    batches: Sequence[Batch],
+    *,
+    merger: Merger,
+    journal: Journal,
+    deadline: Deadline,
+    progress: Progress,
+    cost: Callable[[BatchShape], float],
+    first_index: int,
+    now: Callable[[], float],
+    write: Callable[[], None],
+) -> int:
+    """Average what rows have with what they get with their responses swapped, while there is time.
+
+    Args:
+        tokens: of the swapped texts. batches: of these tokens, in the order of work.
+        first_index: beyond that of any batch before.
+        now: seconds since the process started. write: writes the submission as it is.
+
+    Returns:
+        How many rows were averaged.
+    """
+    backlog, rates = Backlog(batches, cost=cost, first_index=first_index), Rates(cost)
+    averaged, written_at = 0, time.monotonic()
+    results = executor.run(backlog, tokens, rates=rates, ids=merger.ids)
+    for result in results:
+        if result is not None:
+            averaged += _average(result, tokens, merger, journal)
+            progress.stage(
+                f"{averaged:,} rows predicted again with their responses swapped, and averaged"
+            )
+        if time.monotonic() - written_at > WRITE_EVERY_S:
+            write()
+            written_at = time.monotonic()
+        if deadline.is_over(now()):
+            break
+    results.close()
+    return averaged
+
+
+def _average(result: BatchResult, tokens: TokenTable, merger: Merger, journal: Journal) -> int:
+    finite = np.isfinite(result.probabilities).all(axis=1)
+    rows = [row for row, is_one in zip(result.batch.rows, finite, strict=True) if is_one]
+    if not rows:
+        return 0
+    back = result.probabilities[finite][:, list(SWAPPED_CLASSES)]
+    mean = (merger.probabilities(rows) + back) / 2
+    lengths = np.minimum(tokens.lengths[rows], result.batch.shape.length).tolist()
+    journal.add(rows, mean, how=SWAPPED, worker=str(result.replica), lengths=lengths)
+    merger.add(rows, mean, how=SWAPPED, lengths=lengths, again=True)
+    return len(rows)
