@@ -29,6 +29,10 @@ from runner.config import (
     parse_count,
 )
 from runner.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DEADLINE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
     ArenaRunnerError,
     ConfigError,
     DataError,
@@ -37,10 +41,6 @@ from runner.errors import (
     on_one_line,
 )
 
-EXIT_BAD_INPUT = 2
-EXIT_FAILED = 1
-EXIT_DEADLINE = 3
-EXIT_INTERRUPTED = 130
 # The name that `single.py` gives its threads while they compute.
 BUSY_THREAD = "replica"
 

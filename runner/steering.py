@@ -10,15 +10,15 @@ from typing import Protocol
 
 import numpy as np
 
-from runner.deadline import Deadline, longest_that_fits
+from runner.deadline import PATIENCE, Deadline, longest_that_fits
 from runner.errors import WorkerError
 from runner.journal import Journal
 from runner.merge import PREDICTED, SHORTENED, Merger
 from runner.progress import Progress
 from runner.records import BatchResult
 from sharding.backlog import Backlog
-from sharding.batches import Batch, Plan
-from sharding.forecast import seconds_left
+from sharding.batches import Batch, BatchShape, Plan
+from sharding.forecast import Pace, seconds_left, seconds_of
 from sharding.rates import Rates
 
 # Rows that may come out as no numbers before one comes out well: more, and the model is broken.
@@ -32,9 +32,9 @@ MOST_FORECASTS = 400
 class Executor(Protocol):
     """What steering asks of the executor that runs a backlog."""
 
-    replicas: int
+    def paces(self) -> list[Pace]: ...
 
-    def speed(self) -> float: ...
+    def is_measured(self) -> bool: ...
 
     def compile_s(self) -> float: ...
 
@@ -45,9 +45,9 @@ class Steering:
     Args:
         lengths: int64 (rows,), tokens of each row at full length.
         replan: (rows, cap) -> their plan where none is longer than cap tokens.
-        caps: the lengths that rows may be cut to, ascending; empty where they must not be.
+        caps: the lengths that rows may be cut to, ascending, the last for not at all.
         full_length: what every row is padded to, where the pooling sees padding; else None.
-        started: `time.monotonic()` of the process' start.
+        started: of the process, by `clock`.
 
     Attributes:
         broken: rows that came out as no numbers. answered: how many came out well.
@@ -69,6 +69,7 @@ class Steering:
         caps: Sequence[int],
         full_length: int | None,
         started: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._backlog = backlog
         self._rates = rates
@@ -82,10 +83,14 @@ class Steering:
         self._caps = list(caps)
         self._full_length = full_length
         self._started = started
+        self._clock = clock
         self._cheapest_first = False
-        self.answered = 0
+        self._uncounted = set(backlog.rows_left)
         self._lengths_done: list[np.ndarray] = []
-        self._forecast_at = self._decided_at = 0.0
+        self._first_forecast_at: float | None = None
+        self._forecast_at = self._decided_at = float("-inf")
+        self._improving = False
+        self.answered = 0
         self.broken: list[int] = []
         self.cap: int | None = None
         self.forecasts: list[tuple[float, float]] = []
@@ -135,106 +140,165 @@ class Steering:
         self._lengths_done.append(lengths)
         self.real_tokens += int(lengths.sum())
         self.padded_tokens += batch.shape.tokens
-        self._progress.advance(rows=len(batch.rows), tokens=int(lengths.sum()))
+        new = self._uncounted.intersection(batch.rows)
+        self._uncounted -= new
+        self._progress.advance(rows=len(new), tokens=int(lengths.sum()))
 
     def tick(self) -> bool:
         """Look at the clock, forecast, and decide; return whether to go on."""
-        now = time.monotonic() - self._started
+        now = self._clock() - self._started
         if self._deadline.is_over(now):
             return False
+        if not any(True for _ in self._backlog.waiting()):
+            self.improve()
         if now - self._forecast_at < FORECAST_S:
             return True
         self._forecast_at = now
-        left = seconds_left(
-            self._backlog, self._rates, self._executor.speed(), self._executor.replicas
-        )
+        left = seconds_left(self._backlog, self._rates, self._executor.paces())
         if left is None:
             return True
+        if self._first_forecast_at is None:
+            self._first_forecast_at = now
         self._keep(now, left)
         slack = None if self._deadline.limit_s is None else self._deadline.left_s(now) - left
         self._progress.forecast(left_s=left, slack_s=slack)
-        if slack is not None and now - self._decided_at >= self._deadline.decide_every_s():
-            self._decided_at = now
+        if slack is not None and now - self._decided_at >= self._deadline.decide_every_s(now):
             self._decide(now, left)
         return True
+
+    def improve(self) -> None:
+        """Where nothing waits and time is left, predict rows again that were cut, whole: as many
+        as fit, the shortest first. They have an answer already, whatever comes of it."""
+        if self._deadline.policy == "fail":
+            return
+        now = self._clock() - self._started
+        rows = [
+            row for row, how in enumerate(self._merger.how)
+            if how == SHORTENED and row not in self._backlog.rows_left
+        ]  # fmt: skip
+        if not rows:
+            return
+        paces = self._executor.paces()
+        before = seconds_left(self._backlog, self._rates, paces) or 0.0
+        available = self._deadline.aim_s(now)
+        chosen: list[Batch] = []
+        work, shapes = 0.0, set(self._rates.shapes())
+        for batch in self._replan(rows, self._caps[-1]).batches[::-1]:
+            work += self._rates.work(batch.shape)
+            wait = 0.0 if batch.shape in shapes else self._executor.compile_s()
+            took = seconds_of(work, [pace.later(wait) for pace in paces]) or 0.0
+            if before + took > available:
+                break
+            chosen.append(batch)
+        if not chosen:
+            return
+        self._backlog.add(chosen)
+        if not self._improving:
+            self._improving = True
+            self._say(
+                now,
+                f"{self._deadline.left_s(now):.0f} s are left over: rows that were cut are "
+                "predicted again at their full length, the shortest first, while there is time",
+            )
 
     def _decide(self, now: float, left: float) -> None:
         """Give up no more than the time asks for, and take back what it does not."""
         deadline = self._deadline
         less = deadline.needs_less(left, now)
         if deadline.policy == "fail":
-            if less and not deadline.events:
+            if less and not deadline.events and self._is_sure(now):
                 self._say(
                     now,
-                    f"{left:.0f} s of work are left for {deadline.left_s(now):.0f} s: it will not "
-                    "fit, and then this run ends without a submission",
+                    f"{_work_for(left, deadline.left_s(now))}: it will not fit, and then this run "
+                    "ends without a submission, its rows kept in the journal",
                 )
-        elif deadline.policy == "fill" or not self._caps:
+        elif deadline.policy == "fill":
+            # No row is lost by the order: there is no need to be sure.
             if less and not self._cheapest_first:
                 self._order_cheapest_first(now, left)
-        elif less or (self.cap is not None and deadline.has_room(left, now)):
+        elif (less or (self.cap is not None and deadline.has_room(left, now))) and self._is_sure(
+            now
+        ):
             self._cut(now, left)
+
+    def _is_sure(self, now: float) -> bool:
+        """Whether the forecast rests on measured batches, or there is no time to wait for them."""
+        assert self._first_forecast_at is not None, "this is a bug: a decision without a forecast"
+        if self._executor.is_measured():
+            return True
+        since = self._first_forecast_at
+        return now - since > PATIENCE * self._deadline.left_s(since)
 
     def _cut(self, now: float, left: float) -> None:
         """Cut the rows that wait to the longest length at which all still fit."""
-        rows = [row for batch in self._backlog.waiting() for row in batch.rows
-                if not self._backlog.is_suspect(batch)]  # fmt: skip
+        backlog, rates = self._backlog, self._rates
+        rows = [
+            row for batch in backlog.waiting() for row in batch.rows
+            if not backlog.is_suspect(batch) and not self._merger.how[row]
+        ]  # fmt: skip
         if not rows:
             return
-        speed, compile_s = self._executor.speed(), self._executor.compile_s()
-        waiting = sum(self._rates.work(batch.shape) for batch in self._backlog.waiting())
-        others = max(0.0, left - waiting / speed)
-        known = set(self._known_shapes())
+        paces = self._executor.paces()
+        kept = sum(rates.work(batch.shape) for batch in backlog.under_way())
+        kept += sum(
+            rates.work(batch.shape) for batch in backlog.waiting() if backlog.is_suspect(batch)
+        )
+        known, compile_s = self._known_shapes(), self._executor.compile_s()
 
         def forecast(cap: int) -> float:
             plan = self._replan(rows, cap)
-            work = sum(self._rates.work(batch.shape) for batch in plan.batches)
-            unknown = len(set(plan.shapes) - known)
-            return work / speed + others + unknown * compile_s
+            work = kept + sum(rates.work(batch.shape) for batch in plan.batches)
+            unknown = len(set(plan.shapes) - known) * (compile_s + rates.first_s())
+            return seconds_of(work, [pace.later(unknown) for pace in paces]) or 0.0
 
-        available = self._deadline.left_s(now)
-        cap = longest_that_fits(self._caps, forecast, available)
-        floor = cap is None
+        cap = longest_that_fits(self._caps, forecast, self._deadline.aim_s(now))
+        is_floor = cap is None
         cap = cap if cap is not None else self._caps[0]
-        if cap == (self.cap or self._caps[-1]):
-            if floor and not self._cheapest_first:
-                self._order_cheapest_first(now, left)
-            return
-        withdrawn = self._backlog.withdraw()
+        self._decided_at = now
+        if cap != (self.cap or self._caps[-1]):
+            self._cut_to(cap, now, left)
+        if is_floor and not self._cheapest_first:
+            self._order_cheapest_first(now, left)
+
+    def _cut_to(self, cap: int, now: float, left: float) -> None:
+        withdrawn = self._withdraw()
         self._backlog.add(self._in_order(self._replan(withdrawn, cap)))
         self.cap = cap if cap < self._caps[-1] else None
-        needed = int((self._lengths[list(withdrawn)] > cap).sum())
-        self._say(
-            now,
-            f"{left:.0f} s of work for {available:.0f} s: "
-            + (
-                f"{len(withdrawn):,} rows are cut to {cap} tokens ({needed:,} of them are longer)"
-                if self.cap
-                else f"{len(withdrawn):,} rows are no longer cut"
-            ),
-        )
-        if floor and not self._cheapest_first:
-            self._order_cheapest_first(now, left)
+        longer = int((self._lengths[list(withdrawn)] > cap).sum())
+        if not self.cap:
+            what = "the rows that are left are no longer cut"
+        elif self._full_length is not None:
+            what = f"the {len(withdrawn):,} rows that wait are cut and padded to {cap} tokens"
+        else:
+            what = (
+                f"of the {len(withdrawn):,} rows that wait, the {longer:,} that are longer are cut "
+                f"to {cap} tokens"
+            )
+        self._say(now, f"{_work_for(left, self._deadline.left_s(now))}: {what}")
 
     def _order_cheapest_first(self, now: float, left: float) -> None:
         """What does not fit is then the fewest rows."""
         self._cheapest_first = True
-        cap = self.cap or (self._caps[-1] if self._caps else int(self._lengths.max(initial=1)))
-        withdrawn = self._backlog.withdraw()
-        self._backlog.add(self._in_order(self._replan(withdrawn, cap)))
+        withdrawn = self._withdraw()
+        self._backlog.add(self._in_order(self._replan(withdrawn, self.cap or self._caps[-1])))
+        self._decided_at = now
         self._say(
             now,
-            f"{left:.0f} s of work for {self._deadline.left_s(now):.0f} s: the shortest rows come "
-            "first, and those that do not fit get the fallback",
+            f"{_work_for(left, self._deadline.left_s(now))}: the shortest rows come first, and "
+            "those that there is no time for get the fallback",
         )
+
+    def _withdraw(self) -> list[int]:
+        """Take back the rows that wait; those that have an answer already stand with it."""
+        return [row for row in self._backlog.withdraw() if not self._merger.how[row]]
 
     def _in_order(self, plan: Plan) -> list[Batch]:
         batches = list(plan.batches)
         return batches[::-1] if self._cheapest_first else batches
 
-    def _known_shapes(self) -> list[object]:
+    def _known_shapes(self) -> set[BatchShape]:
         batches = [*self._backlog.waiting(), *self._backlog.under_way()]
-        return [*{batch.shape for batch in batches}, *self._rates.shapes()]
+        return {*(batch.shape for batch in batches), *self._rates.shapes()}
 
     def _is_cut(self, batch: Batch) -> np.ndarray:
         """Whether each row of a batch is made from less than the run asked for."""
@@ -249,3 +313,7 @@ class Steering:
 
     def _say(self, now: float, what: str) -> None:
         self._progress.note(f"deadline: {self._deadline.note(now, what)}")
+
+
+def _work_for(work_s: float, left_s: float) -> str:
+    return f"{work_s:.0f} s of work for {left_s:.0f} s"
