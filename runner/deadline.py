@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 # Shares of the time that is left. Forecasts err: rows are cut so that they take `AIM` of it, cut
 # again where they take more than `TOO_MUCH`, and cut less where they take less than `TOO_LITTLE`.
 # What is left over in the end makes cut rows whole again.
-TOO_MUCH, AIM, TOO_LITTLE = 0.99, 0.95, 0.88
+TOO_MUCH, AIM, TOO_LITTLE = 0.99, 0.95, 0.85
 # Kept for merging and writing: so many times what a rehearsal took, so many seconds, and for long
 # limits a share of them, up to a most.
 MARGIN_FACTOR = 3.0
@@ -22,8 +22,11 @@ DECIDE_S = 0.5
 DECIDE_SHARE = 0.03
 # A first decision waits for measured batches, but not for more than this of the time there is.
 PATIENCE = 0.1
-# Lengths that rows are cut to differ by so much at least: each costs a compile.
-STEP = 0.03
+# Lengths that rows are cut to differ by so much at least, and by so many times the share of the
+# time that is left which a compile takes.
+STEP, STEP_FOR_A_COMPILE = 0.02, 2.0
+# A cut is taken back by steps of so much at least: what it costs too much is made good at the end.
+STEP_BACK = 0.08
 
 
 @dataclass(slots=True)
@@ -97,13 +100,20 @@ def longest_that_fits(
 
 
 def lengths_to_cut_to(
-    floor: int, top: int, *, multiple_of: int, compiled: Iterable[int] = ()
+    floor: int, top: int, *, multiple_of: int, others: Iterable[int] = ()
 ) -> list[int]:
     """Return the lengths that rows may be cut to, ascending: `floor`, `top` for not at all, and
-    between them those that are compiled already and steps of `STEP` or `multiple_of`."""
-    chosen = {top, floor, *(length for length in compiled if floor < length < top)}
-    length = floor
-    while (length := max(length + multiple_of, int(length * (1 + STEP)))) < top:
-        length -= length % multiple_of
-        chosen.add(length)
-    return sorted(chosen)
+    between them the multiples and others."""
+    first = floor + multiple_of - floor % multiple_of
+    between = [*range(first, top, multiple_of), *others]
+    return sorted({floor, top, *(length for length in between if floor < length < top)})
+
+
+def spread(lengths: Sequence[int], share: float) -> list[int]:
+    """Leave out lengths, of ascending ones, that differ too little from those before: each that is
+    taken costs a compile, which is this share of the time that is left."""
+    step, chosen = 1 + max(STEP, STEP_FOR_A_COMPILE * share), list(lengths[:1])
+    for length in lengths[1:]:
+        if length >= chosen[-1] * step:
+            chosen.append(length)
+    return chosen

@@ -7,7 +7,7 @@ worker is seen as a failed call; one that hangs is seen by the clock.
 
 import os
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
 import numpy as np
 import ray
@@ -31,7 +31,7 @@ from runner.records import (
     TokenTable,
     WorkerInfo,
     WorkerStats,
-    mean_compile_s,
+    seconds_to_compile,
 )
 from runner.recovery import Recovery
 from runner.strategy import Strategy, gpu_dtype
@@ -210,8 +210,16 @@ class RayReplicas:
         for group in self._groups:
             group.stop_clock()
 
-    def paces(self) -> list[Pace]:
-        """Return how fast each replica is, and how long it will load and compile before it is."""
+    def warm(self) -> set[BatchShape]:
+        """Return the shapes of which some replica has a program."""
+        return {shape for group in self._groups for shape in group.warm}
+
+    def paces(self, shapes: Iterable[BatchShape] | None = None) -> list[Pace]:
+        """Return how fast each replica is, and how long it will load and compile besides.
+
+        Args:
+            shapes: those that are to come, None for those of the backlog.
+        """
         assert self._backlog is not None, "this is a bug: a forecast comes after the plan"
         starts = [group.start_s for group in self._groups if group.start_s is not None]
         paces = []
@@ -225,11 +233,12 @@ class RayReplicas:
                 waited = self._clock - group.spawned_at
                 # Nobody knows how much longer one takes that takes longer than the others did.
                 delay_s = max(max(starts) - waited, waited / 4)
-            shapes = self._backlog.shapes(group.number)
-            unused = sum(shape not in group.used for shape in shapes)
-            to_compile = sum(shape not in group.warm for shape in shapes)
-            delay_s += unused * self._rates.first_s()
-            delay_s += to_compile * self.compile_s() * self._rates.compiling_share()
+            to_come = {*(self._backlog.shapes(group.number) if shapes is None else shapes)}
+            delay_s += len(to_come - group.used) * self._rates.first_s()
+            one_s = seconds_to_compile(
+                self.stats, is_new=shapes is not None, replicas=len(self._groups)
+            )
+            delay_s += len(to_come - group.warm) * one_s * self._rates.compiling_share()
             paces.append(Pace(self._speed_now(group), delay_s))
         return paces
 
@@ -250,8 +259,8 @@ class RayReplicas:
         return speed
 
     def compile_s(self) -> float:
-        """Return the seconds that a shape takes to compile."""
-        return mean_compile_s(self.stats)
+        """Return the seconds that a shape takes to compile that was in no plan before."""
+        return seconds_to_compile(self.stats, is_new=True)
 
     def predict_in_float(self, batch: Batch, *, within_s: float) -> np.ndarray:
         """Return a batch's probabilities in float32, after `run`, in a process of its own.

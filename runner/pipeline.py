@@ -308,14 +308,14 @@ class _Run:
             progress=self._progress,
             deadline=self.deadline,
             lengths=lengths,
-            replan=lambda rows, cap: self._plan_rows(
-                executor, lengths, rows, cap=cap, known=self._plan.shapes
+            replan=lambda rows, cap, shapes: self._plan_rows(
+                executor, lengths, rows, cap=cap, known=[*self._plan.shapes, *shapes]
             ),
             caps=lengths_to_cut_to(
                 floor,
                 top,
                 multiple_of=BUCKET_MULTIPLES[executor.kind],
-                compiled=(shape.length for shape in self._plan.shapes),
+                others=(shape.length for shape in self._plan.shapes),
             ),
             full_length=config.sequence_length if sees_padding else None,
             started=self._started,
@@ -508,7 +508,8 @@ class _Run:
     def end_without(self, executor: "Executor") -> int:
         """Write the submission although the run is inside something that does not end; return the
         exit code. Runs in a thread of its own, after which the process ends."""
-        self.deadline.note(self.now(), "the run did not stop by itself and was ended")
+        where = "the run had not come to its end and was ended"
+        self._progress.note(f"deadline: {self.deadline.note(self.now(), where)}")
         try:
             self.fill(None)
         except DeadlineError as error:

@@ -4,7 +4,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from runner.records import (
     TokenTable,
     WorkerInfo,
     WorkerStats,
-    mean_compile_s,
+    seconds_to_compile,
 )
 from runner.recovery import Recovery
 from runner.workers import Replica
@@ -98,14 +98,22 @@ class InProcess:
         self._replica.hold_tokens(tokens)
         yield from self._run(backlog, recovery, rates, self._threads)
 
-    def paces(self) -> list[Pace]:
-        """Return how fast the device is, and how long it will compile besides."""
+    def warm(self) -> set[BatchShape]:
+        """Return the shapes of which there is a program."""
+        return set(self._warm)
+
+    def paces(self, shapes: Iterable[BatchShape] | None = None) -> list[Pace]:
+        """Return how fast the device is, and how long it will compile besides.
+
+        Args:
+            shapes: those that are to come, None for those of the backlog.
+        """
         if self._rates is None or self._backlog is None or not self._warm:
             return []
-        shapes = self._backlog.shapes(0)
-        delay_s = sum(shape not in self._used for shape in shapes) * self._rates.first_s()
-        to_compile = sum(shape not in self._warm for shape in shapes)
-        delay_s += to_compile * self.compile_s() * self._rates.compiling_share()
+        to_come = {*(self._backlog.shapes(0) if shapes is None else shapes)}
+        delay_s = len(to_come - self._used) * self._rates.first_s()
+        one_s = seconds_to_compile(self.stats, is_new=shapes is not None)
+        delay_s += len(to_come - self._warm) * one_s * self._rates.compiling_share()
         return [Pace(self._rates.speed(0), delay_s)]
 
     def is_measured(self) -> bool:
@@ -113,8 +121,8 @@ class InProcess:
         return self._rates is not None and self._rates.is_measured(0)
 
     def compile_s(self) -> float:
-        """Return the seconds that a shape takes to compile."""
-        return mean_compile_s(self.stats)
+        """Return the seconds that a shape takes to compile that was in no plan before."""
+        return seconds_to_compile(self.stats, is_new=True)
 
     def predict_in_float(self, batch: Batch, *, within_s: float) -> np.ndarray:
         """Return a batch's probabilities in float32, after `run`.

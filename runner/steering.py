@@ -5,12 +5,12 @@ or files.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
 
-from runner.deadline import PATIENCE, Deadline, longest_that_fits
+from runner.deadline import PATIENCE, STEP_BACK, Deadline, longest_that_fits, spread
 from runner.errors import WorkerError
 from runner.journal import Journal
 from runner.merge import PREDICTED, SHORTENED, Merger
@@ -32,7 +32,9 @@ MOST_FORECASTS = 400
 class Executor(Protocol):
     """What steering asks of the executor that runs a backlog."""
 
-    def paces(self) -> list[Pace]: ...
+    def paces(self, shapes: Iterable[BatchShape] | None = None) -> list[Pace]: ...
+
+    def warm(self) -> set[BatchShape]: ...
 
     def is_measured(self) -> bool: ...
 
@@ -44,7 +46,8 @@ class Steering:
 
     Args:
         lengths: int64 (rows,), tokens of each row at full length.
-        replan: (rows, cap) -> their plan where none is longer than cap tokens.
+        replan: (rows, cap, shapes) -> their plan where none is longer than cap tokens, and shapes
+            are those that there are programs for.
         caps: the lengths that rows may be cut to, ascending, the last for not at all.
         full_length: what every row is padded to, where the pooling sees padding; else None.
         started: of the process, by `clock`.
@@ -65,7 +68,7 @@ class Steering:
         progress: Progress,
         deadline: Deadline,
         lengths: np.ndarray,
-        replan: Callable[[Sequence[int], int], Plan],
+        replan: Callable[[Sequence[int], int, Iterable[BatchShape]], Plan],
         caps: Sequence[int],
         full_length: int | None,
         started: float,
@@ -149,7 +152,7 @@ class Steering:
         now = self._clock() - self._started
         if self._deadline.is_over(now):
             return False
-        if not any(True for _ in self._backlog.waiting()):
+        if self._is_done_but_for_length():
             self.improve()
         if now - self._forecast_at < FORECAST_S:
             return True
@@ -178,15 +181,14 @@ class Steering:
         ]  # fmt: skip
         if not rows:
             return
-        paces = self._executor.paces()
-        before = seconds_left(self._backlog, self._rates, paces) or 0.0
+        before = seconds_left(self._backlog, self._rates, self._executor.paces()) or 0.0
         available = self._deadline.aim_s(now)
         chosen: list[Batch] = []
-        work, shapes = 0.0, set(self._rates.shapes())
-        for batch in self._replan(rows, self._caps[-1]).batches[::-1]:
+        work, shapes = 0.0, set()
+        for batch in self._plan(rows, self._caps[-1]).batches[::-1]:
             work += self._rates.work(batch.shape)
-            wait = 0.0 if batch.shape in shapes else self._executor.compile_s()
-            took = seconds_of(work, [pace.later(wait) for pace in paces]) or 0.0
+            shapes.add(batch.shape)
+            took = seconds_of(work, self._executor.paces(shapes)) or 0.0
             if before + took > available:
                 break
             chosen.append(batch)
@@ -197,9 +199,16 @@ class Steering:
             self._improving = True
             self._say(
                 now,
-                f"{self._deadline.left_s(now):.0f} s are left over: rows that were cut are "
+                f"{_seconds(self._deadline.left_s(now))} are left over: rows that were cut are "
                 "predicted again at their full length, the shortest first, while there is time",
             )
+
+    def _is_done_but_for_length(self) -> bool:
+        """Whether nothing waits, and what is computed now are rows that have an answer."""
+        backlog = self._backlog
+        return not any(True for _ in backlog.waiting()) and all(
+            self._merger.how[row] for row in backlog.rows_left
+        )
 
     def _decide(self, now: float, left: float) -> None:
         """Give up no more than the time asks for, and take back what it does not."""
@@ -231,40 +240,44 @@ class Steering:
 
     def _cut(self, now: float, left: float) -> None:
         """Cut the rows that wait to the longest length at which all still fit."""
-        backlog, rates = self._backlog, self._rates
-        rows = [
-            row for batch in backlog.waiting() for row in batch.rows
-            if not backlog.is_suspect(batch) and not self._merger.how[row]
-        ]  # fmt: skip
+        backlog, rates, executor = self._backlog, self._rates, self._executor
+        waiting = [batch for batch in backlog.waiting() if not backlog.is_suspect(batch)]
+        rows = self._unanswered(waiting)
         if not rows:
             return
-        paces = self._executor.paces()
-        kept = sum(rates.work(batch.shape) for batch in backlog.under_way())
-        kept += sum(
-            rates.work(batch.shape) for batch in backlog.waiting() if backlog.is_suspect(batch)
-        )
-        known, compile_s = self._known_shapes(), self._executor.compile_s()
+        self._decided_at = now
+        available, compile_s = self._deadline.aim_s(now), executor.compile_s()
+        compiled = {shape.length for shape in executor.warm()}
+        bridge = self._bridge(waiting, compile_s)
+        stays = {batch.index for batch in bridge}
+        after_bridge = self._unanswered(batch for batch in waiting if batch.index not in stays)
+        others = [*backlog.under_way(), *filter(backlog.is_suspect, backlog.waiting())]
 
         def forecast(cap: int) -> float:
-            plan = self._replan(rows, cap)
-            work = kept + sum(rates.work(batch.shape) for batch in plan.batches)
-            unknown = len(set(plan.shapes) - known) * (compile_s + rates.first_s())
-            return seconds_of(work, [pace.later(unknown) for pace in paces]) or 0.0
+            plan = self._plan(rows if cap in compiled else after_bridge, cap)
+            batches = [*others, *plan.batches, *(() if cap in compiled else bridge)]
+            work = sum(rates.work(batch.shape) for batch in batches)
+            return seconds_of(work, executor.paces(plan.shapes)) or 0.0
 
-        cap = longest_that_fits(self._caps, forecast, self._deadline.aim_s(now))
-        is_floor = cap is None
-        cap = cap if cap is not None else self._caps[0]
-        self._decided_at = now
-        if cap != (self.cap or self._caps[-1]):
-            self._cut_to(cap, now, left)
-        if is_floor and not self._cheapest_first:
+        known = [cap for cap in self._caps if cap in compiled or cap == self._caps[-1]]
+        new = spread([cap for cap in self._caps if cap not in compiled], compile_s / available)
+        fits = [
+            cap for caps in (known, new)
+            if (cap := longest_that_fits(caps, forecast, available)) is not None
+        ]  # fmt: skip
+        cap, now_cut_to = max(fits, default=self._caps[0]), self.cap or self._caps[-1]
+        is_step_back = now_cut_to < cap < min(now_cut_to * (1 + STEP_BACK), self._caps[-1])
+        affected = self._longer(rows if cap in compiled else after_bridge, min(cap, now_cut_to))
+        if cap != now_cut_to and affected and not is_step_back:
+            self._cut_to(cap, now, left, bridge if cap not in compiled else ())
+        if not fits and not self._cheapest_first:
             self._order_cheapest_first(now, left)
 
-    def _cut_to(self, cap: int, now: float, left: float) -> None:
-        withdrawn = self._withdraw()
-        self._backlog.add(self._in_order(self._replan(withdrawn, cap)))
+    def _cut_to(self, cap: int, now: float, left: float, bridge: Iterable[Batch]) -> None:
+        withdrawn = self._withdraw(bridge)
+        self._backlog.add(self._in_order(self._plan(withdrawn, cap)))
         self.cap = cap if cap < self._caps[-1] else None
-        longer = int((self._lengths[list(withdrawn)] > cap).sum())
+        longer = self._longer(withdrawn, cap)
         if not self.cap:
             what = "the rows that are left are no longer cut"
         elif self._full_length is not None:
@@ -276,11 +289,26 @@ class Steering:
             )
         self._say(now, f"{_work_for(left, self._deadline.left_s(now))}: {what}")
 
+    def _bridge(self, waiting: Iterable[Batch], seconds: float) -> list[Batch]:
+        """Return the batches that go on as they are for so many seconds, while a new length is
+        compiled: without them the replicas would wait for it."""
+        warm, paces = self._executor.warm(), self._executor.paces(())
+        work = seconds * sum(pace.speed for pace in paces)
+        work -= sum(self._rates.work(batch.shape) for batch in self._backlog.under_way())
+        chosen: list[Batch] = []
+        for batch in waiting:
+            if work <= 0:
+                break
+            if batch.shape in warm:
+                chosen.append(batch)
+                work -= self._rates.work(batch.shape)
+        return chosen
+
     def _order_cheapest_first(self, now: float, left: float) -> None:
         """What does not fit is then the fewest rows."""
         self._cheapest_first = True
         withdrawn = self._withdraw()
-        self._backlog.add(self._in_order(self._replan(withdrawn, self.cap or self._caps[-1])))
+        self._backlog.add(self._in_order(self._plan(withdrawn, self.cap or self._caps[-1])))
         self._decided_at = now
         self._say(
             now,
@@ -288,17 +316,25 @@ class Steering:
             "those that there is no time for get the fallback",
         )
 
-    def _withdraw(self) -> list[int]:
+    def _withdraw(self, kept: Iterable[Batch] = ()) -> list[int]:
         """Take back the rows that wait; those that have an answer already stand with it."""
-        return [row for row in self._backlog.withdraw() if not self._merger.how[row]]
+        return [row for row in self._backlog.withdraw(kept) if not self._merger.how[row]]
+
+    def _unanswered(self, batches: Iterable[Batch]) -> list[int]:
+        return [row for batch in batches for row in batch.rows if not self._merger.how[row]]
+
+    def _longer(self, rows: Sequence[int], cap: int) -> int:
+        """Return how many rows a cut makes shorter."""
+        if self._full_length is not None:
+            return len(rows) if cap < self._full_length else 0
+        return int((self._lengths[list(rows)] > cap).sum())
+
+    def _plan(self, rows: Sequence[int], cap: int) -> Plan:
+        return self._replan(rows, cap, self._executor.warm())
 
     def _in_order(self, plan: Plan) -> list[Batch]:
         batches = list(plan.batches)
         return batches[::-1] if self._cheapest_first else batches
-
-    def _known_shapes(self) -> set[BatchShape]:
-        batches = [*self._backlog.waiting(), *self._backlog.under_way()]
-        return {*(batch.shape for batch in batches), *self._rates.shapes()}
 
     def _is_cut(self, batch: Batch) -> np.ndarray:
         """Whether each row of a batch is made from less than the run asked for."""
@@ -316,4 +352,8 @@ class Steering:
 
 
 def _work_for(work_s: float, left_s: float) -> str:
-    return f"{work_s:.0f} s of work for {left_s:.0f} s"
+    return f"{_seconds(work_s)} of work are left for {_seconds(left_s)} of time"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:,.0f} s"

@@ -18,7 +18,7 @@ EXPECTED_WEIGHT = 0.3
 DISTURBED_WEIGHT = 0.1
 # A shape counts as like its nearest neighbour until so many batches say otherwise; by no batch
 # more than so many times.
-ALIKE_BATCHES = 4.0
+ALIKE_BATCHES = 8.0
 MOST_BEND = 3.0
 # A batch beside which a compiler ran for less of its time counts as undisturbed.
 UNDISTURBED = 0.1
@@ -93,23 +93,20 @@ class Rates:
         if seconds <= 0:
             return
         expected, knows = self.seconds(replica, shape), self.is_measured(replica)
-        weight = DISTURBED_WEIGHT
-        if self._compiling is not None and compiling_s > UNDISTURBED * seconds:
+        is_disturbed = self._compiling is not None and compiling_s > UNDISTURBED * seconds
+        if self._compiling is not None and is_disturbed:
             if knows and not is_first:
                 share = (seconds - expected) / compiling_s
                 self._compiling.add(min(max(share, 0.0), 1.0), min(1.0, compiling_s / seconds))
-            # Never less than a part of what it took: shares are guesses.
             seconds -= self._compiling.value() * min(compiling_s, seconds)
-        elif is_first:
-            if knows:
-                self._firsts.add(max(0.0, seconds - expected))
-        else:
-            weight = 1.0
-            self._undisturbed[replica] = self._undisturbed.get(replica, 0) + 1
         if is_first and knows:
+            weight = 1.0 if not is_disturbed else DISTURBED_WEIGHT
+            self._firsts.add(max(0.0, seconds - expected), weight)
             return
+        weight = DISTURBED_WEIGHT if is_first or is_disturbed else 1.0
         self._learn_speed(replica, shape, seconds, weight)
         if weight == 1.0:
+            self._undisturbed[replica] = self._undisturbed.get(replica, 0) + 1
             self._learn_bend(shape, seconds * self.speed(replica) / self._cost(shape))
 
     def knows(self, replica: int) -> bool:
