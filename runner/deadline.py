@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 # again where they take more than `TOO_MUCH`, and cut less where they take less than `TOO_LITTLE`.
 # What is left over in the end makes cut rows whole again.
 TOO_MUCH, AIM, TOO_LITTLE = 0.99, 0.95, 0.85
+# Kept for the last batch besides, at most.
+LAST_BATCH_SHARE = 0.1
 # Kept for merging and writing: so many times what a rehearsal took, so many seconds, and for long
 # limits a share of them, up to a most.
 MARGIN_FACTOR = 3.0
@@ -25,8 +27,9 @@ PATIENCE = 0.1
 # Lengths that rows are cut to differ by so much at least, and by so many times the share of the
 # time that is left which a compile takes.
 STEP, STEP_FOR_A_COMPILE = 0.02, 2.0
-# A cut is taken back by steps of so much at least: what it costs too much is made good at the end.
-STEP_BACK = 0.08
+# A cut is taken back by steps of so much at least, and to a length that must be compiled only where
+# that takes no more than this share of the time: what is cut too much is made good in the end.
+STEP_BACK, COMPILE_SHARE = 0.08, 0.1
 
 
 @dataclass(slots=True)

@@ -45,9 +45,8 @@ from sharding.topology import place_workers
 MAX_RESTARTS = 3
 # Seconds between looks at the clock when nothing arrives.
 WAIT_S = 0.2
-# A batch that takes so many times as long as it should, and so many seconds more, says what its
-# replica's speed is now.
-OVERDUE_FACTOR, OVERDUE_S = 2.0, 0.5
+# A batch is overdue that takes so many times as long as it should and so many seconds more.
+OVERDUE_FACTOR, OVERDUE_S = 3.0, 1.0
 
 # A worker hangs that takes longer for a step than: compile and load as slow as they may be.
 STEP_WITHIN_S = {"ping": 300.0, "meet": 120.0, "tokens": 300.0, "load": 600.0, "compile": 1800.0}
@@ -239,24 +238,26 @@ class RayReplicas:
                 self.stats, is_new=shapes is not None, replicas=len(self._groups)
             )
             delay_s += len(to_come - group.warm) * one_s * self._rates.compiling_share()
-            paces.append(Pace(self._speed_now(group), delay_s))
+            delay_s += self._overdue_s(group)
+            paces.append(Pace(self._rates.speed(group.number), delay_s))
         return paces
 
     def is_measured(self) -> bool:
         """Whether batches enough have finished to rest a decision on."""
         return any(self._rates.is_measured(group.number) for group in self._groups)
 
-    def _speed_now(self, group: Group) -> float:
-        """Return a replica's speed: no more than the batch that it is at allows."""
-        speed = self._rates.speed(group.number)
+    def _overdue_s(self, group: Group) -> float:
+        """Return for how long the batch that a replica is at has taken where that is far more than
+        it should: as long again may still be to come."""
+        if group.compiling is not None or not self._rates.is_measured(group.number):
+            return 0.0
         for step, since in group.oldest():
             if step.what == "predict":
                 expected = self._rates.seconds(group.number, step.payload.shape)
-                expected += 0.0 if step.payload.shape in group.used else self._rates.first_s()
                 took = self._clock - since
                 if took > OVERDUE_FACTOR * expected + OVERDUE_S:
-                    speed *= expected / took
-        return speed
+                    return took
+        return 0.0
 
     def compile_s(self) -> float:
         """Return the seconds that a shape takes to compile that was in no plan before."""

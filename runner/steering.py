@@ -10,7 +10,15 @@ from typing import Protocol
 
 import numpy as np
 
-from runner.deadline import PATIENCE, STEP_BACK, Deadline, longest_that_fits, spread
+from runner.deadline import (
+    COMPILE_SHARE,
+    LAST_BATCH_SHARE,
+    PATIENCE,
+    STEP_BACK,
+    Deadline,
+    longest_that_fits,
+    spread,
+)
 from runner.errors import WorkerError
 from runner.journal import Journal
 from runner.merge import PREDICTED, SHORTENED, Merger
@@ -213,7 +221,8 @@ class Steering:
     def _decide(self, now: float, left: float) -> None:
         """Give up no more than the time asks for, and take back what it does not."""
         deadline = self._deadline
-        less = deadline.needs_less(left, now)
+        needed = left + self._last_batch_s(now)
+        less = deadline.needs_less(needed, now)
         if deadline.policy == "fail":
             if less and not deadline.events and self._is_sure(now):
                 self._say(
@@ -225,10 +234,18 @@ class Steering:
             # No row is lost by the order: there is no need to be sure.
             if less and not self._cheapest_first:
                 self._order_cheapest_first(now, left)
-        elif (less or (self.cap is not None and deadline.has_room(left, now))) and self._is_sure(
+        elif (less or (self.cap is not None and deadline.has_room(needed, now))) and self._is_sure(
             now
         ):
             self._cut(now, left)
+
+    def _last_batch_s(self, now: float) -> float:
+        """Return the seconds of the largest batch on the slowest replica: it may come last, and
+        must come."""
+        works = [self._rates.work(batch.shape) for batch in self._backlog.waiting()]
+        speeds = [pace.speed for pace in self._executor.paces(()) if pace.speed]
+        seconds = max(works, default=0.0) / min(speeds) if speeds else 0.0
+        return min(seconds, LAST_BATCH_SHARE * self._deadline.left_s(now))
 
     def _is_sure(self, now: float) -> bool:
         """Whether the forecast rests on measured batches, or there is no time to wait for them."""
@@ -246,7 +263,8 @@ class Steering:
         if not rows:
             return
         self._decided_at = now
-        available, compile_s = self._deadline.aim_s(now), executor.compile_s()
+        available = self._deadline.aim_s(now) - self._last_batch_s(now)
+        compile_s = executor.compile_s()
         compiled = {shape.length for shape in executor.warm()}
         bridge = self._bridge(waiting, compile_s)
         stays = {batch.index for batch in bridge}
@@ -259,6 +277,11 @@ class Steering:
             work = sum(rates.work(batch.shape) for batch in batches)
             return seconds_of(work, executor.paces(plan.shapes)) or 0.0
 
+        def worth_going_back_to(cap: int) -> bool:
+            if cap == self._caps[-1] or cap in compiled:
+                return True
+            return cap >= now_cut_to * (1 + STEP_BACK) and compile_s <= COMPILE_SHARE * available
+
         known = [cap for cap in self._caps if cap in compiled or cap == self._caps[-1]]
         new = spread([cap for cap in self._caps if cap not in compiled], compile_s / available)
         fits = [
@@ -266,9 +289,8 @@ class Steering:
             if (cap := longest_that_fits(caps, forecast, available)) is not None
         ]  # fmt: skip
         cap, now_cut_to = max(fits, default=self._caps[0]), self.cap or self._caps[-1]
-        is_step_back = now_cut_to < cap < min(now_cut_to * (1 + STEP_BACK), self._caps[-1])
         affected = self._longer(rows if cap in compiled else after_bridge, min(cap, now_cut_to))
-        if cap != now_cut_to and affected and not is_step_back:
+        if cap != now_cut_to and affected and (cap < now_cut_to or worth_going_back_to(cap)):
             self._cut_to(cap, now, left, bridge if cap not in compiled else ())
         if not fits and not self._cheapest_first:
             self._order_cheapest_first(now, left)

@@ -150,11 +150,11 @@ class Simulated:
             compiling = len(to_come - replica.warm) * one_s
             delay_s += compiling * self.rates.compiling_share()
             speed = self.rates.speed(replica.number)
-            if replica.in_flight:
+            if replica.in_flight and replica.compiling is None:
                 expected = self.rates.seconds(replica.number, replica.in_flight[0].shape)
                 took = self.time - replica.batch_began
-                if took > 2 * expected + 0.5:
-                    speed *= expected / took
+                if took > 3 * expected + 1.0 and self.rates.is_measured(replica.number):
+                    delay_s += took
             paces.append(Pace(speed, delay_s))
         return paces
 
