@@ -101,8 +101,11 @@ def run(
                 this.improve(executor)
                 quantization = this.measure_quantization(executor)
         report = this.report(executor, quantization)
-        write_report(config.report_path, report)
-        write_rows(config.rows_path, this.examples.ids, this.merger)
+        try:
+            write_report(config.report_path, report)
+            write_rows(config.rows_path, this.examples.ids, this.merger)
+        except OSError as error:
+            progress.note(f"warning: the submission stands; its report does not: {error}")
     print(summarize(report, config), flush=True)
     return report
 
@@ -260,6 +263,7 @@ class _Run:
         except (WorkerError, DeadlineError) as error:
             raise type(error)(f"{error}\n{self._how_to_resume()}") from error
         except OSError as error:
+            journal.check()
             raise ArenaRunnerError(
                 f"{type(error).__name__}: {error}\n{self._how_to_resume()}"
             ) from error
