@@ -29,6 +29,10 @@ from runner.config import (
     parse_count,
 )
 from runner.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DEADLINE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
     ArenaRunnerError,
     ConfigError,
     DataError,
@@ -37,10 +41,6 @@ from runner.errors import (
     on_one_line,
 )
 
-EXIT_BAD_INPUT = 2
-EXIT_FAILED = 1
-EXIT_DEADLINE = 3
-EXIT_INTERRUPTED = 130
 # The name that `single.py` gives its threads while they compute.
 BUSY_THREAD = "replica"
 
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    started = time.monotonic()
+    started = time.monotonic() - (process_age_s() if argv is None else 0.0)
     interrupts = _Interrupts()
     verbose = False
     try:
@@ -168,6 +168,17 @@ def _main(argv: Sequence[str] | None) -> int:
             "This is a bug, or a machine in trouble: --verbose shows where.",
             EXIT_FAILED,
         )
+
+
+def process_age_s() -> float:
+    """Return for how long this process has been running, 0 where the system does not say."""
+    try:
+        # Field 22 of proc(5), in ticks since the machine started; the name before may hold spaces.
+        stat = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started = int(stat[22 - 3]) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
+    except (OSError, AttributeError, ValueError, IndexError):
+        return 0.0
 
 
 def parse_arguments(argv: Sequence[str]) -> RunConfig:

@@ -7,7 +7,7 @@ worker is seen as a failed call; one that hangs is seen by the clock.
 
 import os
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
 import numpy as np
 import ray
@@ -31,19 +31,22 @@ from runner.records import (
     TokenTable,
     WorkerInfo,
     WorkerStats,
-    mean_compile_s,
+    seconds_to_compile,
 )
 from runner.recovery import Recovery
 from runner.strategy import Strategy, gpu_dtype
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape
+from sharding.forecast import Pace
 from sharding.rates import Rates
 from sharding.topology import place_workers
 
 # A replica is given up after this many replacements that no batch explains.
 MAX_RESTARTS = 3
 # Seconds between looks at the clock when nothing arrives.
-WAIT_S = 0.5
+WAIT_S = 0.2
+# A batch is overdue that takes so many times as long as it should and so many seconds more.
+OVERDUE_FACTOR, OVERDUE_S = 3.0, 1.0
 
 # A worker hangs that takes longer for a step than: compile and load as slow as they may be.
 STEP_WITHIN_S = {"ping": 300.0, "meet": 120.0, "tokens": 300.0, "load": 600.0, "compile": 1800.0}
@@ -206,14 +209,59 @@ class RayReplicas:
         for group in self._groups:
             group.stop_clock()
 
-    def speed(self) -> float:
-        """Return the cost a second that all replicas at work come to now."""
-        working = [group for group in self._groups if group.warm and not group.given_up]
-        return sum(self._rates.speed(group.number) for group in working)
+    def warm(self) -> set[BatchShape]:
+        """Return the shapes of which some replica has a program."""
+        return {shape for group in self._groups for shape in group.warm}
+
+    def paces(self, shapes: Iterable[BatchShape] | None = None) -> list[Pace]:
+        """Return how fast each replica is, and how long it will load and compile besides.
+
+        Args:
+            shapes: those that are to come, None for those of the backlog.
+        """
+        assert self._backlog is not None, "this is a bug: a forecast comes after the plan"
+        starts = [group.start_s for group in self._groups if group.start_s is not None]
+        paces = []
+        for group in self._groups:
+            if group.given_up:
+                continue
+            delay_s = 0.0
+            if group.ready_at is None:
+                if not starts:
+                    continue
+                waited = self._clock - group.spawned_at
+                # Nobody knows how much longer one takes that takes longer than the others did.
+                delay_s = max(max(starts) - waited, waited / 4)
+            to_come = {*(self._backlog.shapes(group.number) if shapes is None else shapes)}
+            delay_s += len(to_come - group.used) * self._rates.first_s()
+            one_s = seconds_to_compile(
+                self.stats, is_new=shapes is not None, replicas=len(self._groups)
+            )
+            delay_s += len(to_come - group.warm) * one_s * self._rates.compiling_share()
+            delay_s += self._overdue_s(group)
+            paces.append(Pace(self._rates.speed(group.number), delay_s))
+        return paces
+
+    def is_measured(self) -> bool:
+        """Whether batches enough have finished to rest a decision on."""
+        return any(self._rates.is_measured(group.number) for group in self._groups)
+
+    def _overdue_s(self, group: Group) -> float:
+        """Return for how long the batch that a replica is at has taken where that is far more than
+        it should: as long again may still be to come."""
+        if group.compiling is not None or not self._rates.is_measured(group.number):
+            return 0.0
+        for step, since in group.oldest():
+            if step.what == "predict":
+                expected = self._rates.seconds(group.number, step.payload.shape)
+                took = self._clock - since
+                if took > OVERDUE_FACTOR * expected + OVERDUE_S:
+                    return took
+        return 0.0
 
     def compile_s(self) -> float:
-        """Return the seconds that a shape takes to compile."""
-        return mean_compile_s(self.stats)
+        """Return the seconds that a shape takes to compile that was in no plan before."""
+        return seconds_to_compile(self.stats, is_new=True)
 
     def predict_in_float(self, batch: Batch, *, within_s: float) -> np.ndarray:
         """Return a batch's probabilities in float32, after `run`, in a process of its own.
@@ -300,8 +348,9 @@ class RayReplicas:
             group.take_compiled(step)
             self._compiled.add(step.payload)
         group.go_on_after(step)
-        if group.warm and group.has_tokens:
-            group.ready_at = group.ready_at or time.monotonic()
+        if group.warm and group.has_tokens and group.ready_at is None:
+            group.ready_at = time.monotonic()
+            group.start_s = self._clock - group.spawned_at
 
     def _take_load(self, group: Group, answers: list[WorkerInfo]) -> None:
         for info in answers:
@@ -329,10 +378,18 @@ class RayReplicas:
         """Count an answer; None where another replica's came before."""
         assert self._backlog is not None, "this is a bug: batches are given after the plan"
         was_alone = len(group.in_flight) == 1 and self._backlog.is_suspect(step.payload)
-        result, seconds = group.take_result(step)
+        result, seconds, compiling_s = group.take_result(step)
+        shape = step.payload.shape
         if not (was_alone and len(group.slots) > 1):
             # Alone in a pipeline, a batch takes as long as all stages together.
-            self._rates.learn(group.number, step.payload.shape, seconds)
+            self._rates.learn(
+                group.number,
+                shape,
+                seconds,
+                is_first=shape not in group.used,
+                compiling_s=compiling_s,
+            )
+        group.used.add(shape)
         self._recovery.answered()
         return result if self._backlog.finish(step.payload) else None
 
@@ -342,7 +399,6 @@ class RayReplicas:
             return
         backlog = self._backlog
         assert backlog is not None, "this is a bug: work is given after the plan"
-        self._give_shape(group)
         while group.has_tokens and len(group.in_flight) < group.most_in_flight:
             if any(backlog.is_suspect(batch) for batch in group.in_flight):
                 break
@@ -357,6 +413,7 @@ class RayReplicas:
                 break
             self._started_at.setdefault(batch.index, self._clock)
             group.start(batch)
+        self._give_shape(group)
         if group.in_flight:
             self._show(group, "busy")
         elif group.compiling is None:
@@ -403,6 +460,8 @@ class RayReplicas:
         assert self._backlog is not None, "this is a bug: shapes are given before there is a plan"
         if group.compiling is not None:
             return
+        if group.in_flight and not self._rates.is_measured(group.number):
+            return  # what a batch takes is known sooner where no compiler is beside it
         shapes = self._backlog.shapes(group.number)
         elsewhere = {other.compiling for other in self._groups} - self._compiled
         for shape in shapes:

@@ -15,6 +15,8 @@ The first two are the person's to mend: their message is one or two lines and no
 import re
 from collections.abc import Sequence
 
+# Exit codes beside 0.
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_DEADLINE, EXIT_INTERRUPTED = 1, 2, 3, 130
 # Of a message on the screen; only what it quotes can make it longer.
 MOST_CHARACTERS = 1500
 

@@ -20,6 +20,7 @@ from runner.records import BatchResult, ModelSpec, WorkerInfo, WorkerStats
 from runner.strategy import Strategy
 from runner.workers import PipelineStage, Replica, TensorMember
 from sharding.batches import Batch, BatchShape
+from sharding.rates import Intervals
 from sharding.topology import WorkerSlot
 
 # One batch computes while the next waits in the worker's queue.
@@ -74,6 +75,8 @@ class Group:
         self.calls: dict[Any, tuple[Step, int]] = {}
         self.in_flight: deque[Batch] = deque()
         self.warm: set[BatchShape] = set()
+        # Shapes of which this life of the actors has finished a batch.
+        self.used: set[BatchShape] = set()
         self.compiling: BatchShape | None = None
         self.loaded = self.has_tokens = self.given_up = False
         # Those that count against it: not those that a batch explains.
@@ -81,6 +84,10 @@ class Group:
         self.ready_at: float | None = None
         self.device = slots[0].kind
         self.finished_at = 0.0
+        # By the dispatcher's clock; None before its actors were ever ready.
+        self.spawned_at = 0.0
+        self.start_s: float | None = None
+        self._compile_times = Intervals()
         self._clock = clock
         self._alive_s = 0.0
         self._strategy = strategy
@@ -114,6 +121,7 @@ class Group:
 
     def spawn(self) -> None:
         """Fill the slots with new actors and send them to load."""
+        self.spawned_at = self._clock()
         plain = ACTORS[self._name]
         self._actors = [
             self._actor_class(plain, slot.member).remote(slot, verbose=self._verbose)
@@ -158,6 +166,7 @@ class Group:
 
     def compile(self, shape: BatchShape) -> None:
         self.compiling = shape
+        self._compile_times.begin(self._clock())
         self._ask(
             "compile",
             [
@@ -170,6 +179,7 @@ class Group:
     def take_compiled(self, step: Step) -> None:
         self.warm.add(step.payload)
         self.compiling = None
+        self._compile_times.end(self._clock())
         for stats, answer in zip(self.stats, step.answers, strict=True):
             stats.count_compiled(answer)
 
@@ -201,19 +211,19 @@ class Group:
         self._actors = [actor]
         return actor
 
-    def take_result(self, step: Step) -> tuple[BatchResult, float]:
-        """Count a finished batch; return its result and the seconds it took, those in line behind
-        other batches left out."""
+    def take_result(self, step: Step) -> tuple[BatchResult, float, float]:
+        """Count a finished batch; return its result, the seconds it took, those in line behind
+        other batches left out, and for how many of them the group compiled besides."""
         self.in_flight.remove(step.payload)
         now = self._clock()
-        seconds = now - max(step.asked_at, self.finished_at)
+        began = max(step.asked_at, self.finished_at)
         self.finished_at = now
         result: BatchResult = step.answers[0]
         # Each member of a tensor group answers for itself; a pipeline's last stage for all.
         work = [entry for answer in step.answers for entry in answer.work]
         for stats, entry in zip(self.stats, work, strict=True):
             stats.count(len(result.batch.rows), entry)
-        return result, seconds
+        return result, now - began, self._compile_times.within(began, now)
 
     def drop(self, step: Step) -> None:
         """Forget a batch that failed; its other members' calls too."""
@@ -245,11 +255,12 @@ class Group:
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
-        for left in (self.calls, self.in_flight, self.warm):
+        for left in (self.calls, self.in_flight, self.warm, self.used):
             left.clear()
         self.stop_clock()
         self.loaded = self.has_tokens = False
         self.compiling = None
+        self._compile_times.end(self._clock())
         return batches
 
     def stop_clock(self) -> None:

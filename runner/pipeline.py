@@ -3,6 +3,7 @@
 The only file that knows all stages.
 """
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +17,9 @@ import numpy as np
 from runner.accuracy import compare, reference_batch
 from runner.config import RunConfig
 from runner.dataset import read_examples
-from runner.deadline import Deadline
+from runner.deadline import Deadline, lengths_to_cut_to
 from runner.errors import (
+    EXIT_DEADLINE,
     ArenaRunnerError,
     DataError,
     DeadlineError,
@@ -26,6 +28,8 @@ from runner.errors import (
     list_ids,
 )
 from runner.extra_passes import in_waves, predict_swapped, rows_to_swap, swap
+from runner.fingerprint import Fingerprint
+from runner.guard import Guard
 from runner.job import Job, compilation_cache, find_job
 from runner.journal import Journal
 from runner.merge import FILLED, PREDICTED, SHORTENED, SWAPPED, WIDER, Merger
@@ -41,7 +45,7 @@ from runner.tokenization import tokenize
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape, Plan, plan_batches
 from sharding.buckets import choose_buckets
-from sharding.rates import Rates
+from sharding.rates import COMPILING_TAKES, Rates
 from sharding.topology import BUCKET_MULTIPLES
 
 if TYPE_CHECKING:
@@ -85,7 +89,10 @@ def run(
             this.read()
         if not this.examples:
             progress.note(f"warning: {this.job.test_set} has no rows; the submission is a header.")
-        with this.open_executor() as executor:
+        with (
+            this.open_executor() as executor,
+            Guard(this.last_call(), lambda: this.end_without(executor)) as guard,
+        ):
             dtype = executor.open(config.dtype, compilation_cache()) if this.examples else ""
             on_signals_taken()
             with this.open_journal(dtype):
@@ -95,17 +102,13 @@ def run(
                     if tokens := this.tokens(this.examples, executor):
                         this.predict(executor, tokens)
                     this.repeat_broken_rows(executor)
-                    this.fill()
+                guard.call_off()
+                this.fill(this.journal)
                 progress.stage("merging and writing")
                 this.write()
                 this.improve(executor)
                 quantization = this.measure_quantization(executor)
-        report = this.report(executor, quantization)
-        try:
-            write_report(config.report_path, report)
-            write_rows(config.rows_path, this.examples.ids, this.merger)
-        except OSError as error:
-            progress.note(f"warning: the submission stands; its report does not: {error}")
+        report = this.write_reports(executor, quantization)
     print(summarize(report, config), flush=True)
     return report
 
@@ -171,6 +174,8 @@ class _Run:
         self._plan = Plan((), (), 0)
         self._steering: Steering | None = None
         self._stands_s = 0.0
+        self._fingerprint: Fingerprint | None = None
+        self._resumed = 0
         self._next_index = 0
         self._extra: dict[str, float] | None = None
         self._lengths = np.zeros(0, dtype=np.int64)
@@ -272,7 +277,7 @@ class _Run:
 
     def _take_up(self, journal: Journal) -> None:
         """Take over the rows that are done."""
-        self._journal, done = journal, journal.done()
+        self.journal, done = journal, journal.done()
         for row, how, length, values in zip(
             done.rows.tolist(), done.how, done.lengths, done.probabilities, strict=True
         ):
@@ -281,15 +286,17 @@ class _Run:
         self._resumed = len(self.examples) - len(self.merger.unfinished())
 
     def predict(self, executor: "Executor", tokens: TokenTable) -> None:
-        """Predict the rows that have no full answer yet, for as long as there is time."""
+        """Predict the rows that have no full answer yet, for as long as there is time: where it
+        may be short, first those that have none at all."""
         config, preset, lengths = self.config, self.job.preset, tokens.lengths
         self._lengths = lengths
-        rows = self.merger.unfinished()
+        may_be_short = self.deadline.limit_s is not None and self.deadline.policy != "fail"
+        rows = self.merger.missing() if may_be_short else self.merger.unfinished()
         self._plan = self._plan_rows(executor, lengths, rows)
         cost = preset.shape.batch_flops
-        backlog, rates = Backlog(self._plan.batches, cost=cost), Rates(cost)
-        multiple = BUCKET_MULTIPLES[executor.kind]
-        longest = int(lengths[rows].max(initial=1))
+        backlog = Backlog(self._plan.batches, cost=cost)
+        rates = Rates(cost, compiling_takes=COMPILING_TAKES if executor.kind == "cpu" else 0.0)
+        longest = int(lengths[self.merger.unfinished()].max(initial=1))
         sees_padding = config.pooling == "padded-mean"
         top = config.sequence_length if sees_padding else min(longest, config.sequence_length)
         floor = min(config.floor_length, top)
@@ -298,18 +305,25 @@ class _Run:
             rates,
             executor,
             merger=self.merger,
-            journal=self._journal,
+            journal=self.journal,
             progress=self._progress,
             deadline=self.deadline,
             lengths=lengths,
-            replan=lambda rows, cap: self._plan_rows(
-                executor, lengths, rows, cap=cap, known=self._plan.shapes
+            replan=lambda rows, cap, shapes: self._plan_rows(
+                executor, lengths, rows, cap=cap, known=[*self._plan.shapes, *shapes]
             ),
-            caps=sorted({*range(floor, top, multiple), top}),
+            caps=lengths_to_cut_to(
+                floor,
+                top,
+                multiple_of=BUCKET_MULTIPLES[executor.kind],
+                others=(shape.length for shape in self._plan.shapes),
+            ),
             full_length=config.sequence_length if sees_padding else None,
             started=self._started,
         )
         self._progress.expect(rows=len(lengths), done=len(lengths) - len(rows))
+        if not backlog:
+            steering.improve()
         results = executor.run(backlog, tokens, rates=rates, ids=self.examples.ids)
         for result in results:
             if result is not None:
@@ -370,11 +384,14 @@ class _Run:
             mended = [row for row, is_one in zip(rows, finite, strict=True) if is_one]
             if mended:
                 said = lengths[finite].tolist()
-                self._journal.add(mended, values[finite], how=WIDER, worker="", lengths=said)
+                self.journal.add(mended, values[finite], how=WIDER, worker="", lengths=said)
                 self.merger.add(mended, values[finite], how=WIDER, lengths=said, again=True)
 
-    def fill(self) -> None:
+    def fill(self, journal: Journal | None) -> None:
         """Give rows without an answer the fallback, or end the run where that is not wanted.
+
+        Args:
+            journal: takes them too, if it is there.
 
         Raises:
             DeadlineError: the time is over and --on-deadline is fail.
@@ -399,8 +416,9 @@ class _Run:
         fallback = self.config.fallback_probabilities
         values = np.asarray(fallback) if fallback is not None else self.merger.mean()
         table, none = np.tile(values, (len(missing), 1)), [0] * len(missing)
-        self._journal.add(missing, table, how=FILLED, worker="", lengths=none)
-        self.merger.add(missing, table, how=FILLED, lengths=none)
+        if journal is not None:
+            journal.add(missing, table, how=FILLED, worker="", lengths=none)
+        self.merger.add(missing, table, how=FILLED, lengths=none, again=True)
         what = (
             f"{len(missing):,} rows ({list_ids(self.examples.ids, missing)}) have no answer of the "
             f"model and get the fallback {', '.join(f'{value:.4f}' for value in values)}"
@@ -440,7 +458,7 @@ class _Run:
                 tokens,
                 list(batches),
                 merger=self.merger,
-                journal=self._journal,
+                journal=self.journal,
                 deadline=self.deadline,
                 progress=self._progress,
                 cost=cost,
@@ -483,6 +501,37 @@ class _Run:
         )
         return {"mode": mode, **figures}
 
+    def last_call(self) -> float | None:
+        """Return when the run is ended whatever it does, by `time.monotonic()`."""
+        last_call_s = self.deadline.last_call_s()
+        return None if last_call_s is None else self._started + last_call_s
+
+    def end_without(self, executor: "Executor") -> int:
+        """Write the submission although the run is inside something that does not end; return the
+        exit code. Runs in a thread of its own, after which the process ends."""
+        where = "the run had not come to its end and was ended"
+        self._progress.note(f"deadline: {self.deadline.note(self.now(), where)}")
+        try:
+            self.fill(None)
+        except DeadlineError as error:
+            print(f"error: {error}\n{self._how_to_resume()}", file=sys.stderr)
+            return EXIT_DEADLINE
+        self.write()
+        print(summarize(self.write_reports(executor, None), self.config))
+        return 0
+
+    def write_reports(
+        self, executor: "Executor", quantization: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """Write the report and how each row was made; return the report."""
+        report = self.report(executor, quantization)
+        try:
+            write_report(self.config.report_path, report)
+            write_rows(self.config.rows_path, self.examples.ids, self.merger)
+        except OSError as error:
+            self._progress.note(f"warning: the submission stands; its report does not: {error}")
+        return report
+
     def report(self, executor: "Executor", quantization: dict[str, Any] | None) -> dict[str, Any]:
         """Return the run's report."""
         steering = self._steering
@@ -499,7 +548,7 @@ class _Run:
         real = steering.real_tokens if steering else 0
         return make_report(
             self.config,
-            fingerprint=self._fingerprint.digest,
+            fingerprint=self._fingerprint.digest if self._fingerprint else None,
             rows={
                 "total": len(how),
                 "predicted": len(how) - filled - shortened - resumed,

@@ -6,8 +6,10 @@ import numpy as np
 
 from sharding.batches import Batch
 
-# Seconds, of a few layers on a CPU.
+# Seconds, of a few layers on a CPU; and how many times as long as reading a program from the cache
+# compiling it takes: 8 on a CPU, 0.2 s and 1.6 s.
 USUAL_COMPILE_S = 3.0
+COMPILING_TO_READING = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,8 @@ class WorkerStats:
     rss_after_imports_bytes: int = 0
     load_s: float = 0.0
     compile_s: float = 0.0
+    # Of that, reading programs from the cache on disk.
+    cached_s: float = 0.0
     compiled_shapes: int = 0
     cached_shapes: int = 0
 
@@ -171,6 +175,7 @@ class WorkerStats:
     def count_compiled(self, info: CompileInfo) -> None:
         """Add a shape that is ready."""
         self.compile_s += info.seconds
+        self.cached_s += info.seconds if info.cached else 0.0
         self.cached_shapes += info.cached
         self.compiled_shapes += not info.cached
 
@@ -182,10 +187,26 @@ class WorkerStats:
         self.load_s = info.load_s
 
 
-def mean_compile_s(workers: list[WorkerStats]) -> float:
-    """Return the seconds that a shape took to compile, a guess where none was."""
-    shapes = sum(worker.compiled_shapes + worker.cached_shapes for worker in workers)
-    return sum(worker.compile_s for worker in workers) / shapes if shapes else USUAL_COMPILE_S
+def seconds_to_compile(workers: list[WorkerStats], *, is_new: bool, replicas: int = 1) -> float:
+    """Return the seconds that a shape takes on each replica until there is a program, a guess
+    where none was made: one replica compiles it, the others read it from the cache on disk.
+
+    Args:
+        is_new: whether no earlier run can have left it there; else it is as those before.
+    """
+    read = sum(worker.cached_shapes for worker in workers)
+    compiled = sum(worker.compiled_shapes for worker in workers)
+    reading_s = sum(worker.cached_s for worker in workers) / read if read else None
+    compiling_s = USUAL_COMPILE_S if reading_s is None else COMPILING_TO_READING * reading_s
+    if compiled:
+        compiling_s = sum(one.compile_s - one.cached_s for one in workers) / compiled
+    if is_new:
+        return compiling_s
+    if reading_s is None:
+        reading_s = compiling_s / COMPILING_TO_READING
+    elif not compiled:
+        return reading_s
+    return (compiling_s + (replicas - 1) * reading_s) / replicas
 
 
 @dataclass(slots=True)

@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 def make_report(
     config: RunConfig,
     *,
-    fingerprint: str,
+    fingerprint: str | None,
     rows: dict[str, int],
     answered: int,
     real_tokens: int,

@@ -4,7 +4,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,19 +19,20 @@ from runner.records import (
     TokenTable,
     WorkerInfo,
     WorkerStats,
-    mean_compile_s,
+    seconds_to_compile,
 )
 from runner.recovery import Recovery
 from runner.workers import Replica
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape
-from sharding.rates import Rates
+from sharding.forecast import Pace
+from sharding.rates import Intervals, Rates
 from sharding.topology import WorkerSlot
 
 # One batch computes while the next is brought to the device.
 BATCHES_IN_FLIGHT = 2
 # Seconds between looks at the clock when nothing arrives.
-WAIT_S = 0.5
+WAIT_S = 0.2
 # The name of a thread inside native code, which nothing interrupts: `cli.py` looks for it.
 BUSY_THREAD = "replica"
 
@@ -45,6 +46,9 @@ class InProcess:
         self._replica = Replica(WorkerSlot(0, "auto"), verbose=verbose)
         self._progress = progress
         self._rates: Rates | None = None
+        self._backlog: Backlog | None = None
+        self._warm: set[BatchShape] = set()
+        self._used: set[BatchShape] = set()
         self._threads: _Threads | None = None
         self.stats = [WorkerStats(replica=0)]
         self.faults = Faults()
@@ -83,7 +87,7 @@ class InProcess:
         self, backlog: Backlog, tokens: TokenTable, *, rates: Rates, ids: Sequence[str]
     ) -> Generator[BatchResult | None, None, None]:
         """Yield the answer to every batch, and None at least every `WAIT_S` between them."""
-        self._rates = rates
+        self._rates, self._backlog = rates, backlog
         recovery = Recovery(backlog, self.faults, ids, self._progress.note)
         assert self._threads is not None, "this is a bug: batches come after the model"
         while self.info is None:
@@ -94,13 +98,31 @@ class InProcess:
         self._replica.hold_tokens(tokens)
         yield from self._run(backlog, recovery, rates, self._threads)
 
-    def speed(self) -> float:
-        """Return the cost a second that the device comes to."""
-        return self._rates.speed(0) if self._rates is not None else 0.0
+    def warm(self) -> set[BatchShape]:
+        """Return the shapes of which there is a program."""
+        return set(self._warm)
+
+    def paces(self, shapes: Iterable[BatchShape] | None = None) -> list[Pace]:
+        """Return how fast the device is, and how long it will compile besides.
+
+        Args:
+            shapes: those that are to come, None for those of the backlog.
+        """
+        if self._rates is None or self._backlog is None or not self._warm:
+            return []
+        to_come = {*(self._backlog.shapes(0) if shapes is None else shapes)}
+        delay_s = len(to_come - self._used) * self._rates.first_s()
+        one_s = seconds_to_compile(self.stats, is_new=shapes is not None)
+        delay_s += len(to_come - self._warm) * one_s * self._rates.compiling_share()
+        return [Pace(self._rates.speed(0), delay_s)]
+
+    def is_measured(self) -> bool:
+        """Whether batches enough have finished to rest a decision on."""
+        return self._rates is not None and self._rates.is_measured(0)
 
     def compile_s(self) -> float:
-        """Return the seconds that a shape takes to compile."""
-        return mean_compile_s(self.stats)
+        """Return the seconds that a shape takes to compile that was in no plan before."""
+        return seconds_to_compile(self.stats, is_new=True)
 
     def predict_in_float(self, batch: Batch, *, within_s: float) -> np.ndarray:
         """Return a batch's probabilities in float32, after `run`.
@@ -132,18 +154,12 @@ class InProcess:
         self, backlog: Backlog, recovery: Recovery, rates: Rates, threads: "_Threads"
     ) -> Generator[BatchResult | None, None, None]:
         stats, started = self.stats[0], 0.0
-        warm: set[BatchShape] = set()
+        self._warm, self._used = set(), set()
+        warm = self._warm
         compiling: BatchShape | None = None
+        compile_times = Intervals()
         in_flight: deque[Batch] = deque()
         while backlog:
-            if compiling is None:
-                # One thread compiles in the order of use, ahead of the batches.
-                shapes = backlog.shapes(0)
-                compiling = next((shape for shape in shapes if shape not in warm), None)
-                if compiling is not None:
-                    threads.compile(self._replica.compile, compiling)
-                    if not warm:
-                        self._progress.set_worker(0, f"compiling 1/{len(shapes)}")
             while len(in_flight) < BATCHES_IN_FLIGHT:
                 if any(map(backlog.is_suspect, in_flight)):
                     break
@@ -153,6 +169,16 @@ class InProcess:
                 in_flight.append(batch)
                 threads.predict(self._replica.predict, batch)
                 started = started or time.monotonic()
+            if compiling is None and (rates.is_measured(0) or not in_flight):
+                # What a batch takes is known sooner where no compiler is beside it. From then on
+                # one thread compiles in the order of use, ahead of the batches.
+                shapes = backlog.shapes(0)
+                compiling = next((shape for shape in shapes if shape not in warm), None)
+                if compiling is not None:
+                    threads.compile(self._replica.compile, compiling)
+                    compile_times.begin(time.monotonic())
+                    if not warm:
+                        self._progress.set_worker(0, f"compiling 1/{len(shapes)}")
             answer = threads.wait(WAIT_S)
             if answer is None:
                 yield None
@@ -165,6 +191,7 @@ class InProcess:
                 stats.count_compiled(value or CompileInfo(0.0, cached=False))
                 warm.add(asked)
                 compiling = None
+                compile_times.end(time.monotonic())
                 self._progress.set_worker(0, "busy")
                 continue
             in_flight.remove(asked)
@@ -173,7 +200,15 @@ class InProcess:
                 continue
             result: BatchResult = value
             now = time.monotonic()
-            rates.learn(0, asked.shape, result.work[0].seconds)
+            seconds = result.work[0].seconds
+            rates.learn(
+                0,
+                asked.shape,
+                seconds,
+                is_first=asked.shape not in self._used,
+                compiling_s=compile_times.within(now - seconds, now),
+            )
+            self._used.add(asked.shape)
             recovery.answered()
             stats.count(len(asked.rows), result.work[0])
             self.predict_s = now - started

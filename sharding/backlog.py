@@ -1,8 +1,9 @@
 """A plan -> what each replica does next, until every row is answered or given up.
 
-Shards are pulled by speed. A batch that was under way when its replica failed is a suspect: it
-waits for the end, is then computed alone, and after `MOST_SETBACKS` is halved, until the row that
-does it is found. Pure bookkeeping over rows and batches: does not know workers, time or answers.
+Shards are pulled by speed, and in the end an idle replica takes from another's. A batch that was
+under way when its replica failed is a suspect: it waits for the end, is then computed alone, and
+after `MOST_SETBACKS` is halved, until the row that does it is found. Pure bookkeeping over rows and
+batches: does not know workers, time or answers.
 """
 
 from collections import deque
@@ -95,6 +96,8 @@ class Backlog:
         shard = self._shards.setdefault(replica, deque())
         if not shard:
             self._pull(shard, replica, runnable, share)
+        if not shard and not self._queue:
+            self._steal(shard, replica, runnable)
         if shard:
             return self._start(shard, 0, replica, runnable)
         if alone:
@@ -168,12 +171,17 @@ class Backlog:
         """What a replica pulled and has not begun goes back to all."""
         self._queue.extendleft(reversed(self._shards.pop(replica, ())))
 
-    def withdraw(self) -> tuple[int, ...]:
-        """Take out all that waits but for suspects, to be planned anew; return its rows."""
-        rows = [row for shard in self._shards.values() for batch in shard for row in batch.rows]
-        rows += [row for batch in self._queue for row in batch.rows]
+    def withdraw(self, kept: Iterable[Batch] = ()) -> tuple[int, ...]:
+        """Take out all that waits but for suspects, to be planned anew; return its rows.
+
+        Args:
+            kept: of those that wait, some that stay, the next to be pulled by whoever can.
+        """
+        stay = {batch.index for batch in kept}
+        waiting = [*chain(*self._shards.values(), self._queue)]
+        rows = [row for batch in waiting if batch.index not in stay for row in batch.rows]
         self._shards.clear()
-        self._queue.clear()
+        self._queue = deque(batch for batch in waiting if batch.index in stay)
         self.rows_left.difference_update(rows)
         return tuple(rows)
 
@@ -204,6 +212,15 @@ class Backlog:
                 shard.extend(self._queue.popleft() for _ in range(size))
                 self._queue.rotate(first)
                 return
+
+    def _steal(self, shard: deque[Batch], replica: int, runnable: Runnable) -> None:
+        """Move the last batch from the shard of the replica that has the most left: it may be slow
+        or hang."""
+        others = (other for number, other in self._shards.items() if number != replica and other)
+        largest = max(others, key=lambda other: sum(self._cost(one.shape) for one in other),
+                      default=None)  # fmt: skip
+        if largest and runnable(self._fitted(largest[-1].shape, replica)):
+            shard.append(largest.pop())
 
     def _start(
         self, batches: deque[Batch], place: int, replica: int, runnable: Runnable

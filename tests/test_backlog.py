@@ -7,10 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.deadline import Deadline, longest_that_fits
 from sharding.backlog import MOST_SETBACKS, Backlog
 from sharding.batches import Batch, BatchShape, plan_batches
-from sharding.forecast import seconds_left
 from sharding.rates import EXPECTED_MFU, Rates
 
 
@@ -161,7 +159,7 @@ def test_rates_are_learnt_by_replica_and_shape():
         rates.learn(0, short, 0.5)
     assert rates.seconds(0, long) == pytest.approx(2.0, rel=0.02)
     assert rates.seconds(1, long) == pytest.approx(6.0, rel=0.02)
-    assert rates.seconds(0, short) == pytest.approx(0.5, rel=0.02)
+    assert rates.seconds(0, short) == pytest.approx(0.5, rel=0.05)
     assert rates.seconds(1, short) == pytest.approx(1.5, rel=0.05), "never seen there"
     assert rates.knows(1)
     assert not rates.knows(2)
@@ -170,31 +168,10 @@ def test_rates_are_learnt_by_replica_and_shape():
     assert rates.seconds(0, long) == pytest.approx(4.0, rel=0.1), "it slowed down"
 
 
-def test_what_is_left_is_work_over_speed():
-    backlog, rates = backlog_of([32, 32, 32, 32], budget=32), Rates(cost)
-    assert seconds_left(backlog, rates, 0.0, 1) is None
-    rates.learn(0, BatchShape(1, 32), 1.0)
-    assert seconds_left(backlog, rates, rates.speed(0), 1) == pytest.approx(4.0)
-    backlog.take(0, runnable=anything, alone=True)
-    assert seconds_left(backlog, rates, rates.speed(0), 1) == pytest.approx(3.5)
-    assert seconds_left(backlog, rates, 2 * rates.speed(0), 2) == pytest.approx(2.0)
-
-
-def test_the_longest_length_that_fits():
-    lengths = [8, 16, 24, 32]
-    assert longest_that_fits(lengths, float, 25.0) == 24
-    assert longest_that_fits(lengths, float, 1000.0) == 32
-    assert longest_that_fits(lengths, float, 7.0) is None
-    assert longest_that_fits([], float, 7.0) is None
-
-
-def test_a_deadline_leaves_time_to_write():
-    deadline = Deadline(100.0, "shorten")
-    deadline.rehearsed(2.0)
-    assert deadline.left_s(50.0) == pytest.approx(100 - 50 - 1 - 6)
-    assert not deadline.is_over(92.9)
-    assert deadline.is_over(93.0)
-    assert deadline.needs_less(43.0, 50.0)
-    assert not deadline.needs_less(40.0, 50.0)
-    assert deadline.has_room(39.0, 50.0)
-    assert not Deadline(None, "shorten").is_over(1e9)
+def test_an_idle_replica_takes_from_a_shard_that_is_left():
+    backlog = backlog_of([32] * 8, budget=32)
+    first = backlog.take(0, runnable=anything, alone=True)
+    taken = [batch.rows[0] for batch in iter(
+        lambda: backlog.take(1, runnable=anything, alone=False), None)]  # fmt: skip
+    assert sorted([first.rows[0], *taken]) == list(range(8)), "also what replica 0 had pulled"
+    assert backlog.take(0, runnable=anything, alone=False) is None
