@@ -10,6 +10,11 @@ from dataclasses import dataclass, field
 # again where they take more than `TOO_MUCH`, and cut less where they take less than `TOO_LITTLE`.
 # What is left over in the end makes cut rows whole again.
 TOO_MUCH, AIM, TOO_LITTLE = 0.99, 0.95, 0.85
+# While a length is compiled, rows are computed as they are for so much of the time at most.
+BRIDGE_SHARE = 0.25
+# Where the shortest length has yet to be compiled and that takes more of the time than this, as
+# many rows are done without it.
+FLOOR_SHARE = 0.6
 # Kept for the last batch besides, at most.
 LAST_BATCH_SHARE = 0.1
 # Kept for merging and writing: so many times what a rehearsal took, so many seconds, and for long
@@ -18,7 +23,7 @@ MARGIN_FACTOR = 3.0
 MARGIN_S = 1.0
 MARGIN_SHARE, MOST_MARGIN_S = 0.005, 4.0
 # So much of the margin before the limit, whoever still has not stopped is no longer waited for.
-LAST_CALL = 0.4
+LAST_CALL = 0.5
 # Between decisions at least so many seconds, and at least so much of the time that is left.
 DECIDE_S = 0.5
 DECIDE_SHARE = 0.03

@@ -11,7 +11,9 @@ from typing import Protocol
 import numpy as np
 
 from runner.deadline import (
+    BRIDGE_SHARE,
     COMPILE_SHARE,
+    FLOOR_SHARE,
     LAST_BATCH_SHARE,
     PATIENCE,
     STEP_BACK,
@@ -100,7 +102,7 @@ class Steering:
         self._lengths_done: list[np.ndarray] = []
         self._first_forecast_at: float | None = None
         self._forecast_at = self._decided_at = float("-inf")
-        self._improving = False
+        self._improving = self._is_bridging = False
         self.answered = 0
         self.broken: list[int] = []
         self.cap: int | None = None
@@ -165,6 +167,7 @@ class Steering:
         if now - self._forecast_at < FORECAST_S:
             return True
         self._forecast_at = now
+        self._leave_the_bridge()
         left = seconds_left(self._backlog, self._rates, self._executor.paces())
         if left is None:
             return True
@@ -266,7 +269,7 @@ class Steering:
         available = self._deadline.aim_s(now) - self._last_batch_s(now)
         compile_s = executor.compile_s()
         compiled = {shape.length for shape in executor.warm()}
-        bridge = self._bridge(waiting, compile_s)
+        bridge = self._bridge(waiting, min(compile_s, BRIDGE_SHARE * available))
         stays = {batch.index for batch in bridge}
         after_bridge = self._unanswered(batch for batch in waiting if batch.index not in stays)
         others = [*backlog.under_way(), *filter(backlog.is_suspect, backlog.waiting())]
@@ -289,15 +292,18 @@ class Steering:
             if (cap := longest_that_fits(caps, forecast, available)) is not None
         ]  # fmt: skip
         cap, now_cut_to = max(fits, default=self._caps[0]), self.cap or self._caps[-1]
+        if not fits and cap not in compiled and compile_s > FLOOR_SHARE * available:
+            cap = min([now_cut_to, *known])  # there is no time to compile the shortest
         affected = self._longer(rows if cap in compiled else after_bridge, min(cap, now_cut_to))
         if cap != now_cut_to and affected and (cap < now_cut_to or worth_going_back_to(cap)):
             self._cut_to(cap, now, left, bridge if cap not in compiled else ())
         if not fits and not self._cheapest_first:
             self._order_cheapest_first(now, left)
 
-    def _cut_to(self, cap: int, now: float, left: float, bridge: Iterable[Batch]) -> None:
+    def _cut_to(self, cap: int, now: float, left: float, bridge: Sequence[Batch]) -> None:
         withdrawn = self._withdraw(bridge)
         self._backlog.add(self._in_order(self._plan(withdrawn, cap)))
+        self._is_bridging = bool(bridge)
         self.cap = cap if cap < self._caps[-1] else None
         longer = self._longer(withdrawn, cap)
         if not self.cap:
@@ -325,6 +331,13 @@ class Steering:
                 chosen.append(batch)
                 work -= self._rates.work(batch.shape)
         return chosen
+
+    def _leave_the_bridge(self) -> None:
+        """Cut the rows that were kept as they are until there is a program for the new length."""
+        cap = self.cap or self._caps[-1]
+        if self._is_bridging and any(shape.length == cap for shape in self._executor.warm()):
+            self._is_bridging = False
+            self._backlog.add(self._in_order(self._plan(self._withdraw(), cap)))
 
     def _order_cheapest_first(self, now: float, left: float) -> None:
         """What does not fit is then the fewest rows."""
