@@ -8,12 +8,14 @@ worker is seen as a failed call; one that hangs is seen by the clock.
 import os
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import numpy as np
 import ray
 import ray.exceptions
 
-from runner.cluster import find_devices, start_ray, stop_ray
+from runner.cluster import check_ray, find_devices, start_ray, stop_ray
 from runner.errors import (
     ArenaRunnerError,
     ConfigError,
@@ -48,6 +50,8 @@ WAIT_S = 0.5
 # A worker hangs that takes longer for a step than: compile and load as slow as they may be.
 STEP_WITHIN_S = {"ping": 300.0, "meet": 120.0, "tokens": 300.0, "load": 600.0, "compile": 1800.0}
 SLOWEST_LOAD_BYTES_PER_S = 20e6
+# One compiles a shape and the others wait to read it from the cache, but no longer than that.
+COMPILE_WITHIN_S = 120.0
 # A batch: so many times its forecast and so many seconds more, while none has come from this
 # worker, and afterwards.
 HANG_FACTOR = 8.0
@@ -61,6 +65,7 @@ _DEATHS = (
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.OutOfMemoryError,
     ray.exceptions.ObjectLostError,
+    ray.exceptions.NodeDiedError,
 )
 _STORE_FULL = (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError)
 
@@ -115,8 +120,10 @@ class RayReplicas:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for group in self._groups:
-            group.end()
+        # Where Ray itself has failed there is nobody to ask; its processes end all the same.
+        with suppress(ray.exceptions.RayError):
+            for group in self._groups:
+                group.end()
         stop_ray()
 
     @property
@@ -130,7 +137,8 @@ class RayReplicas:
         cores = cores or list(range(os.cpu_count() or 1))
         num_cpus = max(len(cores), self._num_workers or 1, self._group_size)
         start_ray(num_cpus, verbose=self._verbose)
-        self.kind, num_devices = find_devices()
+        with _ray_errors():
+            self.kind, num_devices = find_devices()
         try:
             self._slots = place_workers(
                 kind=self.kind,
@@ -159,12 +167,14 @@ class RayReplicas:
                 clock=lambda: self._clock,
             )
             self._groups.append(group)
-            self._spawn(group)
+            with _ray_errors():
+                self._spawn(group)
 
     def poll(self) -> None:
         """Take what workers answered so far: keeps the progress true and finds bad files early."""
-        for group, step in self._finished_steps(timeout_s=0):
-            self._take_setup_step(group, step)
+        with _ray_errors():
+            for group, step in self._finished_steps(timeout_s=0):
+                self._take_setup_step(group, step)
 
     def run(
         self, backlog: Backlog, tokens: TokenTable, *, rates: Rates, ids: Sequence[str]
@@ -178,8 +188,51 @@ class RayReplicas:
         """
         self._backlog, self._rates = backlog, rates
         self._recovery = Recovery(backlog, self.faults, ids, self._progress.note)
-        self._tokens = self._store(tokens)
         self._compiled: set[BatchShape] = set()
+        with _ray_errors():
+            self._tokens = self._store(tokens)
+            yield from self._run(backlog)
+
+    def speed(self) -> float:
+        """Return the cost a second that all replicas at work come to now."""
+        working = [group for group in self._groups if group.warm and not group.given_up]
+        return sum(self._rates.speed(group.number) for group in working)
+
+    def compile_s(self) -> float:
+        """Return the seconds that a shape takes to compile."""
+        return mean_compile_s(self.stats)
+
+    def predict_in_float(self, batch: Batch, *, within_s: float) -> np.ndarray:
+        """Return a batch's probabilities in float32, after `run`, in a process of its own.
+
+        Raises:
+            WorkerError: each worker that was asked died of it, or one failed or took longer than
+                `within_s`.
+        """
+        slowest_s = STEP_WITHIN_S["load"] + self._spec.stored_bytes / SLOWEST_LOAD_BYTES_PER_S
+        within_s = min(within_s, slowest_s)
+        group = next((group for group in self._groups if not group.given_up), self._groups[0])
+        failure: Exception
+        with _ray_errors():
+            for _ in range(MAX_RESTARTS + 1):
+                if self._float_actor is None:
+                    self._float_actor = group.replace_by_one(self._tokens)
+                asked = self._float_actor.predict_in_float.remote(self._spec, batch)
+                try:
+                    answer: np.ndarray = _get_within(asked, within_s)
+                    return answer
+                except _DEATHS as death:
+                    # The one that ended may have had nothing to do with these rows.
+                    self.faults.worker_deaths += 1
+                    self._float_actor, failure = None, death
+                except (ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError) as error:
+                    self._float_actor, failure = None, error
+                    break
+        raise WorkerError(
+            f"{group.noun} {group.number}: {type(failure).__name__}: {first_line(failure)}"
+        ) from failure
+
+    def _run(self, backlog: Backlog) -> Generator[BatchResult | None, None, None]:
         first_ready: float | None = None
         for group in self._groups:
             if group.loaded:
@@ -201,41 +254,6 @@ class RayReplicas:
             yield None
         for group in self._groups:
             group.stop_clock()
-
-    def speed(self) -> float:
-        """Return the cost a second that all replicas at work come to now."""
-        working = [group for group in self._groups if group.warm and not group.given_up]
-        return sum(self._rates.speed(group.number) for group in working)
-
-    def compile_s(self) -> float:
-        """Return the seconds that a shape takes to compile."""
-        return mean_compile_s(self.stats)
-
-    def predict_in_float(self, batch: Batch, *, within_s: float) -> np.ndarray:
-        """Return a batch's probabilities in float32, after `run`, in a process of its own.
-
-        Raises:
-            WorkerError: the worker that was asked died of it, or took longer than `within_s`.
-        """
-        group = next((group for group in self._groups if not group.given_up), self._groups[0])
-        if self._float_actor is None:
-            self._float_actor = group.replace_by_one(self._tokens)
-        slowest_s = STEP_WITHIN_S["load"] + self._spec.stored_bytes / SLOWEST_LOAD_BYTES_PER_S
-        within_s = min(within_s, slowest_s)
-        try:
-            answer: np.ndarray = ray.get(
-                self._float_actor.predict_in_float.remote(self._spec, batch), timeout=within_s
-            )
-        except (
-            *_DEATHS,
-            ray.exceptions.RayTaskError,
-            ray.exceptions.GetTimeoutError,
-        ) as failure:
-            self._float_actor = None
-            raise WorkerError(
-                f"{group.noun} {group.number}: {type(failure).__name__}: {first_line(failure)}"
-            ) from failure
-        return answer
 
     def _store(self, tokens: TokenTable) -> ray.ObjectRef:
         try:
@@ -261,6 +279,8 @@ class RayReplicas:
         ready, _ = ray.wait(references, num_returns=1, timeout=timeout_s)
         if ready:
             ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
+        # First of all: else each worker that ended with Ray would be taken for a death of its own.
+        check_ray()
         self._look_at_the_clock()
         for reference in ready:
             group = owners[reference]
@@ -351,7 +371,7 @@ class RayReplicas:
             batch = batch or self._slowest_elsewhere(group)
             if batch is None:
                 break
-            self._started_at.setdefault(batch.index, self._clock)
+            self._started_at[batch.index] = self._clock
             group.start(batch)
         if group.in_flight:
             self._show(group, "busy")
@@ -400,7 +420,11 @@ class RayReplicas:
         if group.compiling is not None:
             return
         shapes = self._backlog.shapes(group.number)
-        elsewhere = {other.compiling for other in self._groups} - self._compiled
+        elsewhere = {
+            other.compiling
+            for other in self._groups
+            if self._clock - other.compiling_since < COMPILE_WITHIN_S
+        } - self._compiled
         for shape in shapes:
             if shape not in group.warm and shape not in elsewhere:
                 total = len(group.warm | set(shapes))
@@ -437,6 +461,13 @@ class RayReplicas:
         cause = failure.cause
         while isinstance(cause, ray.exceptions.RayTaskError):
             cause = cause.cause  # handed on from an earlier stage
+        if isinstance(cause, _DEATHS) or (
+            not isinstance(cause, ArenaRunnerError) and group.has_lost_a_member()
+        ):
+            # Those who work with the dead one may hear of it sooner than we do.
+            self.faults.worker_deaths += 1
+            self._bury(group, "its worker died", failure)
+            return
         if step.what == "compile" and isinstance(cause, DeviceMemoryError):
             # Predicting says it again, of a batch that can then be split.
             step.answers = [CompileInfo(0.0, cached=False)] * len(step.answers)
@@ -513,3 +544,24 @@ class RayReplicas:
 
     def _show(self, group: Group, state: str) -> None:
         self._progress.set_worker(group.number, state)
+
+
+def _get_within(asked: ray.ObjectRef, within_s: float) -> Any:
+    """Return an answer, looking after Ray while it is waited for."""
+    end = time.monotonic() + within_s
+    while True:
+        left_s = end - time.monotonic()
+        ready, _ = ray.wait([asked], timeout=max(0.0, min(WAIT_S, left_s)))
+        check_ray()
+        if ready or left_s <= 0:
+            return ray.get(asked, timeout=0)
+
+
+@contextmanager
+def _ray_errors() -> Iterator[None]:
+    """Within, what Ray raises of itself becomes a WorkerError."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        check_ray()
+        raise WorkerError(f"Ray failed: {type(error).__name__}: {first_line(error)}") from error

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -24,6 +25,8 @@ from sharding.topology import WorkerSlot
 
 # One batch computes while the next waits in the worker's queue.
 BATCHES_IN_FLIGHT = 2
+# Seconds in which the end of a process is known to all.
+DEATH_IS_KNOWN_WITHIN_S = 3.0
 # Batches in flight in a pipeline beyond one for each stage, so that no stage waits for a hand-over.
 EXTRA_IN_PIPELINE = 2
 
@@ -75,6 +78,7 @@ class Group:
         self.in_flight: deque[Batch] = deque()
         self.warm: set[BatchShape] = set()
         self.compiling: BatchShape | None = None
+        self.compiling_since = 0.0
         self.loaded = self.has_tokens = self.given_up = False
         # Those that count against it: not those that a batch explains.
         self.restarts = 0
@@ -156,7 +160,7 @@ class Group:
         self._ask("tokens", [actor.hold_tokens.remote(tokens) for actor in readers])
 
     def compile(self, shape: BatchShape) -> None:
-        self.compiling = shape
+        self.compiling, self.compiling_since = shape, self._clock()
         self._ask(
             "compile",
             [
@@ -224,6 +228,23 @@ class Group:
         """Wait no longer for the calls of a step."""
         for reference in [ref for ref, (of, _) in self.calls.items() if of is step]:
             del self.calls[reference]
+
+    def has_lost_a_member(self) -> bool:
+        """Whether a process of a group of several has ended: what one of the others then fails
+        with says nothing of the work."""
+        if len(self._actors) < 2:
+            return False
+        pings = [actor.ping.remote() for actor in self._actors]
+        # Those that still wait for the dead one do not answer.
+        ready, _ = ray.wait(pings, num_returns=len(pings), timeout=DEATH_IS_KNOWN_WITHIN_S)
+        for ping in ready:
+            try:
+                ray.get(ping)
+            except ray.exceptions.RayActorError:
+                return True
+            except ray.exceptions.RayError:
+                continue
+        return False
 
     def oldest(self) -> Iterator[tuple[Step, float]]:
         """Yield each step that is being worked at, and since when; batches behind others wait."""
