@@ -5,6 +5,7 @@ in a line or two with nothing written; 3, --on-deadline fail and the deadline ca
 interrupted, journal kept; 1, anything else.
 """
 
+import _thread
 import argparse
 import os
 import signal
@@ -43,6 +44,8 @@ from runner.errors import (
 
 # The name that `single.py` gives its threads while they compute.
 BUSY_THREAD = "replica"
+# Seconds until a signal that was lost is given again.
+AGAIN_AFTER_S = 0.1
 
 HELP = {
     "mode": "data-parallel: Ray workers, one replica each; model-parallel: groups of Ray workers, "
@@ -281,12 +284,26 @@ class _Interrupts:
     def install(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
+        if sys.unraisablehook != self._take_ignored:
+            self._others_hook = sys.unraisablehook
+            sys.unraisablehook = self._take_ignored
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._interrupted:
             os._exit(EXIT_INTERRUPTED)
         self._interrupted = True
         raise KeyboardInterrupt
+
+    def _take_ignored(self, ignored: "sys.UnraisableHookArgs") -> None:
+        """A signal that came inside a destructor or JAX's callback of the garbage collector, which
+        drop what is raised there, comes again a moment later."""
+        if not issubclass(ignored.exc_type, KeyboardInterrupt):
+            self._others_hook(ignored)
+            return
+        self._interrupted = False
+        again = threading.Timer(AGAIN_AFTER_S, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
 
 
 def _fail(message: str, code: int) -> int:
