@@ -79,6 +79,8 @@ GONE_WITHIN_S = 30
 # An undisturbed run takes half a minute; a worker stopped at a batch is ended after four minutes at
 # most. (One stopped at a load or a compile is given ten and thirty: not here.)
 RUN_WITHIN_S = 330
+# Until then a signal may find no handler of ours: it ends the process, which has begun nothing.
+PYTHON_STARTS_WITHIN_S = 3
 AT_A_BATCH = (".predict", ".begin", ".carry_on", ".finish")
 # Blows to one run, so that most runs come to an end of their own now and then.
 MOST_BLOWS = 9
@@ -188,6 +190,8 @@ class Soak:
                 pause_s = self._rng.expovariate(1 / self._pace_s)
                 pause_s *= SLOWER_IN_SINGLE if mode == "single" else 1.0
                 if not run.ends_within(pause_s) and (blow := self._strike(run, mode)):
+                    if not done and time.time() < run.started_at + PYTHON_STARTS_WITHIN_S:
+                        blow += " early"
                     done.append(blow)
                     left -= 1
             code, said = run.finish(max(1.0, RUN_WITHIN_S - (time.monotonic() - begun)))
@@ -307,6 +311,11 @@ class Soak:
         """
         if code == 0:
             return
+        if not done:
+            raise Violation(f"exit code {code} of a run that was left alone: {said[-1500:]}")
+        if done[0].endswith(" early") and code in (-signal.SIGTERM, -signal.SIGINT):
+            return
+        done = [blow.removesuffix(" early") for blow in done]
         if "Traceback" in said:
             raise Violation(f"a traceback: {said[-1500:]}")
         asked = {"driver killed": {-signal.SIGKILL}, "driver interrupted": {130},

@@ -184,11 +184,12 @@ def test_every_worker_died(start, cli, job, calm, output, monkeypatch):
     died = cli(*MODES["data-parallel"], *job, **{VARIABLE: json.dumps([{"kind": "kill"}])})
     assert died.returncode == 1
     assert f"Every worker died {dispatch.MAX_RESTARTS + 1} times" in died.stderr
-    assert safe_rows(died.stderr) == kept > 0
+    # The interrupt may have come when a batch was safe and not yet counted.
+    assert safe_rows(died.stderr) >= kept > 0
     assert "Traceback" not in died.stderr
     done = cli(*MODES["data-parallel"], *job, "--resume", "require")
     assert done.returncode == 0, done.stderr
-    assert assert_equal(output, calm)["rows"]["resumed"] == kept
+    assert assert_equal(output, calm)["rows"]["resumed"] == safe_rows(died.stderr)
 
 
 @pytest.mark.slow
@@ -212,7 +213,7 @@ def test_a_second_interrupt_ends_at_once(start, cli, job, calm, output):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["single", "data-parallel", "pipeline", "tensor"])
-@pytest.mark.parametrize("after_s", [0.7, 2.5, 4.0])
+@pytest.mark.parametrize("after_s", [1.5, 2.5, 4.0])
 def test_an_interrupt_while_all_starts(start, job, output, mode, after_s):
     """Before there is a journal, Ray's own handler stands, or an actor is half-made."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -338,13 +339,15 @@ def test_an_interrupt_in_a_destructor_is_not_lost(monkeypatch):
 
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    _Interrupts().install()
+    interrupts = _Interrupts()
+    interrupts.install()
     try:
         dying = Dying()
         del dying
         with pytest.raises(KeyboardInterrupt):
             time.sleep(10)
     finally:
+        interrupts.stop_watching()
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
