@@ -22,7 +22,8 @@ LAST_BATCH_SHARE = 0.1
 MARGIN_FACTOR = 3.0
 MARGIN_S = 1.0
 MARGIN_SHARE, MOST_MARGIN_S = 0.005, 4.0
-# So much of the margin before the limit, whoever still has not stopped is no longer waited for.
+# A run that has not stopped is ended when so much of the margin is left. While it starts all of it
+# is: nothing is lost by that, and starting Ray keeps other threads from running.
 LAST_CALL = 0.5
 # Between decisions at least so many seconds, and at least so much of the time that is left.
 DECIDE_S = 0.5
@@ -63,9 +64,11 @@ class Deadline:
     def is_over(self, now_s: float) -> bool:
         return self.left_s(now_s) <= 0
 
-    def last_call_s(self) -> float | None:
+    def last_call_s(self, *, is_starting: bool = False) -> float | None:
         """Return when a run that has not stopped by itself must be ended, None for never."""
-        return None if self.limit_s is None else self.limit_s - LAST_CALL * self.margin_s
+        if self.limit_s is None:
+            return None
+        return self.limit_s - (1.0 if is_starting else LAST_CALL) * self.margin_s
 
     def decide_every_s(self, now_s: float) -> float:
         return max(DECIDE_S, DECIDE_SHARE * self.left_s(now_s))

@@ -291,8 +291,8 @@ class RayReplicas:
         return any(self._rates.is_measured(group.number) for group in self._groups)
 
     def _overdue_s(self, group: Group) -> float:
-        """Return for how long the batch that a replica is at has taken where that is far more than
-        it should: as long again may still be to come."""
+        """Return how much later a replica may be that is at a batch for far longer than it should:
+        as long again, and then it may have to be replaced."""
         if group.compiling is not None or not self._rates.is_measured(group.number):
             return 0.0
         for step, since in group.oldest():
@@ -300,7 +300,7 @@ class RayReplicas:
                 expected = self._rates.seconds(group.number, step.payload.shape)
                 took = self._clock - since
                 if took > OVERDUE_FACTOR * expected + OVERDUE_S:
-                    return took
+                    return took + (group.start_s or 0.0)
         return 0.0
 
     def compile_s(self) -> float:

@@ -48,19 +48,31 @@ class Guard:
         """Go on without the guard. Where it acts already this does not return: it ends the
         process."""
         with self._lock:
-            acts = self._acts
             self._is_off.set()
-        while acts:
+        self._stop_if_it_acts()
+
+    def postpone(self, at: float | None) -> None:
+        """Let it act at another moment, no earlier than before."""
+        with self._lock:
+            self._at = at
+        self._stop_if_it_acts()
+
+    def _stop_if_it_acts(self) -> None:
+        while self._acts:
             time.sleep(1)
 
     def _watch(self) -> None:
-        assert self._at is not None, "this is a bug: a guard for never does not watch"
-        if self._is_off.wait(max(0.0, self._at - time.monotonic())):
-            return
-        with self._lock:
-            if self._is_off.is_set():
+        while self._at is not None:
+            if self._is_off.wait(max(0.0, self._at - time.monotonic())):
                 return
-            self._acts = True
+            with self._lock:
+                if self._is_off.is_set():
+                    return
+                self._acts = self._at is not None and time.monotonic() >= self._at
+            if self._acts:
+                break
+        else:
+            return
         code = EXIT_FAILED
         try:
             code = self._act()

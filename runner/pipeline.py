@@ -91,7 +91,7 @@ def run(
             progress.note(f"warning: {this.job.test_set} has no rows; the submission is a header.")
         with (
             this.open_executor() as executor,
-            Guard(this.last_call(), lambda: this.end_without(executor)) as guard,
+            Guard(this.last_call(is_starting=True), lambda: this.end_without(executor)) as guard,
         ):
             dtype = executor.open(config.dtype, compilation_cache()) if this.examples else ""
             on_signals_taken()
@@ -99,6 +99,7 @@ def run(
                 if this.merger.unfinished() or this.rows_to_improve():
                     executor.start(this.job.spec(config, dtype))
                 if this.merger.unfinished():
+                    guard.postpone(this.last_call())
                     if tokens := this.tokens(this.examples, executor):
                         this.predict(executor, tokens)
                     this.repeat_broken_rows(executor)
@@ -501,9 +502,9 @@ class _Run:
         )
         return {"mode": mode, **figures}
 
-    def last_call(self) -> float | None:
+    def last_call(self, *, is_starting: bool = False) -> float | None:
         """Return when the run is ended whatever it does, by `time.monotonic()`."""
-        last_call_s = self.deadline.last_call_s()
+        last_call_s = self.deadline.last_call_s(is_starting=is_starting)
         return None if last_call_s is None else self._started + last_call_s
 
     def end_without(self, executor: "Executor") -> int:

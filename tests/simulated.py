@@ -154,7 +154,7 @@ class Simulated:
                 expected = self.rates.seconds(replica.number, replica.in_flight[0].shape)
                 took = self.time - replica.batch_began
                 if took > 3 * expected + 1.0 and self.rates.is_measured(replica.number):
-                    delay_s += took
+                    delay_s += took + replica.reload_s
             paces.append(Pace(speed, delay_s))
         return paces
 
