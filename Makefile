@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint format types bench bench-quick soak clean
+.PHONY: demo test test-all lint format types bench bench-quick soak drill clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python run.py --mode data-parallel
@@ -33,6 +33,9 @@ bench-quick: $(VENV)/.installed-bench
 
 soak: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/soak.py
+
+drill: $(VENV)/.installed
+	$(BIN)/python benchmarks/drill.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -3,11 +3,11 @@
 Runs the demo preset on generated rows with time limits at 25, 50, 75 and 100 % of the time that
 the whole job needs, in data-parallel and pipeline mode, undisturbed, with a worker killed, one
 slowed to a third, and one hung: each drill a process of its own, its faults struck on purpose
-(`runner/faults.py`). Batches are made slower by sleeping, so that predicting takes its share of
-the time and the machine's own load counts less. Every drill must end with exit code 0 and a
-complete, sound submission that stood before the limit, counted from before the process began;
-where rows were given up, `shorten` must have used 85 % of the time it was given. Ends with one JSON
-object, and exit code 1 if any drill failed.
+(`runner/faults.py`). Workers sleep until a device of a known speed would be done with a batch, so
+that predicting takes its share of the time and the machine's own load counts less. Every drill must
+end with exit code 0 and a complete, sound submission that stood before the limit, counted from
+before the process began; where rows were given up, `shorten` must have used 85 % of the time it was
+given. Ends with one JSON object, and exit code 1 if any drill failed.
 
     python benchmarks/drill.py                                     # all 32, about 12 minutes
     python benchmarks/drill.py --modes pipeline --limits 50 --faults hung --repetitions 20
@@ -40,10 +40,11 @@ MODES = {
     "pipeline": ("--mode", "model-parallel", "--strategy", "pipeline", "--num-workers", "2"),
     "single": ("--mode", "single"),
 }
+REPLICAS = {"data-parallel": 2, "pipeline": 1, "single": 1}
 FAULTS = ("none", "killed", "slow", "hung")
 LIMITS = (25, 50, 75, 100)
-# Batches take so many times as long, and those of a slow worker three times that.
-SLOWER, SLOW = 3.0, 3.0
+# All devices of a mode together, and how many times as long a slow one takes.
+TOKENS_PER_S, SLOW = 6000.0, 3.0
 # Killed and hung workers fail at the batch that holds the row at this place by length.
 STRIKES_AT = 0.03
 LEAST_USED = 0.85
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=1, help="of every drill")
     parser.add_argument("--on-deadline", choices=("shorten", "fill"), default="shorten")
     parser.add_argument("--pooling", choices=("mean", "padded-mean", "last"), default="mean")
-    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--rows", type=int, default=360)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="arena-runner-drill-") as folder:
         drills = list(drill_all(arguments, Path(folder)))
@@ -85,8 +86,8 @@ def drill_all(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str,
     common = ["--input", str(test_set), "--pooling", arguments.pooling]
     for mode in arguments.modes:
         flags = [*MODES[mode], *common]
-        run(flags, folder / "warm")  # makes the demo, fills the cache
-        calm = run(flags, folder / "calm")
+        run(flags, folder / "warm", faults=[])  # makes the demo, fills the cache
+        calm = run(flags, folder / "calm", faults=faults_of("none", mode))
         needed_s = calm["stood_s"]
         rows = pd.read_csv(folder / "calm.csv.rows.csv", dtype={"id": str})
         by_length = np.lexsort((np.arange(len(rows)), -rows["tokens"].to_numpy()))
@@ -104,7 +105,7 @@ def drill_all(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str,
                         [*flags, "--on-deadline", arguments.on_deadline],
                         folder / name,
                         limit_s=needed_s * percent / 100,
-                        faults=faults_of(fault, victim, folder / f"{name}.struck"),
+                        faults=faults_of(fault, mode, victim, folder / f"{name}.struck"),
                     )
                     drill["struck"] = (folder / f"{name}.struck").exists()
                     check(drill, folder / f"{name}.csv", test_set, arguments.on_deadline)
@@ -113,14 +114,17 @@ def drill_all(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str,
                     yield drill
 
 
-def faults_of(fault: str, victim: int, once: Path) -> list[dict[str, Any]]:
-    """Return the faults of a drill: all batches are slower, and then the one that is drilled."""
+def faults_of(
+    fault: str, mode: str, victim: int = 0, once: Path | None = None
+) -> list[dict[str, Any]]:
+    """Return the faults of a drill: devices of a known speed, and what befalls one of them."""
+    speeds = [TOKENS_PER_S / REPLICAS[mode]] * REPLICAS[mode]
     if fault == "slow":
-        return [
-            {"kind": "slow", "factor": SLOWER * SLOW, "replica": 0},
-            {"kind": "slow", "factor": SLOWER, "replica": 1},
-        ]
-    faults: list[dict[str, Any]] = [{"kind": "slow", "factor": SLOWER}]
+        speeds[0] /= SLOW
+    faults: list[dict[str, Any]] = [
+        {"kind": "slow", "tokens_per_s": speed, "replica": number}
+        for number, speed in enumerate(speeds)
+    ]
     if fault in ("killed", "hung"):
         kind = {"killed": "kill", "hung": "hang"}[fault]
         faults.append({"kind": kind, "rows": [victim], "once": str(once)})
@@ -131,8 +135,8 @@ def run(
     flags: Sequence[str],
     stem: Path,
     *,
+    faults: Sequence[dict[str, Any]],
     limit_s: float | None = None,
-    faults: Sequence[dict[str, Any]] = ({"kind": "slow", "factor": SLOWER},),
 ) -> dict[str, Any]:
     """Run the command to its end; return what it left, `stood_s` from before it was started."""
     output = stem.with_name(f"{stem.name}.csv")

@@ -6,14 +6,15 @@ The variable holds a JSON list of faults, read where a worker's process starts, 
 
 kind: `hang` (never returns), `kill` (SIGKILL to itself), `error` (an exception), `memory` (what JAX
 raises where a device has no room), `nan` (answers that are no numbers), `slow` (`factor` times as
-long). A fault strikes batches that hold one of `rows`, or of more than `tokens` tokens, or all; of
-all replicas, or of `replica`. `once`: a path that is made when it strikes, and spares what follows.
-`wide`: strikes the float32 repetition too.
+long, or as a device would that computes `tokens_per_s`). A fault strikes batches that hold one of
+`rows`, or of more than `tokens` tokens, or all; of all replicas, or of `replica`. `once`: a path
+that is made when it strikes, and spares what follows. `wide`: strikes the float32 repetition too.
 """
 
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ class InjectedFaults:
             for fault in json.loads(os.environ.get(VARIABLE, "[]"))
             if fault.get("replica", replica) == replica
         ]
+        self._lock = threading.Lock()
+        self._free_at = 0.0
 
     def before(self, batch: Batch) -> None:
         """Strike before a batch is computed."""
@@ -54,12 +57,22 @@ class InjectedFaults:
         """Strike what a batch came to, float32 (rows, classes), or how long it took."""
         for fault in self._striking(batch, ("nan", "slow")):
             if fault["kind"] == "slow" and not wide:
-                time.sleep(seconds * (fault["factor"] - 1))
+                if "factor" in fault:
+                    time.sleep(seconds * (fault["factor"] - 1))
+                else:
+                    self._wait_for_device(seconds, batch.shape.tokens / fault["tokens_per_s"])
             elif fault["kind"] == "nan" and (not wide or fault.get("wide")):
                 probabilities = probabilities.copy()
                 struck = np.isin(batch.rows, fault.get("rows", batch.rows))
                 probabilities[struck] = np.nan
         return probabilities
+
+    def _wait_for_device(self, took_s: float, takes_s: float) -> None:
+        """Wait until a device that computes one batch at a time would be done with this one."""
+        now = time.monotonic()
+        with self._lock:
+            self._free_at = done_at = max(self._free_at, now - took_s) + takes_s
+        time.sleep(max(0.0, done_at - now))
 
     def _striking(self, batch: Batch, kinds: tuple[str, ...]) -> list[dict[str, Any]]:
         return [
