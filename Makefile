@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint format types bench bench-quick drill clean
+.PHONY: demo test test-all lint format types bench bench-quick soak drill clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python run.py --mode data-parallel
@@ -30,6 +30,9 @@ bench: $(VENV)/.installed-bench
 
 bench-quick: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/throughput.py --quick --name quick
+
+soak: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/soak.py
 
 drill: $(VENV)/.installed
 	$(BIN)/python benchmarks/drill.py

@@ -117,6 +117,9 @@ def summarize(
         "compile_first_s": mine.compile_s,
         "total_s": median(mine.total_s),
         "peak_mb": mine.peak_bytes / 1e6,
+        "journal_share": report["journal"]["seconds"] / report["seconds"]["predict"]
+        if report
+        else None,
     }
 
 
@@ -124,7 +127,7 @@ def as_table(rows: list[dict[str, Any]]) -> list[str]:
     """Return the lines of a Markdown table, which reads well on a terminal too."""
     head = (
         "contender", "steady s (min-max)", "x ours", "rows/s", "real tok/s", "GFLOP/s", "MFU",
-        "largest diff.", "load s", "first compile s", "start to end s", "peak MB",
+        "largest diff.", "load s", "first compile s", "start to end s", "peak MB", "journal",
     )  # fmt: skip
     lines = []
     for row in rows:
@@ -144,6 +147,7 @@ def as_table(rows: list[dict[str, Any]]) -> list[str]:
                 f"{first:.1f}" if first is not None else "in load",
                 f"{row['total_s']:.1f}",
                 f"{row['peak_mb']:,.0f}",
+                f"{row['journal_share']:.2%}" if row["journal_share"] is not None else "-",
             )
         )
     widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
@@ -178,7 +182,8 @@ Medians of {facts["rounds"]} alternating rounds. "Steady" is predicting alone; "
 times as long as our two workers with the same pooling; "load" and "first compile" stand apart \
 (rivals compile while they load); "start to end" is a whole round: of our contenders a run of the \
 command from start to submission, of the others predicting alone. "Peak" is the proportional set \
-size of all processes of a contender. Options: {tuned}.
+size of all processes of a contender; "journal" what keeping rows on disk took of the steady time. \
+Options: {tuned}.
 
 {chr(10).join(table)}
 

@@ -30,10 +30,10 @@ sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared" / "data"
 # The best of SWEPT on 2 cores of an AMD EPYC with AVX-512 BF16 (benchmarks/LOG.md).
 TUNED: dict[str, dict[str, Any]] = {
-    "notebook": {"batch_size": 8},
+    "notebook": {"batch_size": 4},
     "keras_predict": {"batch_size": 4},
-    "transformers float32": {"tokens": 2048},
-    "transformers bfloat16": {"tokens": 2048},
+    "transformers float32": {"tokens": 512},
+    "transformers bfloat16": {"tokens": 512},
     "ray_data": {"batch_size": 4},
 }
 SWEPT: dict[str, list[dict[str, Any]]] = {
@@ -62,6 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--sequence-length", type=int, default=512)
     add("--rows-from", type=Path, help="CSV (default: arena_dev.csv where it is, else made up)")
     add("--quick", action="store_true", help="fewer contenders, no sweep")
+    add("--no-sweep", action="store_true", help="rivals' options as they were found before")
     add("--only", default="", help="contenders whose names hold this text")
     add("--device", choices=("cpu", "gpu"), default="cpu", help="gpu: one process, JAX alone")
     add("--results", type=Path, default=ROOT / "benchmarks" / "results")
@@ -97,7 +98,7 @@ def main() -> None:
         references = {
             pooling: reference(pooling, job, folder) for pooling in ("padded-mean", "mean")
         }
-        tuned = TUNED if options.quick else sweep(job, folder)
+        tuned = TUNED if options.quick or options.no_sweep else sweep(job, folder)
         running: list[Running] = []
         try:
             for contender in contenders(tuned, options.quick):

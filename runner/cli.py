@@ -5,6 +5,7 @@ in a line or two with nothing written; 3, --on-deadline fail and the deadline ca
 interrupted, journal kept; 1, anything else.
 """
 
+import _thread
 import argparse
 import os
 import signal
@@ -43,6 +44,8 @@ from runner.errors import (
 
 # The name that `single.py` gives its threads while they compute.
 BUSY_THREAD = "replica"
+# Seconds until a signal that was lost is given again.
+AGAIN_AFTER_S = 0.1
 
 HELP = {
     "mode": "data-parallel: Ray workers, one replica each; model-parallel: groups of Ray workers, "
@@ -128,13 +131,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None) -> int:
     started = time.monotonic() - (process_age_s() if argv is None else 0.0)
     interrupts = _Interrupts()
+    interrupts.install()
     verbose = False
     try:
         arguments = list(sys.argv[1:] if argv is None else argv)
         if arguments[:1] == ["prepare"]:
             from runner.prepare import prepare
 
-            interrupts.install()
             prepare(parse_prepare_arguments(arguments[1:]), started=started)
             return 0
         config = parse_arguments(arguments)
@@ -142,12 +145,10 @@ def _main(argv: Sequence[str] | None) -> int:
         if config.plan:
             from runner.planner import plan
 
-            interrupts.install()
             plan(config, started=started)
             return 0
         from runner.pipeline import run  # pandas takes half a second; --help and typos need not
 
-        interrupts.install()
         run(config, started=started, on_signals_taken=interrupts.install)
         return 0
     except (ConfigError, DataError) as error:
@@ -168,6 +169,8 @@ def _main(argv: Sequence[str] | None) -> int:
             "This is a bug, or a machine in trouble: --verbose shows where.",
             EXIT_FAILED,
         )
+    finally:
+        interrupts.stop_watching()
 
 
 def process_age_s() -> float:
@@ -272,21 +275,62 @@ class _Parser(argparse.ArgumentParser):
 class _Interrupts:
     """SIGINT and SIGTERM: the first unwinds the run, a second ends the process at once.
 
-    Ray and others replace handlers when they start, so `install` is called again after that.
+    Ray and others replace handlers when they start, so `install` is called again after that. The
+    handlers wait until the main thread is out of native code, in which Ray may stay for long while
+    it ends; a thread that is told by the kernel's own handler need not.
     """
 
     def __init__(self) -> None:
         self._interrupted = False
+        # Signals that came, and of those the ones that were given again.
+        self._signals = self._again = 0
+        self._told: int | None = None
 
     def install(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # of another program, whose signals are its own
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
+        if self._told is None:
+            self._others_hook = sys.unraisablehook
+            sys.unraisablehook = self._take_ignored
+            reader, self._told = os.pipe()
+            os.set_blocking(self._told, False)
+            signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
+
+    def stop_watching(self) -> None:
+        """Give back what is one a process; the handlers stay."""
+        if self._told is not None:
+            sys.unraisablehook = self._others_hook
+            signal.set_wakeup_fd(-1)
+            os.close(self._told)
+            self._told = None
+
+    def _watch(self, reader: int) -> None:
+        with open(reader, "rb", buffering=0) as signals:
+            while number := signals.read(1):
+                self._signals += number[0] in (signal.SIGINT, signal.SIGTERM)
+                if self._signals - self._again > 1:
+                    os._exit(EXIT_INTERRUPTED)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._interrupted:
             os._exit(EXIT_INTERRUPTED)
         self._interrupted = True
         raise KeyboardInterrupt
+
+    def _take_ignored(self, ignored: "sys.UnraisableHookArgs") -> None:
+        """A signal that came inside a destructor or JAX's callback of the garbage collector, which
+        drop what is raised there, comes again a moment later."""
+        if not issubclass(ignored.exc_type, KeyboardInterrupt):
+            self._others_hook(ignored)
+            return
+        self._interrupted = False
+        self._again += 1
+        again = threading.Timer(AGAIN_AFTER_S, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
 
 
 def _fail(message: str, code: int) -> int:

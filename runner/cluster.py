@@ -19,13 +19,15 @@ import ray
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
-from runner.errors import ConfigError, WorkerError
+from runner.errors import ConfigError, WorkerError, first_line
 
 # What Ray adds to its folder's path for a socket, and the longest path that a socket may have.
 LONGEST_SOCKET = "/session_2026-11-24_12-00-00_123456_4194304/sockets/plasma_store"
 MAX_SOCKET_PATH_BYTES = 103
 # In the folder of a run, locked for as long as its driver lives.
 LOCK = "arena-runner.lock"
+# Of Ray's processes, those without which no worker can be reached or started.
+NEEDED = (ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER)
 
 _folder: tuple[Path, int] | None = None
 
@@ -38,7 +40,7 @@ def start_ray(num_cpus: int, *, verbose: bool) -> None:
     processes with the thread that started them.
 
     Raises:
-        WorkerError: Ray would listen to other machines.
+        WorkerError: Ray does not start, or would listen to other machines.
     """
     global _folder
     os.environ["RAY_AUTH_MODE"] = "token"
@@ -54,17 +56,24 @@ def start_ray(num_cpus: int, *, verbose: bool) -> None:
     if _folder is None:
         atexit.register(stop_ray)
         _folder = make_private_folder()
-    with _loopback_as_address():
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            log_to_driver=verbose,
-            logging_level=logging.INFO if verbose else logging.CRITICAL,
-            configure_logging=verbose,
-            # Ray opens its own folder to all users (0777); they do not get past the one above.
-            _temp_dir=str(_folder[0] / "r"),
-        )
+    try:
+        with _loopback_as_address(), _signals_as_they_are():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=verbose,
+                logging_level=logging.INFO if verbose else logging.CRITICAL,
+                configure_logging=verbose,
+                # Ray opens its own folder to all users (0777); they do not get past the one above.
+                _temp_dir=str(_folder[0] / "r"),
+            )
+    except Exception as error:
+        # What it raises has no common class; nothing but Ray ran in there.
+        raise WorkerError(
+            f"Ray did not start: {type(error).__name__}: {first_line(error)}. Is there memory and "
+            f"room in {_folder[0].parent}? --verbose shows its logs."
+        ) from error
     address = ray.util.get_node_ip_address()
     if not ipaddress.ip_address(address).is_loopback:
         stop_ray()
@@ -84,6 +93,24 @@ def _switch_off_figures() -> None:
         AUTOSCALER_METRIC_PORT="65536",
         DASHBOARD_METRIC_PORT="65536",
     )
+
+
+def check_ray() -> None:
+    """Look whether the processes of the Ray that `start_ray` started still live.
+
+    To be asked before anything else is made of a failure: with them go all workers, and after a
+    while Ray ends the driver too, wherever it is.
+
+    Raises:
+        WorkerError: one has ended.
+    """
+    node = ray._private.worker._global_node if _folder is not None else None
+    for name, process in node.dead_processes() if node is not None else ():
+        if name in NEEDED:
+            raise WorkerError(
+                f"Ray's {name} ended (exit status {process.returncode}), and all workers with it: "
+                "was it killed, or is the machine out of memory?"
+            )
 
 
 def stop_ray() -> None:
@@ -155,6 +182,17 @@ def _loopback_as_address() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _signals_as_they_are() -> Iterator[None]:
+    """Keep Ray from taking SIGTERM: its handler ends the process in the midst of what it does."""
+    before = ray._private.utils.set_sigterm_handler
+    ray._private.utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray._private.utils.set_sigterm_handler = before
 
 
 def find_devices() -> tuple[str, int]:

@@ -8,12 +8,14 @@ worker is seen as a failed call; one that hangs is seen by the clock.
 import os
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import numpy as np
 import ray
 import ray.exceptions
 
-from runner.cluster import find_devices, start_ray, stop_ray
+from runner.cluster import check_ray, find_devices, start_ray, stop_ray
 from runner.errors import (
     ArenaRunnerError,
     ConfigError,
@@ -51,6 +53,8 @@ OVERDUE_FACTOR, OVERDUE_S = 3.0, 1.0
 # A worker hangs that takes longer for a step than: compile and load as slow as they may be.
 STEP_WITHIN_S = {"ping": 300.0, "meet": 120.0, "tokens": 300.0, "load": 600.0, "compile": 1800.0}
 SLOWEST_LOAD_BYTES_PER_S = 20e6
+# One compiles a shape and the others wait to read it from the cache, but no longer than that.
+COMPILE_WITHIN_S = 120.0
 # A batch: so many times its forecast and so many seconds more, while none has come from this
 # worker, and afterwards.
 HANG_FACTOR = 8.0
@@ -64,6 +68,7 @@ _DEATHS = (
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.OutOfMemoryError,
     ray.exceptions.ObjectLostError,
+    ray.exceptions.NodeDiedError,
 )
 _STORE_FULL = (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError)
 
@@ -118,8 +123,10 @@ class RayReplicas:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for group in self._groups:
-            group.end()
+        # Where Ray itself has failed there is nobody to ask; its processes end all the same.
+        with suppress(ray.exceptions.RayError):
+            for group in self._groups:
+                group.end()
         stop_ray()
 
     @property
@@ -133,7 +140,8 @@ class RayReplicas:
         cores = cores or list(range(os.cpu_count() or 1))
         num_cpus = max(len(cores), self._num_workers or 1, self._group_size)
         start_ray(num_cpus, verbose=self._verbose)
-        self.kind, num_devices = find_devices()
+        with _ray_errors():
+            self.kind, num_devices = find_devices()
         try:
             self._slots = place_workers(
                 kind=self.kind,
@@ -162,14 +170,16 @@ class RayReplicas:
                 clock=lambda: self._clock,
             )
             self._groups.append(group)
-            self._spawn(group)
+            with _ray_errors():
+                self._spawn(group)
 
     def poll(self) -> None:
         """Take what workers answered so far: keeps the progress true and finds bad files early."""
-        for group, step in self._finished_steps(timeout_s=0):
-            if step.what == "predict":
-                group.take_result(step)  # a copy of a batch that another replica ended before
-            else:
+        with _ray_errors():
+            for group, step in self._finished_steps(timeout_s=0):
+                if step.what == "predict":
+                    group.take_result(step)  # a copy of a batch that another replica ended before
+                    continue
                 self._take_setup_step(group, step)
 
     def run(
@@ -184,8 +194,42 @@ class RayReplicas:
         """
         self._backlog, self._rates = backlog, rates
         self._recovery = Recovery(backlog, self.faults, ids, self._progress.note)
-        self._tokens = self._store(tokens)
         self._compiled: set[BatchShape] = set()
+        with _ray_errors():
+            self._tokens = self._store(tokens)
+            yield from self._run(backlog)
+
+    def predict_in_float(self, batch: Batch, *, within_s: float) -> np.ndarray:
+        """Return a batch's probabilities in float32, after `run`, in a process of its own.
+
+        Raises:
+            WorkerError: each worker that was asked died of it, or one failed or took longer than
+                `within_s`.
+        """
+        slowest_s = STEP_WITHIN_S["load"] + self._spec.stored_bytes / SLOWEST_LOAD_BYTES_PER_S
+        within_s = min(within_s, slowest_s)
+        group = next((group for group in self._groups if not group.given_up), self._groups[0])
+        failure: Exception
+        with _ray_errors():
+            for _ in range(MAX_RESTARTS + 1):
+                if self._float_actor is None:
+                    self._float_actor = group.replace_by_one(self._tokens)
+                asked = self._float_actor.predict_in_float.remote(self._spec, batch)
+                try:
+                    answer: np.ndarray = _get_within(asked, within_s)
+                    return answer
+                except _DEATHS as death:
+                    # The one that ended may have had nothing to do with these rows.
+                    self.faults.worker_deaths += 1
+                    self._float_actor, failure = None, death
+                except (ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError) as error:
+                    self._float_actor, failure = None, error
+                    break
+        raise WorkerError(
+            f"{group.noun} {group.number}: {type(failure).__name__}: {first_line(failure)}"
+        ) from failure
+
+    def _run(self, backlog: Backlog) -> Generator[BatchResult | None, None, None]:
         first_ready: float | None = None
         self._started_at.clear()
         for group in self._groups:
@@ -263,32 +307,6 @@ class RayReplicas:
         """Return the seconds that a shape takes to compile that was in no plan before."""
         return seconds_to_compile(self.stats, is_new=True)
 
-    def predict_in_float(self, batch: Batch, *, within_s: float) -> np.ndarray:
-        """Return a batch's probabilities in float32, after `run`, in a process of its own.
-
-        Raises:
-            WorkerError: the worker that was asked died of it, or took longer than `within_s`.
-        """
-        group = next((group for group in self._groups if not group.given_up), self._groups[0])
-        if self._float_actor is None:
-            self._float_actor = group.replace_by_one(self._tokens)
-        slowest_s = STEP_WITHIN_S["load"] + self._spec.stored_bytes / SLOWEST_LOAD_BYTES_PER_S
-        within_s = min(within_s, slowest_s)
-        try:
-            answer: np.ndarray = ray.get(
-                self._float_actor.predict_in_float.remote(self._spec, batch), timeout=within_s
-            )
-        except (
-            *_DEATHS,
-            ray.exceptions.RayTaskError,
-            ray.exceptions.GetTimeoutError,
-        ) as failure:
-            self._float_actor = None
-            raise WorkerError(
-                f"{group.noun} {group.number}: {type(failure).__name__}: {first_line(failure)}"
-            ) from failure
-        return answer
-
     def _store(self, tokens: TokenTable) -> ray.ObjectRef:
         try:
             return ray.put(tokens)
@@ -313,6 +331,8 @@ class RayReplicas:
         ready, _ = ray.wait(references, num_returns=1, timeout=timeout_s)
         if ready:
             ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
+        # First of all: else each worker that ended with Ray would be taken for a death of its own.
+        check_ray()
         self._look_at_the_clock()
         for reference in ready:
             group = owners[reference]
@@ -411,7 +431,7 @@ class RayReplicas:
             batch = batch or self._slowest_elsewhere(group)
             if batch is None:
                 break
-            self._started_at.setdefault(batch.index, self._clock)
+            self._started_at[batch.index] = self._clock
             group.start(batch)
         self._give_shape(group)
         if group.in_flight:
@@ -463,7 +483,11 @@ class RayReplicas:
         if group.in_flight and not self._rates.is_measured(group.number):
             return  # what a batch takes is known sooner where no compiler is beside it
         shapes = self._backlog.shapes(group.number)
-        elsewhere = {other.compiling for other in self._groups} - self._compiled
+        elsewhere = {
+            other.compiling
+            for other in self._groups
+            if self._clock - other.compiling_since < COMPILE_WITHIN_S
+        } - self._compiled
         for shape in shapes:
             if shape not in group.warm and shape not in elsewhere:
                 total = len(group.warm | set(shapes))
@@ -500,6 +524,13 @@ class RayReplicas:
         cause = failure.cause
         while isinstance(cause, ray.exceptions.RayTaskError):
             cause = cause.cause  # handed on from an earlier stage
+        if isinstance(cause, _DEATHS) or (
+            not isinstance(cause, ArenaRunnerError) and group.has_lost_a_member()
+        ):
+            # Those who work with the dead one may hear of it sooner than we do.
+            self.faults.worker_deaths += 1
+            self._bury(group, "its worker died", failure)
+            return
         if step.what == "compile" and isinstance(cause, DeviceMemoryError):
             # Predicting says it again, of a batch that can then be split.
             step.answers = [CompileInfo(0.0, cached=False)] * len(step.answers)
@@ -576,3 +607,24 @@ class RayReplicas:
 
     def _show(self, group: Group, state: str) -> None:
         self._progress.set_worker(group.number, state)
+
+
+def _get_within(asked: ray.ObjectRef, within_s: float) -> Any:
+    """Return an answer, looking after Ray while it is waited for."""
+    end = time.monotonic() + within_s
+    while True:
+        left_s = end - time.monotonic()
+        ready, _ = ray.wait([asked], timeout=max(0.0, min(WAIT_S, left_s)))
+        check_ray()
+        if ready or left_s <= 0:
+            return ray.get(asked, timeout=0)
+
+
+@contextmanager
+def _ray_errors() -> Iterator[None]:
+    """Within, what Ray raises of itself becomes a WorkerError."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        check_ray()
+        raise WorkerError(f"Ray failed: {type(error).__name__}: {first_line(error)}") from error

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -25,6 +26,8 @@ from sharding.topology import WorkerSlot
 
 # One batch computes while the next waits in the worker's queue.
 BATCHES_IN_FLIGHT = 2
+# Seconds in which the end of a process is known to all.
+DEATH_IS_KNOWN_WITHIN_S = 3.0
 # Batches in flight in a pipeline beyond one for each stage, so that no stage waits for a hand-over.
 EXTRA_IN_PIPELINE = 2
 
@@ -78,6 +81,7 @@ class Group:
         # Shapes of which this life of the actors has finished a batch.
         self.used: set[BatchShape] = set()
         self.compiling: BatchShape | None = None
+        self.compiling_since = 0.0
         self.loaded = self.has_tokens = self.given_up = False
         # Those that count against it: not those that a batch explains.
         self.restarts = 0
@@ -165,8 +169,8 @@ class Group:
         self._ask("tokens", [actor.hold_tokens.remote(tokens) for actor in readers])
 
     def compile(self, shape: BatchShape) -> None:
-        self.compiling = shape
-        self._compile_times.begin(self._clock())
+        self.compiling, self.compiling_since = shape, self._clock()
+        self._compile_times.begin(self.compiling_since)
         self._ask(
             "compile",
             [
@@ -235,6 +239,23 @@ class Group:
         """Wait no longer for the calls of a step."""
         for reference in [ref for ref, (of, _) in self.calls.items() if of is step]:
             del self.calls[reference]
+
+    def has_lost_a_member(self) -> bool:
+        """Whether a process of a group of several has ended: what one of the others then fails
+        with says nothing of the work."""
+        if len(self._actors) < 2:
+            return False
+        pings = [actor.ping.remote() for actor in self._actors]
+        # Those that still wait for the dead one do not answer.
+        ready, _ = ray.wait(pings, num_returns=len(pings), timeout=DEATH_IS_KNOWN_WITHIN_S)
+        for ping in ready:
+            try:
+                ray.get(ping)
+            except ray.exceptions.RayActorError:
+                return True
+            except ray.exceptions.RayError:
+                continue
+        return False
 
     def oldest(self) -> Iterator[tuple[Step, float]]:
         """Yield each step that is being worked at, and since when; batches behind others wait."""

@@ -177,6 +177,14 @@ class Journal:
                 ) from error
         else:
             self._rows.update(entry[0] for entry in entries)
+        self.check()
+
+    def check(self) -> None:
+        """Make sure that what is done is where it should be.
+
+        Raises:
+            JournalError: it is not; names the copy that was saved.
+        """
         if self._is_gone():
             self._rescue()
 

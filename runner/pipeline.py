@@ -269,6 +269,7 @@ class _Run:
         except (WorkerError, DeadlineError) as error:
             raise type(error)(f"{error}\n{self._how_to_resume()}") from error
         except OSError as error:
+            journal.check()
             raise ArenaRunnerError(
                 f"{type(error).__name__}: {error}\n{self._how_to_resume()}"
             ) from error
@@ -418,7 +419,7 @@ class _Run:
         table, none = np.tile(values, (len(missing), 1)), [0] * len(missing)
         if journal is not None:
             journal.add(missing, table, how=FILLED, worker="", lengths=none)
-        self.merger.add(missing, table, how=FILLED, lengths=none)
+        self.merger.add(missing, table, how=FILLED, lengths=none, again=True)
         what = (
             f"{len(missing):,} rows ({list_ids(self.examples.ids, missing)}) have no answer of the "
             f"model and get the fallback {', '.join(f'{value:.4f}' for value in values)}"
@@ -525,8 +526,11 @@ class _Run:
     ) -> dict[str, Any]:
         """Write the report and how each row was made; return the report."""
         report = self.report(executor, quantization)
-        write_report(self.config.report_path, report)
-        write_rows(self.config.rows_path, self.examples.ids, self.merger)
+        try:
+            write_report(self.config.report_path, report)
+            write_rows(self.config.rows_path, self.examples.ids, self.merger)
+        except OSError as error:
+            self._progress.note(f"warning: the submission stands; its report does not: {error}")
         return report
 
     def report(self, executor: "Executor", quantization: dict[str, Any] | None) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class Recovery:
                 f"warning: {batch.shape.rows} rows of {batch.shape.length} tokens do not fit the "
                 f"device of worker {replica}; {budget:,} tokens a batch from now on"
             )
-        else:
+        elif budget is not None:
             self._quarantined(batch, "it does not fit the device's memory")
 
     def name(self, batch: Batch) -> str:

@@ -3,7 +3,9 @@
 `Replica` is a plain class: Ray runs it as an actor, `--mode single` in the driver's own process.
 """
 
+import ctypes
 import os
+import signal
 import socket
 import sys
 import threading
@@ -35,6 +37,8 @@ from sharding.topology import WorkerSlot
 GPU_MEMORY_FRACTION = "0.92"
 # Seconds in which all members of a group must have come to its address.
 GROUP_MEETS_WITHIN_S = 120
+# Of prctl(2): the signal to get when the parent ends.
+PR_SET_PDEATHSIG = 1
 # What XLA, CUDA and the host say in an error where memory is short.
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "OUT_OF_MEMORY")
 
@@ -45,6 +49,7 @@ def prepare_process(slot: WorkerSlot, *, verbose: bool) -> None:
     XLA sizes its CPU thread pool by the cores this process may use. TensorFlow is kept out: it
     would cost 600 MB and 3.5 s, and may take GPU memory.
     """
+    _end_with_ray()
     os.environ["KERAS_BACKEND"] = "jax"
     if slot.kind != "auto":
         os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}[slot.kind]
@@ -58,6 +63,17 @@ def prepare_process(slot: WorkerSlot, *, verbose: bool) -> None:
     if not verbose:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         warnings.filterwarnings("ignore")
+
+
+def _end_with_ray() -> None:
+    """Let the kernel end this process when Ray's raylet, its parent, ends: a worker that hangs or
+    is stopped would not hear of it and keep its device. Nothing where Ray has not started it."""
+    raylet = os.environ.get("RAY_RAYLET_PID")
+    if raylet is None or str(os.getppid()) != raylet or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if str(os.getppid()) != raylet:
+        os._exit(1)  # it ended a moment ago
 
 
 class Replica:

@@ -2,8 +2,8 @@
 
 Shards are pulled by speed, and in the end an idle replica takes from another's. A batch that was
 under way when its replica failed is a suspect: it waits for the end, is then computed alone, and
-after `MOST_SETBACKS` is halved, until the row that does it is found. Pure bookkeeping over rows and
-batches: does not know workers, time or answers.
+after `MOST_SETBACKS` is halved, until the row that does it is found and has had chances of its own.
+Pure bookkeeping over rows and batches: does not know workers, time or answers.
 """
 
 from collections import deque
@@ -16,6 +16,8 @@ from sharding.shards import shard_size
 
 # A batch that failed this often, on whichever replicas, is taken to be the cause.
 MOST_SETBACKS = 2
+# A row is left out for good after more: its replica may have been ended by something else.
+MOST_SETBACKS_OF_A_ROW = 3
 
 Runnable = Callable[[BatchShape], bool]
 
@@ -136,11 +138,12 @@ class Backlog:
             self._setbacks[batch.index] = count
         if not self._leave(batch, replica):
             return None
-        if count < MOST_SETBACKS:
+        is_one = len(batch.rows) == 1
+        if count < (MOST_SETBACKS_OF_A_ROW if is_one else MOST_SETBACKS):
             self._suspects.append(batch)
             return None
         del self._setbacks[batch.index]
-        if len(batch.rows) == 1:
+        if is_one:
             self._give_up(batch, reason)
             return "given up"
         half = -(-len(batch.rows) // 2)
@@ -149,17 +152,21 @@ class Backlog:
             self._suspects.append(piece)
         return "halved"
 
-    def too_large(self, batch: Batch, replicas: Iterable[int], replica: int, reason: str) -> int:
+    def too_large(
+        self, batch: Batch, replicas: Iterable[int], replica: int, reason: str
+    ) -> int | None:
         """A batch does not fit the memory of `replica`: remember half of it as the budget of all
         replicas on such a device, to which what waits is cut when they take it. One row alone is
         given up.
 
         Returns:
-            The new budget, in tokens; 0 where the row was given up.
+            The new budget, in tokens; 0 where the row was given up, None where another replica
+            still computes it.
         """
         if batch.shape.rows == 1:
-            if self._leave(batch, replica):
-                self._give_up(batch, reason)
+            if not self._leave(batch, replica):
+                return None
+            self._give_up(batch, reason)
             return 0
         budget = (batch.shape.rows // 2) * batch.shape.length
         for number in replicas:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.backlog import MOST_SETBACKS, Backlog
+from sharding.backlog import MOST_SETBACKS, MOST_SETBACKS_OF_A_ROW, Backlog
 from sharding.batches import Batch, BatchShape, plan_batches
 from sharding.rates import EXPECTED_MFU, Rates
 
@@ -106,7 +106,9 @@ def test_halving_finds_the_row():
         else:
             backlog.finish(taken)
     assert backlog.given_up == {2: "it kills"}
-    assert deaths == MOST_SETBACKS + 2, "two of four rows, one of two, one of one"
+    assert deaths == MOST_SETBACKS + MOST_SETBACKS_OF_A_ROW, (
+        "two of four rows, one of two, two of one"
+    )
 
 
 def test_memory_is_remembered_for_devices_that_are_alike():

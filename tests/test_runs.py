@@ -16,6 +16,7 @@ import pandas as pd
 import psutil
 import pytest
 
+from runner.faults import VARIABLE
 from tests.conftest import LENGTH, ROOT, TOLERANCE, environment
 
 COLUMNS = ["id", "prompt", "response_a", "response_b"]
@@ -43,18 +44,17 @@ def test_no_rows_make_a_header(cli, models, tmp_path, mode):
     assert report["rows"]["total"] == 0
 
 
-def test_results_that_are_no_numbers_are_never_written(cli, models, test_set, tmp_path):
-    """A head this large overflows float32."""
-    model = models["gemma2"]
-    np.save(tmp_path / "huge.npy", np.full((48, 3), 3e38, "float32"))
-    flags = model.flags()
-    flags[flags.index("--head-kernel") + 1] = str(tmp_path / "huge.npy")
+def test_nothing_but_nan_ends_the_run(cli, models, test_set, tmp_path):
     output = tmp_path / "s.csv"
-    done = cli("--mode", "single", *flags, "--input", str(test_set), "--output", str(output))
+    done = cli(
+        *("--mode", "single", *models["gemma2"].flags(), "--input", str(test_set)),
+        *("--output", str(output)),
+        **{VARIABLE: json.dumps([{"kind": "nan", "wide": True}])},
+    )
     assert done.returncode == 1
-    assert "error: No row has an answer" in done.stderr
+    assert "error: No row has an answer: all 23 came out as NaN or infinity" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not output.exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_demo_says_where_it_cannot_be_kept(cli, tmp_path):

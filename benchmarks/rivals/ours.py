@@ -27,9 +27,13 @@ def load(job: Job) -> Round:
         *(sys.executable, str(RUN), "--preset", job.preset, "--lora-weights", job.lora_weights),
         *(*head, "--input", values["test_set"], "--output", str(output)),
         *("--pooling", job.pooling, "--sequence-length", str(job.length), *job.options["flags"]),
+        # A round must not find the rows of the one before.
+        *("--resume", "never", "--journal", str(folder / "journal")),
     ]
 
     def predict() -> tuple[np.ndarray, float]:
+        for old in folder.glob("journal*"):
+            old.unlink()
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(done.stderr)

@@ -1,0 +1,385 @@
+"""Whatever is killed, at whatever moment: the undisturbed answers, or an error that says how to go
+on. `benchmarks/soak.py` does the same at random; `test_faults.py` has faults struck from within.
+"""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from runner import dispatch
+from runner.cli import _Interrupts
+from runner.faults import VARIABLE
+from runner.records import Faults
+from runner.recovery import Recovery
+from sharding.backlog import MOST_SETBACKS_OF_A_ROW, Backlog
+from sharding.batches import Batch, BatchShape
+from tests.conftest import ROOT, TOLERANCE, environment
+from tests.test_faults import MODES
+
+# How Ray names the actors of a mode, and the method in which the first of a group gets a batch.
+ACTORS = {
+    "data-parallel": ("Replica", ".predict"),
+    "pipeline": ("PipelineStage", ".begin"),
+    "tensor": ("TensorMember", ".predict"),
+}
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "s.csv"
+
+
+@pytest.fixture
+def job(models, arena_rows, output):
+    return [*models["arena"].flags(), "--input", str(arena_rows), "--pooling", "mean",
+            "--sequence-length", "256", "--output", str(output)]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def calm(cli, models, arena_rows, tmp_path_factory):
+    """The submission of a run that nothing disturbs."""
+    path = tmp_path_factory.mktemp("calm") / "s.csv"
+    done = cli(*MODES["single"], *models["arena"].flags(), "--input", str(arena_rows),
+               "--pooling", "mean", "--sequence-length", "256", "--output", str(path))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return read(path)
+
+
+def read(path):
+    return pd.read_csv(path, dtype={"id": str}, keep_default_na=False)
+
+
+def assert_equal(path, calm):
+    table = read(path)
+    assert table["id"].tolist() == calm["id"].tolist()
+    difference = np.abs(table.iloc[:, 1:].to_numpy() - calm.iloc[:, 1:].to_numpy())
+    assert difference.max() < TOLERANCE
+    report = json.loads(path.with_name(path.name + ".report.json").read_text())
+    rows = report["rows"]
+    assert rows["resumed"] + rows["predicted"] == rows["total"] == len(calm)
+    return report
+
+
+def wait_for_rows(run, output, least=100):
+    """Wait until rows are in the journal: its -wal has grown."""
+    wal = output.with_name(output.name + ".journal-wal")
+    deadline = time.monotonic() + 120
+    while not (wal.is_file() and wal.stat().st_size > least * 100):
+        assert run.process.poll() is None, run.process.communicate()
+        assert time.monotonic() < deadline, "no rows came"
+        time.sleep(0.05)
+
+
+def safe_rows(err):
+    """Rows that the message of a failed run says are safe."""
+    found = re.search(r"([\d,]+) of 905 rows are safe in (\S+?)[;,] the same command", err)
+    assert found, err
+    return int(found[1].replace(",", ""))
+
+
+def named(run, name):
+    (process,) = [one for one in run.family() if one.name() == name]
+    return process
+
+
+@pytest.mark.parametrize(
+    ("mode", "server"),
+    [
+        ("data-parallel", "raylet"),
+        pytest.param("tensor", "raylet", marks=pytest.mark.slow),
+        pytest.param("pipeline", "gcs_server", marks=pytest.mark.slow),
+    ],
+)
+def test_ray_itself_is_killed(start, cli, job, calm, output, mode, server):
+    run = start(*MODES[mode], *job)
+    wait_for_rows(run, output)
+    named(run, server).kill()
+    code, _, err = run.finish(30)
+    assert code == 1
+    assert f"Ray's {server} ended" in err
+    assert "died and is started again" not in err, "it is no worker's death"
+    assert "Traceback" not in err
+    run.assert_nothing_is_left(within_s=30)
+    done = cli(*MODES["single"], *job, "--resume", "require")
+    assert done.returncode == 0, done.stderr
+    assert assert_equal(output, calm)["rows"]["resumed"] == safe_rows(err) > 0
+
+
+@pytest.mark.parametrize(
+    "mode",
+    ["data-parallel", *(pytest.param(mode, marks=pytest.mark.slow)
+                        for mode in ("pipeline", "tensor"))],
+)  # fmt: skip
+def test_the_driver_is_killed_while_a_worker_hangs(start, job, tmp_path, monkeypatch, mode):
+    hung = tmp_path / "hung"
+    monkeypatch.setenv(VARIABLE, json.dumps([{"kind": "hang", "once": str(hung)}]))
+    run = start(*MODES[mode], *job)
+    deadline = time.monotonic() + 90
+    while not hung.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert hung.exists()
+    run.process.kill()
+    run.assert_nothing_is_left(within_s=30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["data-parallel", "pipeline", "tensor"])
+def test_the_driver_is_killed_while_a_worker_is_stopped(start, job, mode):
+    """A stopped process takes no notice of anything but SIGKILL."""
+    run = start(*MODES[mode], *job)
+    name, doing = ACTORS[mode]
+    run.wait_for_workers(doing, name=name)[0].suspend()
+    run.process.kill()
+    run.assert_nothing_is_left(within_s=30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "moment"),
+    [
+        *(("data-parallel", moment) for moment in ("start", "load", "compile", "last")),
+        *(("pipeline", moment) for moment in ("start", "compile", "last")),
+        *(("tensor", moment) for moment in ("start", "compile", "last")),
+    ],
+)
+def test_a_worker_is_killed(
+    start, job, calm, output, arena_rows, tmp_path, monkeypatch, mode, moment
+):
+    name, _ = ACTORS[mode]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if moment == "last":
+        # Shortest rows come last. One process strikes: of a group, the others are left without it.
+        texts = pd.read_csv(arena_rows, dtype=str, keep_default_na=False)
+        lengths = texts[["prompt", "response_a", "response_b"]].map(len).sum(axis=1)
+        fault = {"kind": "kill", "rows": [int(lengths.argmin())], "once": str(tmp_path / "once")}
+        monkeypatch.setenv(VARIABLE, json.dumps([fault]))
+    run = start(*MODES[mode], *job)
+    if moment != "last":
+        doing = {"start": "", "load": ".load", "compile": ".compile"}[moment]
+        run.wait_for_workers(doing, name=name)[-1].kill()
+    code, _, err = run.finish()
+    assert code == 0, err
+    run.assert_nothing_is_left()
+    report = assert_equal(output, calm)
+    assert report["faults"]["worker_deaths"] == 1
+    assert report["faults"]["quarantined_rows"] == 0
+    assert len(re.findall("died and is started again", err)) == 1
+
+
+@pytest.mark.slow
+def test_every_worker_died(start, cli, job, calm, output, monkeypatch):
+    run = start(*MODES["data-parallel"], *job)
+    wait_for_rows(run, output)
+    run.process.send_signal(signal.SIGINT)
+    code, _, err = run.finish()
+    assert code == 130
+    kept = safe_rows(err)
+    died = cli(*MODES["data-parallel"], *job, **{VARIABLE: json.dumps([{"kind": "kill"}])})
+    assert died.returncode == 1
+    assert f"Every worker died {dispatch.MAX_RESTARTS + 1} times" in died.stderr
+    # The interrupt may have come when a batch was safe and not yet counted.
+    assert safe_rows(died.stderr) >= kept > 0
+    assert "Traceback" not in died.stderr
+    done = cli(*MODES["data-parallel"], *job, "--resume", "require")
+    assert done.returncode == 0, done.stderr
+    assert assert_equal(output, calm)["rows"]["resumed"] == safe_rows(died.stderr)
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_ends_at_once(start, cli, job, calm, output):
+    run = start(*MODES["data-parallel"], *job)
+    wait_for_rows(run, output)
+    # The first one now takes seconds: Ray's processes are asked to end and cannot.
+    named(run, "raylet").suspend()
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(0.7)
+    assert run.process.poll() is None, "nothing to cut short"
+    run.process.send_signal(signal.SIGINT)
+    asked = time.monotonic()
+    assert run.process.wait(timeout=10) == 130
+    assert time.monotonic() - asked < 1
+    run.assert_nothing_is_left(within_s=30)
+    done = cli(*MODES["single"], *job, "--resume", "require")
+    assert done.returncode == 0, done.stderr
+    assert assert_equal(output, calm)["rows"]["resumed"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["single", "data-parallel", "pipeline", "tensor"])
+@pytest.mark.parametrize("after_s", [1.5, 2.5, 4.0])
+def test_an_interrupt_while_all_starts(start, job, output, mode, after_s):
+    """Before there is a journal, Ray's own handler stands, or an actor is half-made."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        run = start(*MODES[mode], *job)
+        time.sleep(after_s)
+        run.process.send_signal(number)
+        code, _, err = run.finish(30)
+        assert code == 130, err
+        assert "Traceback" not in err
+        run.assert_nothing_is_left()
+
+
+# How a folder is made small and large again, and in what the shell has to run for it.
+WAYS = {
+    "tmpfs": (
+        "mount -t tmpfs -o size=300k none {folder}",
+        "mount -o remount,size=64m {folder}",
+        ("unshare", "--map-root-user", "--mount"),
+    ),
+    # No file may be longer: what a quota does.
+    "limit": ("ulimit -S -f 200", "ulimit -S -f unlimited", ()),
+}
+
+
+class TestFullDisk:
+    """The disk fills in the midst; once there is room the same command goes on."""
+
+    SCRIPT = """
+        cramp() {{ {cramp}; }}
+        relieve() {{ {relieve}; }}
+        set -e
+        cramp
+        set +e
+        "$@" 2> {folder}.err
+        echo $? > {folder}.code
+        ls {folder} > {folder}.files
+        set -e
+        relieve
+        "$@" --resume require
+        cp {folder}/* {kept}
+    """
+
+    @pytest.mark.parametrize("way", ["tmpfs", pytest.param("limit", marks=pytest.mark.slow)])
+    def test_journal(self, cache, job, calm, tmp_path, way):
+        cramp, relieve, within = WAYS[way]
+        if within and (why := subprocess.run([*within, "true"], capture_output=True)).returncode:
+            pytest.skip(f"no file system can be mounted here: {why.stderr.decode()}")
+        folder, kept = tmp_path / "small", tmp_path / "kept"
+        folder.mkdir()
+        kept.mkdir()
+        names = {"folder": folder, "kept": kept}
+        script = self.SCRIPT.format(
+            cramp=cramp.format(**names), relieve=relieve.format(**names), **names
+        )
+        command = [sys.executable, str(ROOT / "run.py"), *MODES["single"], *job[:-1],
+                   str(folder / "s.csv")]  # fmt: skip
+        done = subprocess.run(
+            [*within, "bash", "-c", script, "bash", *command],
+            env=environment(cache), capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        err = (tmp_path / "small.err").read_text()
+        assert (tmp_path / "small.code").read_text() == "1\n"
+        assert "Traceback" not in err
+        assert "The journal cannot be written: " in err
+        files = (tmp_path / "small.files").read_text().split()
+        assert "s.csv.journal" in files
+        assert "s.csv" not in files
+        safe = int(re.search(r"([\d,]+) of 905 rows are safe", err)[1].replace(",", ""))
+        report = assert_equal(kept / "s.csv", calm)
+        assert report["rows"]["resumed"] >= safe > 0
+
+
+# A run in a cluster of two nodes, one of which goes when five batches have come.
+CLUSTER = """
+import sys
+import ray
+from ray.cluster_utils import Cluster
+from runner import cli, dispatch
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+second = cluster.add_node(num_cpus=1)
+dispatch.start_ray = lambda num_cpus, verbose: ray.init(
+    address=cluster.address, log_to_driver=False, configure_logging=False
+)
+predict = dispatch.RayReplicas._run
+
+def run(self, backlog):
+    came = 0
+    for result in predict(self, backlog):
+        came += result is not None and result.replica == 1
+        if came == 5:
+            cluster.remove_node(second, allow_graceful=False)
+            came += 1
+        yield result
+    assert came > 5, "the second node had no part in it"
+
+dispatch.RayReplicas._run = run
+code = cli.main(sys.argv[1:])
+ray.shutdown()
+cluster.shutdown()
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_a_node_leaves_the_cluster(cache, job, calm, output):
+    done = subprocess.run(
+        [sys.executable, "-c", CLUSTER, *MODES["data-parallel"], *job],
+        env=environment(cache, PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert assert_equal(output, calm)["faults"]["worker_deaths"] >= 1
+    assert "worker 1 died and is started again" in done.stderr
+
+
+def test_an_interrupt_in_a_destructor_is_not_lost(monkeypatch):
+    """Python ignores what is raised there, and so did JAX' callback of the garbage collector."""
+
+    class Dying:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    interrupts = _Interrupts()
+    interrupts.install()
+    try:
+        dying = Dying()
+        del dying
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(10)
+    finally:
+        interrupts.stop_watching()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def cost(shape):
+    return float(shape.tokens)
+
+
+def anything(shape):
+    return True
+
+
+def test_a_row_is_not_given_up_for_two_deaths():
+    """Whoever kills workers at random may strike the same row twice."""
+    backlog = Backlog([Batch(0, (7,), BatchShape(1, 8))], cost=cost)
+    for _ in range(MOST_SETBACKS_OF_A_ROW - 1):
+        batch = backlog.take(0, runnable=anything, alone=True)
+        assert backlog.setback(batch, 0, "it died") is None
+    assert not backlog.given_up
+    backlog.finish(backlog.take(0, runnable=anything, alone=True))
+    assert not backlog
+
+
+def test_a_row_that_another_device_may_hold_is_not_given_up():
+    """A copy of it runs where there may be room."""
+    notes, faults = [], Faults()
+    backlog = Backlog([Batch(0, (0,), BatchShape(1, 8))], cost=cost)
+    recovery = Recovery(backlog, faults, ["a"], notes.append)
+    batch = backlog.take(0, runnable=anything, alone=True)
+    backlog.copy(batch, 1)
+    recovery.too_large(0, [0], batch)
+    assert (faults.quarantined_rows, backlog.given_up, notes) == (0, {}, [])
+    recovery.too_large(1, [1], batch)
+    assert faults.quarantined_rows == 1
+    assert list(backlog.given_up) == [0]
