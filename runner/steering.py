@@ -28,13 +28,14 @@ from runner.progress import Progress
 from runner.records import BatchResult
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape, Plan
-from sharding.forecast import Pace, seconds_left, seconds_of
+from sharding.forecast import Pace, seconds_left, seconds_of, work_of
 from sharding.rates import Rates
 
 # Rows that may come out as no numbers before one comes out well: more, and the model is broken.
 MOST_BROKEN_ROWS = 64
-# Seconds between forecasts.
-FORECAST_S = 0.5
+# Seconds between forecasts, and how many times as long as one took: a large test set has many
+# batches to look at. At most this share of the time that is left.
+FORECAST_S, FORECAST_TIMES, FORECAST_SHARE = 0.5, 20.0, 0.05
 # Forecasts kept for the report.
 MOST_FORECASTS = 400
 
@@ -101,7 +102,7 @@ class Steering:
         self._uncounted = set(backlog.rows_left)
         self._lengths_done: list[np.ndarray] = []
         self._first_forecast_at: float | None = None
-        self._forecast_at = self._decided_at = float("-inf")
+        self._forecast_next = self._decided_at = float("-inf")
         self._improving = self._is_bridging = False
         self.answered = 0
         self.broken: list[int] = []
@@ -164,13 +165,19 @@ class Steering:
             return False
         if self._is_done_but_for_length():
             self.improve()
-        if now - self._forecast_at < FORECAST_S:
+        if now < self._forecast_next:
             return True
-        self._forecast_at = now
+        self._forecast(now)
+        took = self._clock() - self._started - now
+        pause_s = min(FORECAST_TIMES * took, FORECAST_SHARE * self._deadline.left_s(now))
+        self._forecast_next = now + max(FORECAST_S, pause_s)
+        return True
+
+    def _forecast(self, now: float) -> None:
         self._leave_the_bridge()
         left = seconds_left(self._backlog, self._rates, self._executor.paces())
         if left is None:
-            return True
+            return
         if self._first_forecast_at is None:
             self._first_forecast_at = now
         self._keep(now, left)
@@ -178,7 +185,6 @@ class Steering:
         self._progress.forecast(left_s=left, slack_s=slack)
         if slack is not None and now - self._decided_at >= self._deadline.decide_every_s(now):
             self._decide(now, left)
-        return True
 
     def improve(self) -> None:
         """Where nothing waits and time is left, predict rows again that were cut, whole: as many
@@ -245,9 +251,10 @@ class Steering:
     def _last_batch_s(self, now: float) -> float:
         """Return the seconds of the largest batch on the slowest replica: it may come last, and
         must come."""
-        works = [self._rates.work(batch.shape) for batch in self._backlog.waiting()]
+        shapes = {batch.shape for batch in self._backlog.waiting()}
         speeds = [pace.speed for pace in self._executor.paces(()) if pace.speed]
-        seconds = max(works, default=0.0) / min(speeds) if speeds else 0.0
+        largest = max(map(self._rates.work, shapes), default=0.0)
+        seconds = largest / min(speeds) if speeds else 0.0
         return min(seconds, LAST_BATCH_SHARE * self._deadline.left_s(now))
 
     def _is_sure(self, now: float) -> bool:
@@ -277,7 +284,7 @@ class Steering:
         def forecast(cap: int) -> float:
             plan = self._plan(rows if cap in compiled else after_bridge, cap)
             batches = [*others, *plan.batches, *(() if cap in compiled else bridge)]
-            work = sum(rates.work(batch.shape) for batch in batches)
+            work = work_of(batches, rates)
             return seconds_of(work, executor.paces(plan.shapes)) or 0.0
 
         def worth_going_back_to(cap: int) -> bool:

@@ -3,11 +3,12 @@
 Pure arithmetic; does not know a clock.
 """
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from sharding.backlog import Backlog
+from sharding.batches import Batch
 from sharding.rates import Rates
 
 # Of a batch that is computed now, on average so much is still to be done.
@@ -33,13 +34,20 @@ def seconds_left(backlog: Backlog, rates: Rates, paces: Sequence[Pace]) -> float
     the end, when the first replica finds nothing to do, half of a batch is left to each of the
     others.
     """
-    waiting = [rates.work(batch.shape) for batch in backlog.waiting()]
+    waiting = list(backlog.waiting())
     in_line: dict[int, list[float]] = defaultdict(list)
     for batch in backlog.under_way():
         in_line[backlog.replicas_of(batch)[0]].append(rates.work(batch.shape))
     under_way = sum(sum(line) - HALF_WAY * line[0] for line in in_line.values())
-    last = waiting[-1] if waiting else 0.0
-    return seconds_of(sum(waiting) + under_way + HALF_WAY * last * (len(paces) - 1), paces)
+    last = rates.work(waiting[-1].shape) if waiting else 0.0
+    work = work_of(waiting, rates) + under_way + HALF_WAY * last * (len(paces) - 1)
+    return seconds_of(work, paces)
+
+
+def work_of(batches: Iterable[Batch], rates: Rates) -> float:
+    """Return the work of batches; there are many of a shape."""
+    counts = Counter(batch.shape for batch in batches)
+    return sum(count * rates.work(shape) for shape, count in counts.items())
 
 
 def seconds_of(work: float, paces: Sequence[Pace]) -> float | None:
