@@ -417,9 +417,14 @@ def rows_made(found, *how):
 
 
 def test_shorten_differs_in_the_rows_it_names_alone(job):
-    found = job.limited("shorten", "shorten", "--min-sequence-length", 8, left_s=4)
-    shortened, filled = rows_made(found, SHORTENED), rows_made(found, "filled")
-    assert job.differing(found) <= shortened | filled
+    # On a machine that is slower to start now than it was, more time must be left.
+    for left_s in (4, 8, 14):
+        found = job.limited("shorten", "shorten", "--min-sequence-length", 8,
+                            *("--resume", "never"), left_s=left_s)  # fmt: skip
+        shortened, filled = rows_made(found, SHORTENED), rows_made(found, "filled")
+        assert job.differing(found) <= shortened | filled
+        if shortened and len(filled) < 10:
+            break
     assert shortened, found.stderr
     assert len(filled) < 10, found.stderr
     assert found.report["deadline"]["events"]

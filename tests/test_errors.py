@@ -38,8 +38,8 @@ def refuse(cli, work):
         assert done.returncode == 2, done.stderr
         assert done.stdout == ""
         lines = done.stderr.strip().splitlines()
-        if lines[0].startswith("[0:"):
-            lines.pop(0)  # the progress line of a run that had to load before it could know
+        while lines[0].startswith("["):
+            lines.pop(0)  # progress of a run that had to load before it could know
         assert 1 <= len(lines) <= 2, done.stderr
         assert lines[0].startswith("error: ")
         assert "Traceback" not in done.stderr
