@@ -129,6 +129,10 @@ class Journal:
             connection, rows, notes = _open(path, cls._held, fingerprint, ids, classes, resume)
         return cls(path, connection, ids=ids, classes=classes, rows=rows, notes=notes)
 
+    def __len__(self) -> int:
+        """How many rows are in it."""
+        return len(self._rows)
+
     def done(self) -> Done:
         """Return all rows so far.
 

@@ -606,11 +606,11 @@ class _Run:
         }
 
     def _how_to_resume(self) -> str:
-        done = len(self.examples) - len(self.merger.unfinished())
-        path = self.config.journal_path
+        if not len(self.journal):
+            return "No row is done yet; the same command goes on from the start."
         return (
-            f"{done:,} of {len(self.examples):,} rows are safe in {path}; the same command goes on "
-            "from there."
+            f"{len(self.journal):,} of {len(self.examples):,} rows are safe in "
+            f"{self.config.journal_path}; the same command goes on from there."
         )
 
 
