@@ -172,12 +172,16 @@ def test_an_interrupt_ends_everything(start, long_job, tmp_path, number):
 def test_an_interrupt_of_single_mode(start, models, arena_rows, tmp_path):
     run = start(
         *("--mode", "single", *models["arena"].flags(), "--input", arena_rows),
-        *("--output", tmp_path / "s.csv"),
+        *("--sequence-length", "1024", "--output", tmp_path / "s.csv"),
     )
-    time.sleep(6)
+    journal = tmp_path / "s.csv.journal-wal"
+    while not journal.is_file() or journal.stat().st_size < 10_000:
+        assert run.process.poll() is None, run.process.communicate()
+        time.sleep(0.02)
     run.process.send_signal(signal.SIGINT)
     code, _, err = run.finish(timeout_s=20)
     assert code == 130, err
+    assert "rows are safe in" in err
     assert "Traceback" not in err
 
 
