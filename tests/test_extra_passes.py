@@ -48,7 +48,7 @@ def test_responses_change_places():
     assert list(swap(examples).columns) == list(examples.columns)
 
 
-@pytest.mark.parametrize("mode", ["single", "data-parallel"])
+@pytest.mark.parametrize("mode", ["single", pytest.param("data-parallel", marks=pytest.mark.slow)])
 def test_the_average_of_both_orders(models, test_set, predict, tmp_path, mode):
     common = [*models["gemma2"].flags(), "--pooling", "mean", "--sequence-length", str(LENGTH)]
     table = pd.read_csv(test_set, dtype=str, keep_default_na=False)

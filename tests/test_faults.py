@@ -106,7 +106,7 @@ def test_a_row_that_kills_whoever_takes_it(struck, mode):
     assert hit.probabilities[ROW].tolist() == [0.5, 0.25, 0.25]
 
 
-@slow_but("single")
+@slow_but()
 def test_a_row_that_ends_in_an_error(struck, mode):
     hit, calm = struck(mode, {"kind": "error", "rows": [ROW]})
     assert differing(hit, calm) in ([ROW], [])
@@ -134,7 +134,7 @@ def test_rows_that_are_no_numbers_are_predicted_in_float32(struck, mode):
     assert hit.report["rows"]["predicted"] == len(calm.ids)
 
 
-@slow_but("single")
+@slow_but()
 def test_rows_that_stay_no_numbers_get_the_fallback(struck, mode):
     hit, calm = struck(mode, {"kind": "nan", "rows": [ROW], "wide": True})
     assert faults_of(hit) == {"nonfinite_rows": 1}

@@ -19,9 +19,9 @@ MODEL_PARALLEL = ("--mode", "model-parallel")
     ("strategy", "size", "workers", "name", "pooling"),
     [
         ("pipeline", 3, 3, "gemma2", "padded-mean"),
-        ("pipeline", 2, 4, "gemma2", "mean"),
+        pytest.param("pipeline", 2, 4, "gemma2", "mean", marks=pytest.mark.slow),
         ("tensor", 2, 2, "gemma1", "last"),
-        ("tensor", 2, 4, "gemma2", "padded-mean"),
+        pytest.param("tensor", 2, 4, "gemma2", "padded-mean", marks=pytest.mark.slow),
         pytest.param("pipeline", 2, 2, "gemma1", "mean", marks=pytest.mark.slow),
         pytest.param("pipeline", 2, 2, "mistral", "last", marks=pytest.mark.slow),
         pytest.param("pipeline", 2, 2, "gemma3", "mean", marks=pytest.mark.slow),
