@@ -30,6 +30,7 @@ from runner.config import (
     parse_count,
 )
 from runner.errors import (
+    BUSY_THREAD,
     EXIT_BAD_INPUT,
     EXIT_DEADLINE,
     EXIT_FAILED,
@@ -42,8 +43,6 @@ from runner.errors import (
     on_one_line,
 )
 
-# The name that `single.py` gives its threads while they compute.
-BUSY_THREAD = "replica"
 # Seconds until a signal that was lost is given again.
 AGAIN_AFTER_S = 0.1
 

@@ -184,9 +184,11 @@ class RunConfig:
                 raise ConfigError(
                     f"{' and '.join(stray)} needs --preset DIR: without it the demo model runs."
                 )
-        elif self.plan and not self.calibrate:
-            pass  # config and tokenizer are enough for a plan
-        elif missing := [flag(name) for name, path in head.items() if path is None]:
+            return
+        # Config and tokenizer are enough for a plan.
+        needs_head = self.calibrate or not self.plan
+        missing = [flag(name) for name, path in head.items() if path is None]
+        if needs_head and missing:
             raise ConfigError(
                 f"--preset needs a head: --head-kernel FILE.npy of shape (hidden, classes) and "
                 f"--head-bias FILE.npy of shape (classes,). Missing: {' and '.join(missing)}"

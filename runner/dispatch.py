@@ -5,7 +5,6 @@ becomes of one that failed (`recovery.py`). Every answer arrives through one `ra
 worker is seen as a failed call; one that hangs is seen by the clock.
 """
 
-import os
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ from runner.errors import (
     first_line,
 )
 from runner.groups import Group, Step
+from runner.machine import cores_here
 from runner.progress import Progress
 from runner.records import (
     BatchResult,
@@ -136,8 +136,7 @@ class RayReplicas:
     def open(self, dtype: str, compilation_cache: str) -> str:
         """Start Ray and find the devices; return what `dtype` means on them, `auto` where only a
         worker can tell."""
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        cores = cores or list(range(os.cpu_count() or 1))
+        cores = cores_here()
         num_cpus = max(len(cores), self._num_workers or 1, self._group_size)
         start_ray(num_cpus, verbose=self._verbose)
         with _ray_errors():
@@ -277,11 +276,12 @@ class RayReplicas:
                 # Nobody knows how much longer one takes that takes longer than the others did.
                 delay_s = max(max(starts) - waited, waited / 4)
             to_come = {*(self._backlog.shapes(group.number) if shapes is None else shapes)}
-            delay_s += len(to_come - group.used) * self._rates.first_s()
             one_s = seconds_to_compile(
                 self.stats, is_new=shapes is not None, replicas=len(self._groups)
             )
-            delay_s += len(to_come - group.warm) * one_s * self._rates.compiling_share()
+            delay_s += self._rates.preparing_s(
+                to_come, used=group.used, warm=group.warm, one_s=one_s
+            )
             delay_s += self._overdue_s(group)
             paces.append(Pace(self._rates.speed(group.number), delay_s))
         return paces

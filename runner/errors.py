@@ -17,6 +17,9 @@ from collections.abc import Sequence
 
 # Exit codes beside 0.
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_DEADLINE, EXIT_INTERRUPTED = 1, 2, 3, 130
+# The name of a thread inside native code, which nothing interrupts: a process that has one would
+# not end by itself.
+BUSY_THREAD = "replica"
 # Of a message on the screen; only what it quotes can make it longer.
 MOST_CHARACTERS = 1500
 

@@ -147,8 +147,7 @@ def devices_here() -> Devices:
             f"No {kind} was found here; --device NAME plans for one elsewhere. "
             f"Received: JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}"
         )
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    cores = cores or list(range(os.cpu_count() or 1))
+    cores = cores_here()
     name, features = _cpu()
     return Devices(
         kind="cpu",
@@ -157,7 +156,7 @@ def devices_here() -> Devices:
         is_here=True,
         memory_bytes=host,
         host_bytes=host,
-        cores=tuple(cores),
+        cores=cores,
         core_flops_per_s=_core_rate(),
         is_fast_in_16_bits=all(feature in features for feature in CPU_FEATURES),
     )
@@ -180,14 +179,30 @@ def memory_of_machine() -> float:
     return float(min(sizes))
 
 
-def _gpus() -> list[tuple[str, float]]:
-    """Name and bytes of each NVIDIA GPU that this process may see."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+def cores_here() -> tuple[int, ...]:
+    """Return the CPU cores that this process may use, ascending."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
+def ask_nvidia_smi(fields: str) -> list[str]:
+    """Return a line for each NVIDIA GPU, with commas between fields; none where there is no such
+    program or it fails."""
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-        rows = [line.rsplit(",", 1) for line in done.stdout.splitlines() if line.strip()]
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return []
+    return [line for line in done.stdout.splitlines() if line.strip()]
+
+
+def _gpus() -> list[tuple[str, float]]:
+    """Name and bytes of each NVIDIA GPU that this process may see."""
+    rows = [line.rsplit(",", 1) for line in ask_nvidia_smi("name,memory.total")]
+    try:
         found = [(name.strip(), float(int(size) << 20)) for name, size in rows]
-    except (OSError, ValueError, subprocess.SubprocessError):
+    except ValueError:
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:

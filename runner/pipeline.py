@@ -279,11 +279,15 @@ class _Run:
     def _take_up(self, journal: Journal) -> None:
         """Take over the rows that are done."""
         self.journal, done = journal, journal.done()
-        for row, how, length, values in zip(
-            done.rows.tolist(), done.how, done.lengths, done.probabilities, strict=True
-        ):
-            if how != FILLED:
-                self.merger.add([row], values[None], how=how, lengths=[length])
+        ways = np.array(done.how, dtype=object)
+        for how in sorted(set(done.how) - {FILLED}):
+            these = ways == how
+            self.merger.add(
+                done.rows[these].tolist(),
+                done.probabilities[these],
+                how=how,
+                lengths=done.lengths[these],
+            )
         self._resumed = len(self.examples) - len(self.merger.unfinished())
 
     def predict(self, executor: "Executor", tokens: TokenTable) -> None:

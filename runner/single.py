@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from runner.errors import ArenaRunnerError, DeviceMemoryError, WorkerError, first_line
+from runner.errors import BUSY_THREAD, ArenaRunnerError, DeviceMemoryError, WorkerError, first_line
 from runner.progress import Progress
 from runner.records import (
     BatchResult,
@@ -33,8 +33,6 @@ from sharding.topology import WorkerSlot
 BATCHES_IN_FLIGHT = 2
 # Seconds between looks at the clock when nothing arrives.
 WAIT_S = 0.2
-# The name of a thread inside native code, which nothing interrupts: `cli.py` looks for it.
-BUSY_THREAD = "replica"
 
 Answer = tuple[Any, Any, BaseException | None]
 
@@ -111,9 +109,8 @@ class InProcess:
         if self._rates is None or self._backlog is None or not self._warm:
             return []
         to_come = {*(self._backlog.shapes(0) if shapes is None else shapes)}
-        delay_s = len(to_come - self._used) * self._rates.first_s()
         one_s = seconds_to_compile(self.stats, is_new=shapes is not None)
-        delay_s += len(to_come - self._warm) * one_s * self._rates.compiling_share()
+        delay_s = self._rates.preparing_s(to_come, used=self._used, warm=self._warm, one_s=one_s)
         return [Pace(self._rates.speed(0), delay_s)]
 
     def is_measured(self) -> bool:

@@ -4,11 +4,11 @@ Arithmetic on the preset's dimensions; does not know devices' processes.
 """
 
 import os
-import subprocess
 from dataclasses import dataclass
 
 from runner.config import RunConfig
 from runner.errors import ConfigError
+from runner.machine import ask_nvidia_smi
 from runner.presets import Preset
 from sharding.costs import ModelShape
 from sharding.memory import ITEM_BYTES, QUANTIZED_BYTES, batch_budget, cut_layers, fullest_bytes
@@ -116,18 +116,16 @@ def device_memory_bytes() -> int | None:
     """
     if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         return None
-    found = _ask_nvidia_smi("memory.total")
+    found = _numbers_of_gpus("memory.total")
     return min(map(int, found)) << 20 if found else None
 
 
-def _ask_nvidia_smi(what: str) -> list[str]:
-    """Return a number for each NVIDIA GPU, as text; none where there is no such program."""
-    query = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+def _numbers_of_gpus(field: str) -> list[str]:
+    """Return a number for each NVIDIA GPU, as text; none where one is not told."""
+    numbers = [line.strip() for line in ask_nvidia_smi(field)]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-        numbers = done.stdout.split()
         return numbers if all(float(number) >= 0 for number in numbers) else []
-    except (OSError, ValueError, subprocess.SubprocessError):
+    except ValueError:
         return []
 
 
@@ -136,7 +134,7 @@ def gpu_dtype() -> str | None:
 
     As `predictor.resolve_dtype`, for a driver that must not start JAX.
     """
-    capabilities = _ask_nvidia_smi("compute_cap")
+    capabilities = _numbers_of_gpus("compute_cap")
     if not capabilities:
         return None
     return "bfloat16" if min(map(float, capabilities)) >= 8.0 else "float16"

@@ -198,13 +198,6 @@ class Backlog:
         self._append(batches)
         self.rows_left.update(row for batch in batches for row in batch.rows)
 
-    def drop_suspects(self) -> tuple[int, ...]:
-        """Take out the suspects that wait; return their rows."""
-        rows = tuple(row for batch in self._suspects for row in batch.rows)
-        self._suspects.clear()
-        self.rows_left.difference_update(rows)
-        return rows
-
     def _append(self, batches: Iterable[Batch]) -> None:
         self._queue.extend(self._numbered(batch) for batch in batches)
 

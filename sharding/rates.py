@@ -142,9 +142,16 @@ class Rates:
         """Return the part of a replica that a compiler beside its batches takes from them."""
         return self._compiling.value() if self._compiling is not None else 0.0
 
-    def shapes(self) -> tuple[BatchShape, ...]:
-        """Return the shapes of which a batch has finished."""
-        return tuple(self._bends)
+    def preparing_s(
+        self, shapes: set[BatchShape], *, used: set[BatchShape], warm: set[BatchShape], one_s: float
+    ) -> float:
+        """Return the seconds that shapes cost a replica besides their batches.
+
+        Args:
+            used, warm: of which it has finished a batch, and has a program. one_s: of a compile.
+        """
+        compiles_s = len(shapes - warm) * one_s * self.compiling_share()
+        return len(shapes - used) * self.first_s() + compiles_s
 
     def _learn_speed(self, replica: int, shape: BatchShape, seconds: float, weight: float) -> None:
         work = self.work(shape)

@@ -20,15 +20,18 @@ MODES = {
     "pipeline": ("--mode", "model-parallel", "--strategy", "pipeline"),
     "tensor": ("--mode", "model-parallel", "--strategy", "tensor"),
 }
+# Where a worker is a process of its own: in single mode it would be the driver that dies, and
+# nothing but a time limit leaves a call that hangs.
+WITH_WORKERS = ("data-parallel", "pipeline", "tensor")
 # Of the test set's 23: neither the longest nor the shortest.
 ROW = 7
 
 
-def slow_but(*fast):
+def slow_but(*fast, modes=tuple(MODES)):
     """All modes, those not named here only in `make test-all`."""
     return pytest.mark.parametrize(
         "mode", [mode if mode in fast else pytest.param(mode, marks=pytest.mark.slow)
-                 for mode in MODES]
+                 for mode in modes]
     )  # fmt: skip
 
 
@@ -90,10 +93,8 @@ def test_a_row_that_fits_no_device_is_left_out(struck, mode):
     assert np.abs(hit.probabilities[ROW] - mean_but(calm, ROW)).max() < TOLERANCE
 
 
-@slow_but("data-parallel")
+@slow_but("data-parallel", modes=WITH_WORKERS)
 def test_a_row_that_kills_whoever_takes_it(struck, mode):
-    if mode == "single":
-        pytest.skip("it would be the driver that dies")
     hit, calm = struck(mode, {"kind": "kill", "rows": [ROW]},
                        flags=("--fallback-probabilities", "0.5,0.25,0.25"))  # fmt: skip
     assert differing(hit, calm) == [ROW]
@@ -115,10 +116,8 @@ def test_a_row_that_ends_in_an_error(struck, mode):
     assert hit.report["rows"]["filled"] == 1
 
 
-@slow_but("data-parallel")
+@slow_but("data-parallel", modes=WITH_WORKERS)
 def test_a_worker_that_hangs(struck, tmp_path, mode):
-    if mode == "single":
-        pytest.skip("nothing can end a call that hangs in the driver; a time limit leaves it")
     # The last row to be computed: by then it is known what a batch takes.
     hit, calm = struck(mode, {"kind": "hang", "rows": [20], "once": str(tmp_path / "hung")})
     assert differing(hit, calm) == []

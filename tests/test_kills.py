@@ -259,8 +259,9 @@ class TestFullDisk:
     @pytest.mark.parametrize("way", ["tmpfs", pytest.param("limit", marks=pytest.mark.slow)])
     def test_journal(self, cache, job, calm, tmp_path, way):
         cramp, relieve, within = WAYS[way]
-        if within and (why := subprocess.run([*within, "true"], capture_output=True)).returncode:
-            pytest.skip(f"no file system can be mounted here: {why.stderr.decode()}")
+        if within and subprocess.run([*within, "true"], capture_output=True).returncode:
+            # No file system can be mounted here: a limit fills up as well.
+            cramp, relieve, within = WAYS["limit"]
         folder, kept = tmp_path / "small", tmp_path / "kept"
         folder.mkdir()
         kept.mkdir()
