@@ -6,7 +6,7 @@ worker is seen as a failed call; one that hangs is seen by the clock.
 """
 
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -60,6 +60,9 @@ COMPILE_WITHIN_S = 120.0
 HANG_FACTOR = 8.0
 FIRST_BATCH_WITHIN_S = 120.0
 BATCH_WITHIN_S = 15.0
+# Under a time limit a hang may cost no more than this share of what is left of it: then a batch of
+# a worker whose pace is known gets so many times its forecast and so many seconds at least.
+HANG_SHARE, PATIENCE_FACTOR, PATIENCE_S = 0.1, 3.0, 4.0
 # A look at the clock that comes so late was late for the workers too: the machine was suspended.
 LONGEST_LOOK_S = 10.0
 
@@ -80,6 +83,7 @@ class RayReplicas:
         num_workers: actors in all, None for as many as the devices suggest.
         group_size: how many of them make one replica.
         strategy, family: as for `Group`.
+        left_s: the seconds in which rows can still be predicted, infinite where there is no limit.
 
     Raises (from `open`, `start` and `run`):
         ConfigError: more workers than devices, or groups that do not fit.
@@ -96,7 +100,9 @@ class RayReplicas:
         family: str,
         verbose: bool,
         progress: Progress,
+        left_s: Callable[[], float],
     ) -> None:
+        self._left_s = left_s
         self._num_workers = num_workers
         self._group_size = group_size
         self._strategy = strategy
@@ -597,11 +603,15 @@ class RayReplicas:
 
     def _limit_s(self, group: Group, step: Step) -> float:
         if step.what == "predict":
-            seconds = self._rates.seconds(group.number, step.payload.shape)
-            floor = BATCH_WITHIN_S if self._rates.knows(group.number) else FIRST_BATCH_WITHIN_S
+            is_known = self._rates.knows(group.number)
+            floor = BATCH_WITHIN_S if is_known else FIRST_BATCH_WITHIN_S
+            seconds = self._rates.seconds(group.number, step.payload.shape) * len(group.slots)
+            limit = floor + HANG_FACTOR * seconds
+            if is_known:
+                least = PATIENCE_S + PATIENCE_FACTOR * seconds
+                limit = min(limit, max(least, HANG_SHARE * self._left_s()))
             # While one compiles, a batch has half of the cores.
-            floor *= 1 if group.compiling is None else 2
-            return floor + HANG_FACTOR * seconds * max(1, len(group.slots))
+            return limit if group.compiling is None else 2 * limit
         stored = self._spec.stored_bytes if step.what == "load" else 0
         return STEP_WITHIN_S[step.what] + stored / SLOWEST_LOAD_BYTES_PER_S
 

@@ -101,8 +101,8 @@ def predict_swapped(
 
 
 def _average(result: BatchResult, tokens: TokenTable, merger: Merger, journal: Journal) -> int:
-    finite = np.isfinite(result.probabilities).all(axis=1)
-    rows = [row for row, is_one in zip(result.batch.rows, finite, strict=True) if is_one]
+    finite = result.finite
+    rows = result.rows_where(finite)
     if not rows:
         return 0
     back = result.probabilities[finite][:, list(SWAPPED_CLASSES)]

@@ -245,6 +245,7 @@ class _Run:
             strategy=self.strategy,
             group_size=config.members,
             family=self.job.preset.class_name,
+            left_s=lambda: self.deadline.left_s(self.now()),
         )
 
     @contextmanager

@@ -128,6 +128,16 @@ class BatchResult:
     probabilities: np.ndarray
     work: tuple[Work, ...]
 
+    @property
+    def finite(self) -> np.ndarray:
+        """Which rows came out as numbers: bool (len(batch.rows),)."""
+        is_finite: np.ndarray = np.isfinite(self.probabilities).all(axis=1)
+        return is_finite
+
+    def rows_where(self, chosen: np.ndarray) -> list[int]:
+        """Return the batch's rows that a mask, bool (len(batch.rows),), chooses."""
+        return [row for row, is_one in zip(self.batch.rows, chosen, strict=True) if is_one]
+
 
 @dataclass(frozen=True, slots=True)
 class Activations:
