@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from runner.cli import HELP, PREPARE_HELP
 from runner.config import flag
 from runner.demo import ensure_demo, make_rows, train_tokenizer, write_test_set
 from runner.progress import Progress
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT, copy_project, environment, make_programs
 from tests.pages import (
     Block,
     Command,
@@ -41,8 +40,6 @@ ROWS = 12
 NOT_RUN: dict[str, int] = {}
 FLAGS = {flag(name) for name in {**HELP, **PREPARE_HELP}} | {"--config", "--verbose", "--help"}
 FOLDERS = "runner|sharding|tests|benchmarks|docs|examples"
-# Left out of the copy that commands run in.
-NOT_COPIED = (".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +47,12 @@ def bench(tmp_path_factory, cache):
     """Make a folder as a reader has it and return how to run a shell line in it."""
 
     def make(*, model: bool):
-        folder = tmp_path_factory.mktemp("reader") / "arena-runner"
-        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*NOT_COPIED))
+        folder = copy_project(tmp_path_factory.mktemp("reader") / "arena-runner")
         write_test_set(folder / "test.csv", make_rows(ROWS, seed=3))
         (_save_model if model else _save_config)(folder, cache)
-        programs = _make_programs(folder)
+        programs = make_programs(folder / ".venv" / "bin", folder)
+        for mark in (".installed", ".installed-test", ".installed-bench"):
+            (folder / ".venv" / mark).touch()
         env = environment(
             cache,
             PATH=f"{programs}{os.pathsep}{os.environ['PATH']}",
@@ -104,26 +102,6 @@ def _save_model(folder: Path, cache: Path) -> None:
     shutil.copy(files["lora_weights"], folder / "model.lora.h5")
     for name in ("head_kernel", "head_bias"):
         shutil.copy(files[name], folder / f"{name}.npy")
-
-
-def _make_programs(folder: Path) -> Path:
-    """The commands that a reader has installed, as scripts that use this test's own Python."""
-    programs = folder / ".venv" / "bin"
-    programs.mkdir(parents=True)
-    lines = {
-        "python": f'"{sys.executable}" "$@"',
-        "python3": f'"{sys.executable}" "$@"',
-        "pip": f'"{sys.executable}" -m pip "$@"',
-        "arena-runner": f'"{sys.executable}" "{folder / "run.py"}" "$@"',
-        "ruff": f'"{sys.executable}" -m ruff "$@"',
-        "mypy": f'"{sys.executable}" -m mypy "$@"',
-    }
-    for name, line in lines.items():
-        (programs / name).write_text(f"#!/bin/sh\nexec {line}\n")
-        (programs / name).chmod(0o755)
-    for mark in (".installed", ".installed-test", ".installed-bench"):
-        (folder / ".venv" / mark).touch()
-    return programs
 
 
 def commands_of(page: Path) -> list[Command]:
