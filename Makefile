@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint format types bench bench-quick soak drill clean
+.PHONY: demo test test-all lint format types bench bench-quick soak drill build clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python run.py --mode data-parallel
@@ -36,6 +36,9 @@ soak: $(VENV)/.installed-test
 
 drill: $(VENV)/.installed
 	$(BIN)/python benchmarks/drill.py
+
+build: $(VENV)/.installed-test
+	$(BIN)/python -m build --no-isolation
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
