@@ -121,8 +121,8 @@ class RunLogs:
             self._remove()
             return
         if error is not None:
-            trace = {"traceback": "".join(traceback.format_exception(error))}
-            self.record(Event("end", f"{type(error).__name__}: {error}", "error", trace))
+            said = {"traceback": "".join(traceback.format_exception(error))}
+            self.record(Event("end", f"{type(error).__name__}: {error}", "error", said))
         if self._file is not None:
             self._file.close()
         if isinstance(error, ArenaRunnerError):

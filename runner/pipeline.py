@@ -33,11 +33,12 @@ from runner.job import Job, compilation_cache, find_job
 from runner.journal import Journal
 from runner.logs import Event, RunLogs
 from runner.merge import FILLED, PREDICTED, SHORTENED, SWAPPED, WIDER, Merger
+from runner.metrics import Figures, Metrics
 from runner.presets import Preset
 from runner.progress import Progress
 from runner.prompts import render_prompts
 from runner.records import Examples, Faults, TokenTable
-from runner.report import make_report, say_summary, summarize, write_report, write_rows
+from runner.report import make_report, say_summary, summarize, versions, write_report, write_rows
 from runner.steering import Steering
 from runner.strategy import Strategy, choose_strategy, tokens_per_batch
 from runner.submission import LABEL_COLUMNS, check_writable, rehearse, write_submission
@@ -89,7 +90,10 @@ def run(
             log_format=config.log_format,
             record=logs.record,
         ) as progress,
+        Metrics(config.metrics_port) as metrics,
     ):
+        if metrics.url:
+            progress.note(f"figures of this run: {metrics.url}", event="metrics", url=metrics.url)
         check_writable("--output", config.output)
         check_writable("--report", config.report_path)
         check_writable("--journal", config.journal_path)
@@ -105,6 +109,7 @@ def run(
             this.open_executor() as executor,
             Guard(this.last_call(is_starting=True), lambda: this.end_without(executor)) as guard,
         ):
+            metrics.watch(lambda: this.figures(executor))
             dtype = executor.open(config.dtype, compilation_cache()) if this.examples else ""
             on_signals_taken()
             with this.open_journal(dtype):
@@ -606,6 +611,25 @@ class _Run:
                 "path": str(self.config.journal_path),
                 "seconds": round(steering.journal_s, 4) if steering else 0.0,
             },
+        )
+
+    def figures(self, executor: "Executor") -> Figures:
+        """Return how the run stands, from any thread."""
+        how, steering = self.merger.how, self._steering
+        return Figures(
+            build=versions() | {"mode": self.config.mode},
+            standing=self._progress.standing(),
+            rows={
+                "total": len(how),
+                "done": len(how) - how.count(""),
+                "resumed": self._resumed,
+                "shortened": how.count(SHORTENED),
+                "filled": how.count(FILLED),
+            },
+            real_tokens=steering.real_tokens if steering else 0,
+            padded_tokens=steering.padded_tokens if steering else 0,
+            workers=executor.stats,
+            faults=executor.faults,
         )
 
     def now(self) -> float:
