@@ -1,12 +1,14 @@
-"""Flags and a TOML file of the same names -> one frozen, checked RunConfig.
+"""Flags, a TOML file of the same names, or Python values -> one frozen, checked RunConfig.
 
 Does not open the files it names (the stage that reads a file checks it), nor know devices.
 """
 
+import math
+import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "on_deadline": ("shorten", "fill", "fail"),
     "extra_passes": ("none", "swap"),
     "resume": ("auto", "never", "require"),
+    "log_format": ("text", "json"),
 }
 PATHS = (
     *("input", "output", "preset", "lora_weights", "head_kernel", "head_bias"),
-    *("journal", "report"),
+    *("journal", "report", "log_dir"),
 )
 COUNTS = (
     *("sequence_length", "num_workers", "group_size", "max_tokens_per_batch"),
@@ -38,12 +41,15 @@ FLOOR_DIVISOR = 4
 CLASSES = 3
 # Of int32, in which lengths go to the model.
 MOST_COUNT = 2**31 - 1
+LAST_PORT = 65535
 AUTO_COUNTS = ("num_workers", "max_tokens_per_batch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """What a person asked for. `None` means: the demo's file, or decided from the devices.
+
+    Values may be as on the command line too: a path, a time limit or a count as a string.
 
     Raises:
         ConfigError: a value is outside its choices, or the files named do not make a whole.
@@ -76,11 +82,15 @@ class RunConfig:
     plan: bool = False
     device: str | None = None
     calibrate: bool = False
+    log_dir: Path | None = None
+    log_format: str = "text"
+    metrics_port: int | None = None
     verbose: bool = False
 
     def __post_init__(self) -> None:
+        _convert_values(self)
         _check_values(self)
-        for name in ("output", "report", "journal"):
+        for name in ("output", "report", "journal", "log_dir"):
             path = getattr(self, name)
             if path is not None and not path.name:
                 raise ConfigError(f"{flag(name)} must name a file. Received: {flag(name)} {path}")
@@ -103,11 +113,11 @@ class RunConfig:
             )
         self._check_fallback()
         written = (self.output, self.report_path, self.rows_path, self.journal_path)
-        named = [path for path in (self.input, *written) if path is not None]
+        named = [path for path in (self.input, self.log_folder, *written) if path is not None]
         if len({path.resolve() for path in named}) != len(named):
             raise ConfigError(
-                "--input, --output, --journal and --report must be different files. Received: "
-                + ", ".join(str(path) for path in named)
+                "--input, --output, --journal, --report and --log-dir must be different files. "
+                "Received: " + ", ".join(str(path) for path in named)
             )
 
     @property
@@ -127,6 +137,10 @@ class RunConfig:
     @property
     def journal_path(self) -> Path:
         return self.journal or self.output.with_name(self.output.name + ".journal")
+
+    @property
+    def log_folder(self) -> Path:
+        return self.log_dir or self.output.with_name(self.output.name + ".logs")
 
     @property
     def floor_length(self) -> int:
@@ -235,6 +249,37 @@ class PrepareConfig:
             )
 
 
+def _convert_values(config: "RunConfig | PrepareConfig") -> None:
+    """Turn what a field may be given as into what it is, while the config is made.
+
+    Raises:
+        ConfigError: a value is of another type than its field.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value is None and field.default is None:
+            continue
+        # Frozen from here on.
+        object.__setattr__(config, field.name, _converted(field, value))
+
+
+def _converted(field: "Field[Any]", value: Any) -> Any:
+    name = field.name
+    if name in COUNTS:
+        return parse_count(name, value)
+    if name in PARSERS:
+        return PARSERS[name](value)
+    if name in PATHS:
+        if not isinstance(value, (str, os.PathLike)) or "\0" in str(value):
+            raise ConfigError(f"{flag(name)} must be a path. Received: {name}={value!r}")
+        return Path(value)
+    expected = bool if name in SWITCHES else str
+    if not isinstance(value, expected):
+        kind = "true or false" if name in SWITCHES else "text"
+        raise ConfigError(f"{flag(name)} must be {kind}. Received: {name}={value!r}")
+    return value
+
+
 def _check_values(config: "RunConfig | PrepareConfig") -> None:
     """Raise ConfigError where a field is outside its choices or a count is not positive."""
     named = {field.name for field in fields(config)}
@@ -295,11 +340,13 @@ def parse_count(name: str, value: Any) -> int | None:
 
 
 def parse_time_limit(value: Any) -> float:
-    """Return seconds: 8h45m, 90m, 1h, 30s, 2h15m30s, or a number of seconds.
+    """Return seconds: 8h45m, 90m, 1h, 30s, 2h15m30s, or a finite number of seconds.
 
     Raises:
         ConfigError: anything else.
     """
+    if type(value) in (int, float) and math.isfinite(value):
+        return float(value)
     parts = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", str(value).strip())
     if isinstance(value, bool) or parts is None or not any(parts.groups()):
         raise ConfigError(
@@ -325,10 +372,26 @@ def parse_fallback(value: Any) -> tuple[float, ...]:
         ) from None
 
 
+def parse_port(value: Any) -> int:
+    """Return a port of this machine, 0 for any that is free.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    port = int(value) if type(value) is str and value.isascii() and value.isdigit() else value
+    if type(port) is not int or not 0 <= port <= LAST_PORT:
+        raise ConfigError(
+            f"--metrics-port must be a whole number from 0, any free port, to {LAST_PORT}. "
+            f"Received: --metrics-port {value}"
+        )
+    return port
+
+
 # Fields that are read from more than text, a count or a path.
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "time_limit": parse_time_limit,
     "fallback_probabilities": parse_fallback,
+    "metrics_port": parse_port,
 }
 
 

@@ -8,13 +8,15 @@ worker is seen as a failed call; one that hangs is seen by the clock.
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 import ray.exceptions
 
-from runner.cluster import check_ray, find_devices, start_ray, stop_ray
+from runner.cluster import check_ray, find_devices, private_folder, start_ray, stop_ray
 from runner.errors import (
     ArenaRunnerError,
     ConfigError,
@@ -23,6 +25,7 @@ from runner.errors import (
     first_line,
 )
 from runner.groups import Group, Step
+from runner.logs import keep_logs_of_ray, worker_log
 from runner.machine import cores_here
 from runner.progress import Progress
 from runner.records import (
@@ -84,6 +87,7 @@ class RayReplicas:
         group_size: how many of them make one replica.
         strategy, family: as for `Group`.
         left_s: the seconds in which rows can still be predicted, infinite where there is no limit.
+        log_folder: where workers write to, None for Ray's own logs.
 
     Raises (from `open`, `start` and `run`):
         ConfigError: more workers than devices, or groups that do not fit.
@@ -99,6 +103,7 @@ class RayReplicas:
         strategy: Strategy | None,
         family: str,
         verbose: bool,
+        log_folder: Path | None,
         progress: Progress,
         left_s: Callable[[], float],
     ) -> None:
@@ -108,6 +113,7 @@ class RayReplicas:
         self._strategy = strategy
         self._family = family
         self._verbose = verbose
+        self._log_folder = log_folder
         self._progress = progress
         self._groups: list[Group] = []
         self._created_at = time.monotonic()
@@ -128,11 +134,14 @@ class RayReplicas:
     def __enter__(self) -> "RayReplicas":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         # Where Ray itself has failed there is nobody to ask; its processes end all the same.
         with suppress(ray.exceptions.RayError):
             for group in self._groups:
                 group.end()
+        folder = private_folder()
+        if kind is not None and folder is not None and self._log_folder is not None:
+            keep_logs_of_ray(folder / "r" / "session_latest" / "logs", self._log_folder)
         stop_ray()
 
     @property
@@ -172,6 +181,7 @@ class RayReplicas:
                 family=self._family,
                 spec=spec,
                 verbose=self._verbose,
+                log_folder=self._log_folder,
                 clock=lambda: self._clock,
             )
             self._groups.append(group)
@@ -198,7 +208,8 @@ class RayReplicas:
             ids: one a row, to name rows in errors.
         """
         self._backlog, self._rates = backlog, rates
-        self._recovery = Recovery(backlog, self.faults, ids, self._progress.note)
+        note = partial(self._progress.note, event="fault")
+        self._recovery = Recovery(backlog, self.faults, ids, note)
         self._compiled: set[BatchShape] = set()
         with _ray_errors():
             self._tokens = self._store(tokens)
@@ -512,7 +523,12 @@ class RayReplicas:
         if group.restarts <= MAX_RESTARTS:
             for stats in group.stats:
                 stats.restarts += 1
-            self._progress.note(f"{group.noun} {group.number} died and is started again")
+            self._progress.note(
+                f"{group.noun} {group.number} died and is started again",
+                event="fault",
+                replica=group.number,
+                log=worker_log(group.number, "*"),
+            )
             self._spawn(group)
             return
         group.given_up = True
@@ -521,8 +537,8 @@ class RayReplicas:
             raise WorkerError(
                 f"Every {group.noun} died {MAX_RESTARTS + 1} times; the last was {group.noun} "
                 f"{group.number}. Is there memory enough for the model and one batch? Fewer "
-                "--num-workers or a smaller --max-tokens-per-batch need less; --verbose shows the "
-                "workers' logs."
+                "--num-workers or a smaller --max-tokens-per-batch need less; its last words are "
+                f"in {worker_log(group.number, '*')}."
             ) from cause
 
     def _take_failure(self, group: Group, step: Step, failure: ray.exceptions.RayTaskError) -> None:
@@ -553,6 +569,7 @@ class RayReplicas:
             alike = [one.number for one in self._groups if one.device == group.device]
             self._recovery.too_large(group.number, alike, step.payload)
         else:
+            self._progress.keep(failure)
             said = f"{type(cause).__name__}: {first_line(cause)}"
             self._recovery.failed(group.number, step.payload, failure, said)
         if group.strategy_name == "tensor":
@@ -591,7 +608,9 @@ class RayReplicas:
                 doing = "a batch" if step.what == "predict" else step.what
                 self._progress.note(
                     f"warning: {group.noun} {group.number} hangs: {self._clock - since:.0f} s in "
-                    f"{doing}, where {limit:.0f} are the most; ended"
+                    f"{doing}, where {limit:.0f} are the most; ended",
+                    event="fault",
+                    replica=group.number,
                 )
                 if step.what == "predict":
                     # Those behind it did no harm.

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -71,6 +72,7 @@ class Group:
         family: str,
         spec: ModelSpec,
         verbose: bool,
+        log_folder: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.slots = slots
@@ -98,6 +100,8 @@ class Group:
         self._name = strategy.name if strategy else None
         self._family = family
         self._spec = spec
+        # Of this machine, whatever a worker's own folder is.
+        self._log_folder = str(log_folder.resolve()) if log_folder is not None else None
         self._verbose = verbose
         self._actors: list[Any] = []
         # PACK: the members of a group come to one node where one has room for them.
@@ -128,7 +132,9 @@ class Group:
         self.spawned_at = self._clock()
         plain = ACTORS[self._name]
         self._actors = [
-            self._actor_class(plain, slot.member).remote(slot, verbose=self._verbose)
+            self._actor_class(plain, slot.member).remote(
+                slot, verbose=self._verbose, log_folder=self._log_folder
+            )
             for slot in self.slots
         ]
         self._ask("ping", [actor.ping.remote() for actor in self._actors])
@@ -210,7 +216,9 @@ class Group:
         The members of a tensor group cannot compute alone, and a device has no room for more.
         """
         self.end()
-        actor = self._actor_class(Replica).remote(self.slots[0], verbose=self._verbose)
+        actor = self._actor_class(Replica).remote(
+            self.slots[0], verbose=self._verbose, log_folder=self._log_folder
+        )
         actor.hold_tokens.remote(tokens)
         self._actors = [actor]
         return actor

@@ -3,7 +3,6 @@
 The only file that knows all stages.
 """
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,12 +31,14 @@ from runner.fingerprint import Fingerprint
 from runner.guard import Guard
 from runner.job import Job, compilation_cache, find_job
 from runner.journal import Journal
+from runner.logs import Event, RunLogs
 from runner.merge import FILLED, PREDICTED, SHORTENED, SWAPPED, WIDER, Merger
+from runner.metrics import Figures, Metrics
 from runner.presets import Preset
 from runner.progress import Progress
 from runner.prompts import render_prompts
 from runner.records import Examples, Faults, TokenTable
-from runner.report import make_report, summarize, write_report, write_rows
+from runner.report import make_report, say_summary, summarize, versions, write_report, write_rows
 from runner.steering import Steering
 from runner.strategy import Strategy, choose_strategy, tokens_per_batch
 from runner.submission import LABEL_COLUMNS, check_writable, rehearse, write_submission
@@ -65,12 +66,14 @@ def run(
     *,
     started: float | None = None,
     on_signals_taken: Callable[[], None] = lambda: None,
+    owns_process: bool = False,
 ) -> dict[str, Any]:
     """Do what `config` asks for and return the report, which is also on disk then.
 
     Args:
         started: `time.monotonic()` of the process' start, for `seconds.total` and the limit.
         on_signals_taken: called when Ray has replaced the process' signal handlers.
+        owns_process: whether this process is the command's, whose standard error may be taken.
 
     Raises:
         ConfigError, DataError: the person's to mend; nothing was written.
@@ -79,20 +82,34 @@ def run(
             message says what is safe in the journal.
     """
     started = time.monotonic() if started is None else started
-    with Progress(started=started) as progress:
+    with (
+        RunLogs(config.log_folder, takes_stderr=owns_process, workers_too=config.verbose) as logs,
+        Progress(
+            started=started,
+            stream=logs.terminal,
+            log_format=config.log_format,
+            record=logs.record,
+        ) as progress,
+        Metrics(config.metrics_port) as metrics,
+    ):
+        if metrics.url:
+            progress.note(f"figures of this run: {metrics.url}", event="metrics", url=metrics.url)
         check_writable("--output", config.output)
         check_writable("--report", config.report_path)
         check_writable("--journal", config.journal_path)
-        this = _Run(config, find_job(config, progress), progress, started)
+        logs.check()
+        this = _Run(config, find_job(config, progress), progress, started, logs)
         progress.stage(f"reading {this.job.test_set.name}")
         with this.timed("read"):
             this.read()
         if not this.examples:
             progress.note(f"warning: {this.job.test_set} has no rows; the submission is a header.")
+        logs.open(None if config.log_format == "json" else progress.show)
         with (
             this.open_executor() as executor,
             Guard(this.last_call(is_starting=True), lambda: this.end_without(executor)) as guard,
         ):
+            metrics.watch(lambda: this.figures(executor))
             dtype = executor.open(config.dtype, compilation_cache()) if this.examples else ""
             on_signals_taken()
             with this.open_journal(dtype):
@@ -110,7 +127,8 @@ def run(
                 this.improve(executor)
                 quantization = this.measure_quantization(executor)
         report = this.write_reports(executor, quantization)
-    print(summarize(report, config), flush=True)
+        logs.record(Event("end", summarize(report, config)))
+    print(say_summary(report, config), flush=True)
     return report
 
 
@@ -161,7 +179,9 @@ def plan_run(
 class _Run:
     """One run's state between its stages."""
 
-    def __init__(self, config: RunConfig, job: Job, progress: Progress, started: float) -> None:
+    def __init__(
+        self, config: RunConfig, job: Job, progress: Progress, started: float, logs: RunLogs
+    ) -> None:
         self.config = config
         self.job = job
         self.strategy: Strategy | None = choose_strategy(config, job.preset)
@@ -171,6 +191,7 @@ class _Run:
         )
         self.deadline = Deadline(config.time_limit, config.on_deadline)
         self._progress = progress
+        self._logs = logs
         self._started = started
         self._plan = Plan((), (), 0)
         self._steering: Steering | None = None
@@ -241,6 +262,7 @@ class _Run:
         return RayReplicas(
             num_workers=config.num_workers,
             verbose=config.verbose,
+            log_folder=self._logs.folder,
             progress=progress,
             strategy=self.strategy,
             group_size=config.members,
@@ -368,7 +390,9 @@ class _Run:
         named = list_ids(self.examples.ids, broken)
         self._progress.note(
             f"warning: {len(broken)} rows came out as NaN or infinity ({named}); "
-            "predicted again in float32"
+            "predicted again in float32",
+            event="fault",
+            rows=len(broken),
         )
         self._progress.stage(f"predicting {len(broken)} rows again in float32")
         for start in range(0, len(broken), ROWS_IN_FLOAT):
@@ -515,15 +539,16 @@ class _Run:
     def end_without(self, executor: "Executor") -> int:
         """Write the submission although the run is inside something that does not end; return the
         exit code. Runs in a thread of its own, after which the process ends."""
+        self._logs.release()
         where = "the run had not come to its end and was ended"
         self._progress.note(f"deadline: {self.deadline.note(self.now(), where)}")
         try:
             self.fill(None)
         except DeadlineError as error:
-            print(f"error: {error}\n{self._how_to_resume()}", file=sys.stderr)
+            self._progress.note(f"error: {error}\n{self._how_to_resume()}", event="end")
             return EXIT_DEADLINE
         self.write()
-        print(summarize(self.write_reports(executor, None), self.config))
+        print(say_summary(self.write_reports(executor, None), self.config))
         return 0
 
     def write_reports(
@@ -587,6 +612,25 @@ class _Run:
                 "path": str(self.config.journal_path),
                 "seconds": round(steering.journal_s, 4) if steering else 0.0,
             },
+        )
+
+    def figures(self, executor: "Executor") -> Figures:
+        """Return how the run stands, from any thread."""
+        how, steering = self.merger.how, self._steering
+        return Figures(
+            build=versions() | {"mode": self.config.mode},
+            standing=self._progress.standing(),
+            rows={
+                "total": len(how),
+                "done": len(how) - how.count(""),
+                "resumed": self._resumed,
+                "shortened": how.count(SHORTENED),
+                "filled": how.count(FILLED),
+            },
+            real_tokens=steering.real_tokens if steering else 0,
+            padded_tokens=steering.padded_tokens if steering else 0,
+            workers=executor.stats,
+            faults=executor.faults,
         )
 
     def now(self) -> float:

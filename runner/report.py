@@ -121,6 +121,16 @@ def write_rows(path: Path, ids: Sequence[str], merger: Merger) -> None:
     write_whole(path, table.to_csv(index=False, lineterminator="\n"), private=True)
 
 
+def say_summary(report: dict[str, Any], config: RunConfig) -> str:
+    """Return what standard output gets at the end: the few lines, or one JSON object."""
+    said = summarize(report, config)
+    if config.log_format != "json":
+        return said
+    figures = {name: report[name] for name in ("rows", "seconds", "rates", "faults")}
+    paths = {"output": str(config.output), "report": str(config.report_path)}
+    return json.dumps({"event": "summary", "message": said, **paths, **figures})
+
+
 def summarize(report: dict[str, Any], config: RunConfig) -> str:
     """Return the few lines a person reads at the end."""
     rows, seconds = report["rows"], report["seconds"]

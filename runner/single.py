@@ -5,6 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,8 @@ class InProcess:
     ) -> Generator[BatchResult | None, None, None]:
         """Yield the answer to every batch, and None at least every `WAIT_S` between them."""
         self._rates, self._backlog = rates, backlog
-        recovery = Recovery(backlog, self.faults, ids, self._progress.note)
+        note = partial(self._progress.note, event="fault")
+        recovery = Recovery(backlog, self.faults, ids, note)
         assert self._threads is not None, "this is a bug: batches come after the model"
         while self.info is None:
             if answer := self._threads.wait(WAIT_S):
@@ -219,6 +221,7 @@ class InProcess:
         elif isinstance(error, ArenaRunnerError):
             raise error
         else:
+            self._progress.keep(error)
             recovery.failed(0, batch, error, f"{type(error).__name__}: {first_line(error)}")
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from runner.errors import DeviceMemoryError, WorkerError, first_line
 from runner.faults import InjectedFaults
+from runner.logs import write_to_folder
 from runner.records import (
     Activations,
     BatchResult,
@@ -83,7 +84,10 @@ class Replica:
     device before the last has finished, and batches run while later shapes compile.
     """
 
-    def __init__(self, slot: WorkerSlot, *, verbose: bool = False) -> None:
+    def __init__(
+        self, slot: WorkerSlot, *, verbose: bool = False, log_folder: str | None = None
+    ) -> None:
+        write_to_folder(log_folder, slot.replica, slot.member)
         prepare_process(slot, verbose=verbose)
         self._slot = slot
         self._predictor: Any = None
