@@ -84,7 +84,8 @@ HELP = {
     "else start afresh; require: go on or end with exit code 2; never: start afresh "
     "(default: auto)",
     "journal": "where rows are kept as they are done (default: OUTPUT.journal)",
-    "report": "where the JSON report is written (default: OUTPUT.report.json)",
+    "report": "where the JSON report is written, and beside it a page and a trace (default: "
+    "OUTPUT.report.json)",
     "plan": "print what fits these devices, how long it should take and why, write it as JSON to "
     "OUTPUT.plan.json, and stop; needs no weights and no head",
     "device": "with --plan: forecast for another device, --num-workers of them (t4, l4, a100, "

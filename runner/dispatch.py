@@ -37,6 +37,7 @@ from runner.records import (
 )
 from runner.recovery import Recovery
 from runner.strategy import Strategy, gpu_dtype
+from runner.timeline import Timeline
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape
 from sharding.forecast import Pace
@@ -79,7 +80,7 @@ class RayReplicas:
     Args:
         num_workers: actors in all, None for as many as the devices suggest.
         group_size: how many of them make one replica.
-        strategy, family: as for `Group`.
+        strategy, family, timeline: as for `Group`.
 
     Raises (from `open`, `start` and `run`):
         ConfigError: more workers than devices, or groups that do not fit.
@@ -96,6 +97,7 @@ class RayReplicas:
         family: str,
         verbose: bool,
         progress: Progress,
+        timeline: Timeline,
     ) -> None:
         self._num_workers = num_workers
         self._group_size = group_size
@@ -103,6 +105,7 @@ class RayReplicas:
         self._family = family
         self._verbose = verbose
         self._progress = progress
+        self._timeline = timeline
         self._groups: list[Group] = []
         self._created_at = time.monotonic()
         self._backlog: Backlog | None = None
@@ -166,6 +169,7 @@ class RayReplicas:
                 family=self._family,
                 spec=spec,
                 verbose=self._verbose,
+                timeline=self._timeline,
                 clock=lambda: self._clock,
             )
             self._groups.append(group)
@@ -192,7 +196,9 @@ class RayReplicas:
             ids: one a row, to name rows in errors.
         """
         self._backlog, self._rates = backlog, rates
-        self._recovery = Recovery(backlog, self.faults, ids, self._progress.note)
+        self._recovery = Recovery(
+            backlog, self.faults, ids, self._progress.note, self._timeline.event
+        )
         self._compiled: set[BatchShape] = set()
         with _ray_errors():
             self._tokens = self._store(tokens)
@@ -503,7 +509,10 @@ class RayReplicas:
             explained = self._recovery.lost(group.number, batches, reason)
         if not explained:
             group.restarts += 1
-        if group.restarts <= MAX_RESTARTS:
+        again = group.restarts <= MAX_RESTARTS
+        ending = "; it is started again" if again else "; it is given up"
+        self._timeline.event(reason + ending, group.number)
+        if again:
             for stats in group.stats:
                 stats.restarts += 1
             self._progress.note(f"{group.noun} {group.number} died and is started again")
