@@ -304,16 +304,16 @@ def classes_and_confidence(figure: Figure, labels: Sequence[str], values: np.nda
     for place, share in zip(places, likeliest[shown], strict=True):
         left.annotate(
             f"{share:.1%}",
-            (share, place),
-            xytext=(4, 8 if abs(means[shown][place] - share) < 0.12 else 0),
-            textcoords="offset points",
+            (1, place),
+            xycoords=("axes fraction", "data"),
+            ha="right",
             va="center",
             fontsize=8,
         )
     left.set_yticks(places, [_short(labels[place]) for place in shown])
     left.tick_params(axis="y", length=0)
     left.set_ylim(len(shown) - 0.4, -0.6)
-    left.set_xlim(0, min(1.0, max(likeliest.max(), means.max()) * 1.2))
+    left.set_xlim(0, max(likeliest.max(), means.max()) * 1.25)
     left.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     left.set_xlabel("rows for which it is the likeliest; the stroke: mean probability")
     top = values.max(axis=1)

@@ -38,7 +38,7 @@ PARTS = {
 }
 HOW_TO_READ_THROUGHPUT = (
     "Tokens that are no padding, of all workers together; dashed: the mean from the first batch to "
-    "the last. Short rows come last, so the curve may fall towards the end. A red line is a fault."
+    "the last. A red line is a fault."
 )
 HOW_TO_READ_CLASSES = (
     "A model that works spreads over the classes about as the training set did, and is sure of "

@@ -544,12 +544,8 @@ class _Run:
         except OSError as error:
             self._progress.note(f"warning: the submission stands; its report does not: {error}")
         for what, write in (("trace", self._write_trace), ("page", self._write_page)):
-            writing = _in_background(partial(write, report), name=what)
-            try:
-                writing.result(timeout=PAGE_WITHIN_S)
-            except Exception as error:  # whatever it is, the answers are there
-                why = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
-                self._progress.note(f"warning: the submission stands; its {what} does not: {why}")
+            if failure := try_to_write(what, partial(write, report)):
+                self._progress.note(f"warning: {failure}")
         return report
 
     def _write_trace(self, report: dict[str, Any]) -> None:
@@ -667,6 +663,16 @@ class _Run:
             f"{len(self.journal):,} of {len(self.examples):,} rows are safe in "
             f"{self.config.journal_path}; the same command goes on from there."
         )
+
+
+def try_to_write(what: str, write: Callable[[], None]) -> str | None:
+    """Write something that no run is to fail for, or wait for long; return what went wrong."""
+    try:
+        _in_background(write, name=what).result(timeout=PAGE_WITHIN_S)
+    except Exception as error:  # whatever it is, the answers are there
+        why = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
+        return f"the submission stands; its {what} does not: {why}"
+    return None
 
 
 def _in_background(work: Callable[[], T], name: str = "tokenize") -> "Future[T]":

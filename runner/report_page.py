@@ -21,7 +21,7 @@ from runner.timeline import COMPILING, PREDICTING, Event, Span, Stage
 # Rows of the table of workers, and events in words.
 MOST_LISTED = 200
 # Points of the throughput's curve.
-MOST_POINTS = 120
+FEWEST_POINTS, MOST_POINTS = 12, 120
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +180,8 @@ def _speed(story: Story) -> Iterator[str]:
     if not tokens.sum():
         return
     end_s = story.end_s
-    edges = np.linspace(0, end_s, min(MOST_POINTS, 20 + 2 * len(done)) + 1)
+    # Some batches a point: one alone would draw where it began and ended.
+    edges = np.linspace(0, end_s, min(MOST_POINTS, max(FEWEST_POINTS, len(done) // 3)) + 1)
     rates = lanes.rate_over_time(done, tokens, edges)
     first, last = min(span.start_s for span in done), max(span.end_s for span in done)
     mean = float(tokens.sum()) / max(last - first, 1e-6)
