@@ -46,7 +46,7 @@ from runner.errors import (
     first_line,
     on_one_line,
 )
-from runner.logs import DRIVER_LOG, Event
+from runner.logs import DRIVER_LOG, LogEvent
 
 # Seconds until a signal that was lost is given again.
 AGAIN_AFTER_S = 0.1
@@ -89,7 +89,8 @@ HELP = {
     "else start afresh; require: go on or end with exit code 2; never: start afresh "
     "(default: auto)",
     "journal": "where rows are kept as they are done (default: OUTPUT.journal)",
-    "report": "where the JSON report is written (default: OUTPUT.report.json)",
+    "report": "where the JSON report is written, and beside it a page and a trace (default: "
+    "OUTPUT.report.json)",
     "plan": "print what fits these devices, how long it should take and why, write it as JSON to "
     "OUTPUT.plan.json, and stop; needs no weights and no head (default: off)",
     "device": "with --plan: forecast for another device, --num-workers of them (t4, l4, a100, "
@@ -428,7 +429,7 @@ class _Failure:
             facts = {"exit_code": code, "error": type(error).__name__} | (
                 told if code == EXIT_FAILED else {}
             )
-            event = Event("end", message.removeprefix("error: "), "error", facts)
+            event = LogEvent("end", message.removeprefix("error: "), "error", facts)
             message = event.as_json()
         print(message, file=sys.stderr)
         return code

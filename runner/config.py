@@ -112,8 +112,9 @@ class RunConfig:
                 f"{self.time_limit:g}"
             )
         self._check_fallback()
-        written = (self.output, self.report_path, self.rows_path, self.journal_path)
-        named = [path for path in (self.input, self.log_folder, *written) if path is not None]
+        beside = (self.rows_path, self.page_path, self.trace_path)
+        written = (self.output, self.report_path, *beside, self.journal_path, self.log_folder)
+        named = [path for path in (self.input, *written) if path is not None]
         if len({path.resolve() for path in named}) != len(named):
             raise ConfigError(
                 "--input, --output, --journal, --report and --log-dir must be different files. "
@@ -131,8 +132,17 @@ class RunConfig:
     @property
     def rows_path(self) -> Path:
         """The table of how each row was made, beside the report."""
-        stem = self.report_path.name.removesuffix(".json").removesuffix(".report")
-        return self.report_path.with_name(stem + ".rows.csv")
+        return self._beside_report(".rows.csv")
+
+    @property
+    def page_path(self) -> Path:
+        """The report as a page, beside it."""
+        return self.report_path.with_name(self.report_path.name.removesuffix(".json") + ".html")
+
+    @property
+    def trace_path(self) -> Path:
+        """What each worker did when, for Perfetto, beside the report."""
+        return self._beside_report(".trace.json")
 
     @property
     def journal_path(self) -> Path:
@@ -155,6 +165,10 @@ class RunConfig:
     @property
     def uses_demo_model(self) -> bool:
         return self.preset is None
+
+    def _beside_report(self, ending: str) -> Path:
+        stem = self.report_path.name.removesuffix(".json").removesuffix(".report")
+        return self.report_path.with_name(stem + ending)
 
     def _check_fallback(self) -> None:
         values = self.fallback_probabilities

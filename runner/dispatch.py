@@ -40,6 +40,7 @@ from runner.records import (
 )
 from runner.recovery import Recovery
 from runner.strategy import Strategy, gpu_dtype
+from runner.timeline import Timeline
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape
 from sharding.forecast import Pace
@@ -85,7 +86,7 @@ class RayReplicas:
     Args:
         num_workers: actors in all, None for as many as the devices suggest.
         group_size: how many of them make one replica.
-        strategy, family: as for `Group`.
+        strategy, family, timeline: as for `Group`.
         left_s: the seconds in which rows can still be predicted, infinite where there is no limit.
         log_folder: where workers write to, None for Ray's own logs.
 
@@ -106,6 +107,7 @@ class RayReplicas:
         log_folder: Path | None,
         progress: Progress,
         left_s: Callable[[], float],
+        timeline: Timeline,
     ) -> None:
         self._left_s = left_s
         self._num_workers = num_workers
@@ -115,6 +117,7 @@ class RayReplicas:
         self._verbose = verbose
         self._log_folder = log_folder
         self._progress = progress
+        self._timeline = timeline
         self._groups: list[Group] = []
         self._created_at = time.monotonic()
         self._backlog: Backlog | None = None
@@ -182,6 +185,7 @@ class RayReplicas:
                 spec=spec,
                 verbose=self._verbose,
                 log_folder=self._log_folder,
+                timeline=self._timeline,
                 clock=lambda: self._clock,
             )
             self._groups.append(group)
@@ -209,7 +213,7 @@ class RayReplicas:
         """
         self._backlog, self._rates = backlog, rates
         note = partial(self._progress.note, event="fault")
-        self._recovery = Recovery(backlog, self.faults, ids, note)
+        self._recovery = Recovery(backlog, self.faults, ids, note, self._timeline.event)
         self._compiled: set[BatchShape] = set()
         with _ray_errors():
             self._tokens = self._store(tokens)
@@ -520,7 +524,10 @@ class RayReplicas:
             explained = self._recovery.lost(group.number, batches, reason)
         if not explained:
             group.restarts += 1
-        if group.restarts <= MAX_RESTARTS:
+        again = group.restarts <= MAX_RESTARTS
+        ending = "; it is started again" if again else "; it is given up"
+        self._timeline.event(reason + ending, group.number)
+        if again:
             for stats in group.stats:
                 stats.restarts += 1
             self._progress.note(

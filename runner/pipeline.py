@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -31,17 +32,26 @@ from runner.fingerprint import Fingerprint
 from runner.guard import Guard
 from runner.job import Job, compilation_cache, find_job
 from runner.journal import Journal
-from runner.logs import Event, RunLogs
+from runner.logs import LogEvent, RunLogs
 from runner.merge import FILLED, PREDICTED, SHORTENED, SWAPPED, WIDER, Merger
 from runner.metrics import Figures, Metrics
 from runner.presets import Preset
 from runner.progress import Progress
 from runner.prompts import render_prompts
 from runner.records import Examples, Faults, TokenTable
-from runner.report import make_report, say_summary, summarize, versions, write_report, write_rows
+from runner.report import (
+    make_report,
+    say_summary,
+    summarize,
+    versions,
+    what_happened,
+    write_report,
+    write_rows,
+)
 from runner.steering import Steering
 from runner.strategy import Strategy, choose_strategy, tokens_per_batch
 from runner.submission import LABEL_COLUMNS, check_writable, rehearse, write_submission
+from runner.timeline import Event, Timeline
 from runner.tokenization import tokenize
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape, Plan, plan_batches
@@ -57,6 +67,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# What the run itself is at, in the words of its page.
+STAGES = {"read": "reading", "tokenize": "tokenizing", "merge": "merging and writing"}
+# Seconds in which the page must be drawn: no run ends later for it.
+PAGE_WITHIN_S = 60.0
 # Rows that are computed again in float32 at a time.
 ROWS_IN_FLOAT = 8
 
@@ -95,7 +109,8 @@ def run(
         if metrics.url:
             progress.note(f"figures of this run: {metrics.url}", event="metrics", url=metrics.url)
         check_writable("--output", config.output)
-        check_writable("--report", config.report_path)
+        for path in (config.report_path, config.page_path, config.trace_path):
+            check_writable("--report", path)
         check_writable("--journal", config.journal_path)
         logs.check()
         this = _Run(config, find_job(config, progress), progress, started, logs)
@@ -127,7 +142,7 @@ def run(
                 this.improve(executor)
                 quantization = this.measure_quantization(executor)
         report = this.write_reports(executor, quantization)
-        logs.record(Event("end", summarize(report, config)))
+        logs.record(LogEvent("end", summarize(report, config)))
     print(say_summary(report, config), flush=True)
     return report
 
@@ -190,6 +205,7 @@ class _Run:
             0.0,
         )
         self.deadline = Deadline(config.time_limit, config.on_deadline)
+        self.timeline = Timeline(started)
         self._progress = progress
         self._logs = logs
         self._started = started
@@ -256,7 +272,7 @@ class _Run:
         if config.mode == "single" or not self.examples:
             from runner.single import InProcess
 
-            return InProcess(verbose=config.verbose, progress=progress)
+            return InProcess(verbose=config.verbose, progress=progress, timeline=self.timeline)
         from runner.dispatch import RayReplicas
 
         return RayReplicas(
@@ -264,6 +280,7 @@ class _Run:
             verbose=config.verbose,
             log_folder=self._logs.folder,
             progress=progress,
+            timeline=self.timeline,
             strategy=self.strategy,
             group_size=config.members,
             family=self.job.preset.class_name,
@@ -449,13 +466,12 @@ class _Run:
         if journal is not None:
             journal.add(missing, table, how=FILLED, worker="", lengths=none)
         self.merger.add(missing, table, how=FILLED, lengths=none, again=True)
-        what = (
-            f"{len(missing):,} rows ({list_ids(self.examples.ids, missing)}) have no answer of the "
-            f"model and get the fallback {', '.join(f'{value:.4f}' for value in values)}"
-        )
+        what = "have no answer of the model"
+        said = f"{what} and get the fallback {', '.join(f'{value:.4f}' for value in values)}"
         if over:
-            self.deadline.note(self.now(), what)
-        self._progress.note(f"warning: {what}")
+            self.deadline.note(self.now(), f"{len(missing):,} rows {said}")
+        named = list_ids(self.examples.ids, missing)
+        self._progress.note(f"warning: {len(missing):,} rows ({named}) {said}")
 
     def write(self) -> None:
         """Write the submission as it is now, and note when it stood."""
@@ -561,7 +577,45 @@ class _Run:
             write_rows(self.config.rows_path, self.examples.ids, self.merger)
         except OSError as error:
             self._progress.note(f"warning: the submission stands; its report does not: {error}")
+        for what, write in (("trace", self._write_trace), ("page", self._write_page)):
+            if failure := try_to_write(what, partial(write, report)):
+                self._progress.note(f"warning: {failure}")
         return report
+
+    def _write_trace(self, report: dict[str, Any]) -> None:
+        from runner.trace import make_trace, write_trace
+
+        timeline = self.timeline
+        events = make_trace(
+            timeline.spans,
+            timeline.stages,
+            [
+                *timeline.events,
+                *(Event(float(one["at_s"]), str(one["what"])) for one in self.deadline.events),
+            ],
+            devices={
+                (worker["replica"], worker["member"]): worker["device"]
+                for worker in report["workers"]
+            },
+            noun="group" if self.strategy else "worker",
+        )
+        write_trace(self.config.trace_path, events)
+
+    def _write_page(self, report: dict[str, Any]) -> None:
+        from runner.report_page import Story, write_page  # matplotlib takes half a second
+
+        story = Story(
+            report=report,
+            spans=self.timeline.spans,
+            stages=self.timeline.stages,
+            events=self.timeline.events,
+            lengths=self._lengths if self._lengths.size else self.merger.lengths,
+            how=self.merger.how,
+            values=self.merger.probabilities(range(len(self.examples))),
+            labels=LABEL_COLUMNS,
+            summary=what_happened(report),
+        )
+        write_page(self.config.page_path, story)
 
     def report(self, executor: "Executor", quantization: dict[str, Any] | None) -> dict[str, Any]:
         """Return the run's report."""
@@ -640,7 +694,8 @@ class _Run:
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         started = time.monotonic()
-        yield
+        with self.timeline.stage(STAGES[name]):
+            yield
         self.seconds[name] += time.monotonic() - started
 
     def _describe(self, executor: "Executor") -> dict[str, Any]:
@@ -663,7 +718,17 @@ class _Run:
         )
 
 
-def _in_background(work: Callable[[], T]) -> "Future[T]":
+def try_to_write(what: str, write: Callable[[], None]) -> str | None:
+    """Write something that no run is to fail for, or wait for long; return what went wrong."""
+    try:
+        _in_background(write, name=what).result(timeout=PAGE_WITHIN_S)
+    except Exception as error:  # whatever it is, the answers are there
+        why = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
+        return f"the submission stands; its {what} does not: {why}"
+    return None
+
+
+def _in_background(work: Callable[[], T], name: str = "tokenize") -> "Future[T]":
     """Run `work` in a thread that does not keep the process alive."""
     future: Future[T] = Future()
 
@@ -673,7 +738,7 @@ def _in_background(work: Callable[[], T]) -> "Future[T]":
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=target, daemon=True, name="tokenize").start()
+    threading.Thread(target=target, daemon=True, name=name).start()
     return future
 
 

@@ -109,11 +109,15 @@ class CompileInfo:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one worker spent on one batch, and what it handed on to the next stage."""
+    """What one worker spent on one batch, and what it handed on to the next stage.
+
+    ended_at: `time.time()` on the worker's machine, 0 where nobody looked.
+    """
 
     seconds: float
     peak_rss_bytes: int
     sent_bytes: int = 0
+    ended_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,15 +156,19 @@ def summarize(report: dict[str, Any], config: RunConfig) -> str:
             f"{report['strategy']}: the members hold {held} MB of weights each; they stood idle "
             f"{report['group']['idle_share']:.0%} of the time"
         )
-    lines += _describe_rows(report)
-    lines += _describe_faults(report["faults"])
+    lines += what_happened(report)
     if config.uses_demo_model:
         lines.append(
             "The model is the demo preset: its weights are random, so its probabilities mean "
             "nothing. Name your own with --preset, --head-kernel and --head-bias."
         )
-    lines.append(f"Report: {config.report_path}")
+    lines.append(f"Report: {config.report_path}, and to look at: {config.page_path}")
     return "\n".join(lines)
+
+
+def what_happened(report: dict[str, Any]) -> list[str]:
+    """Return sentences on what was not as asked for, and on what was survived."""
+    return [*_describe_rows(report), *_describe_faults(report["faults"])]
 
 
 def _describe_rows(report: dict[str, Any]) -> Iterator[str]:

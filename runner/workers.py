@@ -177,7 +177,7 @@ class Replica:
         with self._clock:
             ended = time.perf_counter()
             seconds, self._last_end = ended - max(started, self._last_end), ended
-        return Work(seconds, peak_rss_bytes(), sent_bytes)
+        return Work(seconds, peak_rss_bytes(), sent_bytes, time.time())
 
     def _arrays(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         assert self._tokens is not None, "this is a bug: no tokens before the first batch"
