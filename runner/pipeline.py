@@ -41,7 +41,7 @@ from runner.records import Examples, Faults, TokenTable
 from runner.report import make_report, say_summary, summarize, versions, write_report, write_rows
 from runner.steering import Steering
 from runner.strategy import Strategy, choose_strategy, tokens_per_batch
-from runner.submission import LABEL_COLUMNS, check_writable, rehearse, write_submission
+from runner.submission import check_writable, rehearse, write_submission
 from runner.tokenization import tokenize
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape, Plan, plan_batches
@@ -59,6 +59,8 @@ T = TypeVar("T")
 
 # Rows that are computed again in float32 at a time.
 ROWS_IN_FLOAT = 8
+# Numbers of a row that a message names.
+MOST_NAMED = 8
 
 
 def run(
@@ -206,10 +208,14 @@ class _Run:
 
     def read(self) -> None:
         """Read the test set and render its texts."""
-        self.examples: Examples = read_examples(self.job.test_set)
+        task, width = self.config.task, self.job.width(self.config.task)
+        self.examples: Examples = read_examples(self.job.test_set, task)
         self._texts = self._render(self.examples)
-        self.merger = Merger(self.examples.ids, len(LABEL_COLUMNS))
-        self.deadline.rehearsed(rehearse(self.config.output, self.examples.ids))
+        ids, kept = self.examples.ids, self.examples.kept
+        self.merger = Merger(ids, width, task.head)
+        self.deadline.rehearsed(
+            rehearse(self.config.output, ids, task=task, width=width, kept=kept)
+        )
 
     def tokens(self, examples: Examples, executor: "Executor") -> TokenTable | None:
         """Return the token ids of all rows, made while workers start; None where time is over."""
@@ -223,7 +229,8 @@ class _Run:
         return tokenizing.result()
 
     def _render(self, examples: Examples) -> list[str]:
-        return render_prompts(examples, text_format=self.config.text_format)
+        config = self.config
+        return render_prompts(examples, text_format=config.text_format, task=config.task)
 
     def _tokenize(self, texts: list[str]) -> TokenTable:
         def count(rows: int) -> None:
@@ -279,8 +286,9 @@ class _Run:
             config.journal_path,
             fingerprint=self._fingerprint,
             ids=examples.ids,
-            classes=len(LABEL_COLUMNS),
+            classes=self.job.width(config.task),
             resume=config.resume,
+            head=config.task.head,
         )
         try:
             for note in journal.notes:
@@ -451,7 +459,7 @@ class _Run:
         self.merger.add(missing, table, how=FILLED, lengths=none, again=True)
         what = (
             f"{len(missing):,} rows ({list_ids(self.examples.ids, missing)}) have no answer of the "
-            f"model and get the fallback {', '.join(f'{value:.4f}' for value in values)}"
+            f"model and get the fallback {_some(values)}"
         )
         if over:
             self.deadline.note(self.now(), what)
@@ -460,7 +468,13 @@ class _Run:
     def write(self) -> None:
         """Write the submission as it is now, and note when it stood."""
         with self.timed("merge"):
-            write_submission(self.config.output, self.examples.ids, self.merger.finish())
+            write_submission(
+                self.config.output,
+                self.examples.ids,
+                self.merger.finish(),
+                task=self.config.task,
+                kept=self.examples.kept,
+            )
         self._stands_s = self.now()
 
     def rows_to_improve(self) -> list[int]:
@@ -474,7 +488,8 @@ class _Run:
         if not rows or self.deadline.is_over(began):
             return
         self._progress.stage("tokenizing rows with their responses swapped")
-        predict_s, tokens = executor.predict_s, self.tokens(swap(self.examples), executor)
+        task, predict_s = self.config.task, executor.predict_s
+        tokens = self.tokens(swap(self.examples, task), executor)
         if tokens is None:
             return
         lengths, cost = tokens.lengths, self.job.preset.shape.batch_flops
@@ -487,6 +502,7 @@ class _Run:
                 executor,
                 tokens,
                 list(batches),
+                labels=task.swapped_labels,
                 merger=self.merger,
                 journal=self.journal,
                 deadline=self.deadline,
@@ -527,7 +543,10 @@ class _Run:
             # The submission stands; a worker without memory for this costs the figure alone.
             return {"mode": mode, "measured": f"it failed: {first_line(error)}"}
         figures = compare(
-            self.merger.probabilities(batch.rows), reference, seconds=time.monotonic() - started
+            self.merger.probabilities(batch.rows),
+            reference,
+            seconds=time.monotonic() - started,
+            head=self.config.task.head,
         )
         return {"mode": mode, **figures}
 
@@ -558,7 +577,7 @@ class _Run:
         report = self.report(executor, quantization)
         try:
             write_report(self.config.report_path, report)
-            write_rows(self.config.rows_path, self.examples.ids, self.merger)
+            write_rows(self.config.rows_path, self.merger, id_column=self.config.task.id_column)
         except OSError as error:
             self._progress.note(f"warning: the submission stands; its report does not: {error}")
         return report
@@ -675,6 +694,12 @@ def _in_background(work: Callable[[], T]) -> "Future[T]":
 
     threading.Thread(target=target, daemon=True, name="tokenize").start()
     return future
+
+
+def _some(values: np.ndarray) -> str:
+    """Name the first of a row's numbers: an embedding has thousands."""
+    named = ", ".join(f"{value:.4f}" for value in values[:MOST_NAMED])
+    return named + (", ..." if len(values) > MOST_NAMED else "")
 
 
 def _model_flops(preset: Preset, lengths: np.ndarray) -> float:

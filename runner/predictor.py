@@ -47,7 +47,16 @@ POOLINGS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 }
 
 
-Head = tuple[np.ndarray, np.ndarray]
+# A head's sums (rows, labels) -> what is written of them. A new kind of head is a line here, and
+# its name in `task.HEADS`.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "softmax": functools.partial(jax.nn.softmax, axis=-1),
+    "sigmoid": jax.nn.sigmoid,
+    "regression": lambda sums: sums,
+}
+
+# Kernel (hidden, labels) and bias (labels,); empty where the pooled states are asked for.
+Head = tuple[np.ndarray, ...]
 
 
 # Poolings that see what becomes of the positions after a row's end.
@@ -62,8 +71,8 @@ class Predictor:
     Args:
         model: a functional model over {"token_ids" or "hidden", "padding_mask"}, LoRA merged; its
             weights stay where they are.
-        head: kernel (hidden, classes) and bias (classes,), or None: hidden states come out.
-        pooling: a key of `POOLINGS`.
+        head: of the last stage; None: hidden states come out, not pooled.
+        pooling: a key of `POOLINGS`. activation: a key of `ACTIVATIONS`, where there is a head.
         replicated: over a mesh of several processes, the sharding of what all of them hold whole.
         way: how to attend, a key of `attention.WAYS`; None chooses by device and checks it.
     """
@@ -74,12 +83,15 @@ class Predictor:
         head: Head | None,
         *,
         pooling: str,
+        activation: str = "softmax",
         replicated: jax.sharding.Sharding | None = None,
         way: str | None = None,
     ) -> None:
         self._model = model
         self._entry = "token_ids" if "token_ids" in model.input else "hidden"
         self._pool = POOLINGS[pooling]
+        self._is_last = head is not None
+        self._activate = ACTIVATIONS.get(activation)
         self._sees_padding = pooling in SEES_PADDING
         self.notes: tuple[str, ...] = ()
         self._replicated = replicated
@@ -129,8 +141,9 @@ class Predictor:
         return CompileInfo(time.perf_counter() - started, _cache_hits().count > hits)
 
     def predict(self, entry: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Return probabilities, float32 (rows, classes) that sum to one along the last dim, or
-        without a head hidden states, (rows, length, hidden).
+        """Return float32 (rows, classes), what the head's activation says, with an empty head
+        the pooled states (rows, hidden); before the last stage hidden states, (rows, length,
+        hidden).
 
         Args:
             entry: token ids, int32 (rows, length), padded after each row's end; or hidden states.
@@ -166,12 +179,14 @@ class Predictor:
         lengths: jax.Array,
     ) -> jax.Array:
         hidden = self._hidden(trainable, non_trainable, entry, lengths)
-        if not head:
+        if not self._is_last:
             return hidden
-        kernel, bias = head
         pooled = self._pool(hidden.astype(jnp.float32), lengths)
-        logits = jnp.matmul(pooled, kernel, precision="highest") + bias
-        return jax.nn.softmax(logits, axis=-1)
+        if not head:
+            return pooled
+        assert self._activate is not None, "this is a bug: a head of an unknown kind"
+        kernel, bias = head
+        return self._activate(jnp.matmul(pooled, kernel, precision="highest") + bias)
 
     def _hidden(
         self,

@@ -130,7 +130,9 @@ class Replica:
         backbone = load_backbone(
             spec.preset, spec.lora_weights, dtype=dtype, quantization=spec.quantization
         )
-        self._predictor = Predictor(backbone, _head(spec, backbone), pooling=spec.pooling)
+        self._predictor = Predictor(
+            backbone, _head(spec, backbone), pooling=spec.pooling, activation=spec.head
+        )
         return self._introduce(device, dtype, started, before)
 
     def hold_tokens(self, tokens: TokenTable) -> None:
@@ -229,7 +231,7 @@ class PipelineStage(Replica):
         fill(model, stored, place_whole, quantization=spec.quantization)
         is_last = stage.stop == len(backbone.transformer_layers)
         head = _head(spec, backbone) if is_last else None
-        self._predictor = Predictor(model, head, pooling=spec.pooling)
+        self._predictor = Predictor(model, head, pooling=spec.pooling, activation=spec.head)
         return self._introduce(device, dtype, started, before)
 
     def begin(self, batch: Batch) -> Activations:
@@ -299,7 +301,11 @@ class TensorMember(Replica):
         fill(backbone, stored, place_slices(distribution))
         notes = audit(backbone, layouts)
         self._predictor = Predictor(
-            backbone, _head(spec, backbone), pooling=spec.pooling, replicated=replicated
+            backbone,
+            _head(spec, backbone),
+            pooling=spec.pooling,
+            activation=spec.head,
+            replicated=replicated,
         )
         return self._introduce(device, dtype, started, before, notes)
 
@@ -314,7 +320,7 @@ def predict_in_float(spec: ModelSpec, tokens: np.ndarray, lengths: np.ndarray) -
     values = tokens
     for number, part in enumerate(float_parts(spec.preset, spec.lora_weights), start=1):
         head = _head(spec, part) if number == layers else None
-        predictor = Predictor(part, head, pooling=spec.pooling, way="keras")
+        predictor = Predictor(part, head, pooling=spec.pooling, activation=spec.head, way="keras")
         values = predictor.predict(values, lengths)
         del predictor
     return values
@@ -333,7 +339,10 @@ def _memory_errors() -> Iterator[None]:
         raise
 
 
-def _head(spec: ModelSpec, backbone: Any) -> tuple[np.ndarray, np.ndarray]:
+def _head(spec: ModelSpec, backbone: Any) -> tuple[np.ndarray, ...]:
+    """Return kernel and bias, or nothing where the pooled states are asked for."""
+    if spec.head == "none":
+        return ()
     from runner.presets import read_head
 
     return read_head(
