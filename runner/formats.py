@@ -8,7 +8,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +22,8 @@ from runner.task import EMBEDDING
 # From columns by name, as in `Examples.kept`; numbers (rows, width); and the numbers' columns, none
 # where they are one embedding a row.
 Write = Callable[[Mapping[str, Any], np.ndarray, Sequence[str]], bytes]
+# Embeddings that are text at the same time: one is some thirty kilobytes.
+ROWS_AT_A_TIME = 1000
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -90,22 +92,24 @@ def _csv_of_embeddings(cells: Mapping[str, Sequence[str]], values: np.ndarray) -
     return f"{header}\n{''.join(whole)}"
 
 
-def _joined(values: np.ndarray, between: str) -> list[str]:
-    """Return each row of float32 (rows, width) as text."""
+def _joined(values: np.ndarray, between: str) -> Iterator[str]:
+    """Yield each row of (rows, width) as text."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    ends = pa.array(np.arange(len(values) + 1, dtype=np.int64) * values.shape[1])
-    lists = pa.LargeListArray.from_arrays(ends, _shortest(np.ravel(values)))
-    rows: list[str] = pc.binary_join(lists, between).to_pylist()
-    return rows
+    width = values.shape[1]
+    for start in range(0, len(values), ROWS_AT_A_TIME):
+        some = values[start : start + ROWS_AT_A_TIME]
+        ends = pa.array(np.arange(len(some) + 1, dtype=np.int32) * width, pa.int32())
+        lists = pa.ListArray.from_arrays(ends, _shortest(np.ravel(some)))
+        yield from pc.binary_join(lists, between).to_pylist()
 
 
 def _shortest(values: np.ndarray) -> Any:
     """Return numbers as the shortest text that reads back as the same in their dtype."""
     import pyarrow as pa
 
-    return pa.array(values).cast(pa.large_string())
+    return pa.array(values).cast(pa.string())
 
 
 def _labelled(name: str, texts: Any) -> list[str]:
