@@ -42,12 +42,12 @@ class Job:
 
     def spec(self, config: RunConfig, dtype: str) -> ModelSpec:
         """Return what workers need, in a dtype."""
-        lora = self.lora_weights
+        lora, kernel, bias = self.lora_weights, self.head_kernel, self.head_bias
         return ModelSpec(
             preset=str(self.preset.path.resolve()),
             lora_weights=str(lora.resolve()) if lora is not None else None,
-            head_kernel=str(self.head_kernel.resolve()) if self.head_kernel else "",
-            head_bias=str(self.head_bias.resolve()) if self.head_bias else "",
+            head_kernel=str(kernel.resolve()) if kernel is not None else None,
+            head_bias=str(bias.resolve()) if bias is not None else None,
             classes=self.width(config.task),
             pooling=config.pooling,
             dtype=dtype,
@@ -108,15 +108,14 @@ def find_job(config: RunConfig, progress: Progress) -> Job:
     lora = files.get("lora_weights")
     if lora is not None:
         check_lora(lora, preset.shape)
-    task = config.task
-    if task.head == "none":
-        files.pop("head_kernel", None), files.pop("head_bias", None)
+    if config.task.head == "none":
+        files = {name: files[name] for name in files if not name.startswith("head")}  # the demo's
     else:
         read_head(
             files["head_kernel"],
             files["head_bias"],
             hidden_dim=preset.shape.hidden_dim,
-            classes=len(task.label_columns),
+            classes=len(config.task.label_columns),
         )
     return Job(
         test_set=files["input"],
@@ -129,13 +128,16 @@ def find_job(config: RunConfig, progress: Progress) -> Job:
 
 
 def _settings_of(config: RunConfig) -> dict[str, object]:
-    """What of a task decides an answer; nothing of the contest's, whose journals are older than
-    tasks. What labels are called does not: how many there are is the head's to say."""
-    task = config.task
-    if task == CONTEST:
-        return {}
-    settings: dict[str, object] = {"template": repr(task.template), "kind_of_head": task.head}
-    if config.extra_passes == "swap":
+    """What of a task decides an answer; nothing where it is as the contest's, whose journals are
+    older than tasks. What labels are called does not: how many there are, the head says."""
+    task, settings = config.task, dict[str, object]()
+    if (task.template, task.head) != (CONTEST.template, CONTEST.head):
+        settings |= {"template": repr(task.template), "kind_of_head": task.head}
+    exchanged = task.swapped_columns, task.swapped_labels
+    if config.extra_passes == "swap" and exchanged != (
+        CONTEST.swapped_columns,
+        CONTEST.swapped_labels,
+    ):
         settings["swapped"] = f"{' and '.join(task.swap)}, labels to {task.swapped_labels}"
     return settings
 

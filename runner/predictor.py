@@ -49,14 +49,13 @@ POOLINGS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 # A head's sums (rows, labels) -> what is written of them. A new kind of head is a line here, and
 # its name in `task.HEADS`.
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+OUTPUTS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "softmax": functools.partial(jax.nn.softmax, axis=-1),
     "sigmoid": jax.nn.sigmoid,
     "regression": lambda sums: sums,
 }
 
-# Kernel (hidden, labels) and bias (labels,); empty where the pooled states are asked for.
-Head = tuple[np.ndarray, ...]
+Head = tuple[np.ndarray, np.ndarray]
 
 
 # Poolings that see what becomes of the positions after a row's end.
@@ -71,8 +70,9 @@ class Predictor:
     Args:
         model: a functional model over {"token_ids" or "hidden", "padding_mask"}, LoRA merged; its
             weights stay where they are.
-        head: of the last stage; None: hidden states come out, not pooled.
-        pooling: a key of `POOLINGS`. activation: a key of `ACTIVATIONS`, where there is a head.
+        head: kernel (hidden, classes) and bias (classes,), or None: hidden states come out.
+        pooling: a key of `POOLINGS`.
+        output: a key of `OUTPUTS`; or none, without a head: the pooled states come out.
         replicated: over a mesh of several processes, the sharding of what all of them hold whole.
         way: how to attend, a key of `attention.WAYS`; None chooses by device and checks it.
     """
@@ -83,15 +83,14 @@ class Predictor:
         head: Head | None,
         *,
         pooling: str,
-        activation: str = "softmax",
+        output: str = "softmax",
         replicated: jax.sharding.Sharding | None = None,
         way: str | None = None,
     ) -> None:
         self._model = model
         self._entry = "token_ids" if "token_ids" in model.input else "hidden"
         self._pool = POOLINGS[pooling]
-        self._is_last = head is not None
-        self._activate = ACTIVATIONS.get(activation)
+        self._output = output if head is not None or output == "none" else "hidden"
         self._sees_padding = pooling in SEES_PADDING
         self.notes: tuple[str, ...] = ()
         self._replicated = replicated
@@ -141,9 +140,8 @@ class Predictor:
         return CompileInfo(time.perf_counter() - started, _cache_hits().count > hits)
 
     def predict(self, entry: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Return float32 (rows, classes), what the head's activation says, with an empty head
-        the pooled states (rows, hidden); before the last stage hidden states, (rows, length,
-        hidden).
+        """Return what `output` names, float32 (rows, classes) or pooled states (rows, hidden); or
+        before the last stage hidden states, (rows, length, hidden).
 
         Args:
             entry: token ids, int32 (rows, length), padded after each row's end; or hidden states.
@@ -179,14 +177,14 @@ class Predictor:
         lengths: jax.Array,
     ) -> jax.Array:
         hidden = self._hidden(trainable, non_trainable, entry, lengths)
-        if not self._is_last:
+        if self._output == "hidden":
             return hidden
         pooled = self._pool(hidden.astype(jnp.float32), lengths)
-        if not head:
+        if self._output == "none":
             return pooled
-        assert self._activate is not None, "this is a bug: a head of an unknown kind"
         kernel, bias = head
-        return self._activate(jnp.matmul(pooled, kernel, precision="highest") + bias)
+        logits = jnp.matmul(pooled, kernel, precision="highest") + bias
+        return OUTPUTS[self._output](logits)
 
     def _hidden(
         self,

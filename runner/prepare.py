@@ -37,8 +37,8 @@ def prepare(config: PrepareConfig, *, started: float | None = None) -> Preset:
     spec = ModelSpec(
         preset=str(preset.path.resolve()),
         lora_weights=str(config.lora_weights.resolve()) if config.lora_weights else None,
-        head_kernel=str(config.head_kernel or ""),
-        head_bias=str(config.head_bias or ""),
+        head_kernel=str(config.head_kernel) if config.head_kernel else None,
+        head_bias=str(config.head_bias) if config.head_bias else None,
         classes=config.task.width(preset.shape.hidden_dim),
         pooling=config.pooling,
         dtype="float32" if config.dtype == "auto" else config.dtype,
@@ -121,10 +121,10 @@ def _measure(
 ) -> dict[str, Any]:
     """Compare the quantized model with float32 on the first rows."""
     from runner.dataset import read_examples
-    from runner.predictor import Head, Predictor
+    from runner.predictor import Predictor
     from runner.prompts import render_prompts
     from runner.tokenization import tokenize
-    from runner.workers import predict_in_float
+    from runner.workers import load_head, predict_in_float
 
     task = config.task
     examples = read_examples(config.input, task) if config.input is not None else _made_up(task)
@@ -140,15 +140,8 @@ def _measure(
     )
     arrays = tokens.batch_arrays(batch.rows, batch.shape.rows, batch.shape.length)
     started = time.monotonic()
-    head: Head = ()
-    if spec.head != "none":
-        head = read_head(
-            Path(spec.head_kernel),
-            Path(spec.head_bias),
-            hidden_dim=preset.shape.hidden_dim,
-            classes=spec.classes,
-        )
-    predictor = Predictor(backbone, head, pooling=spec.pooling, activation=spec.head)
+    head = load_head(spec, backbone)
+    predictor = Predictor(backbone, head, pooling=spec.pooling, output=spec.head)
     quantized = predictor.predict(*arrays)
     reference = predict_in_float(spec, *arrays)
     seconds = time.monotonic() - started

@@ -72,14 +72,14 @@ class ModelSpec:
     """All a worker needs to make a replica. Paths and names only: models do not travel.
 
     quantization: what to make of a float preset while it is loaded; None where it is to stay as
-    it is on disk. stored_bytes: of its weight files. head: a key of `predictor.ACTIVATIONS`, or
-    none: then there are no head files, and a row gets `classes` numbers of its pooled states.
+    it is on disk. stored_bytes: of its weight files. head: a key of `predictor.OUTPUTS`, or none:
+    then there are no head files, and a row gets its pooled states, `classes` numbers.
     """
 
     preset: str
     lora_weights: str | None
-    head_kernel: str
-    head_bias: str
+    head_kernel: str | None
+    head_bias: str | None
     classes: int
     pooling: str
     dtype: str
