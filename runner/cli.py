@@ -60,7 +60,7 @@ HELP = {
     "output": "where the submission is written: .csv, .parquet or .jsonl (default: submission.csv)",
     "preset": "KerasHub preset directory (default: the demo preset, random weights)",
     "lora_weights": "*.lora.h5 saved from that backbone; merged into its kernels (default: none)",
-    "head_kernel": ".npy of shape (hidden, classes) (needed with --preset, but for [task] head none)",
+    "head_kernel": ".npy of shape (hidden, classes) (needed with --preset, if [task] has a head)",
     "head_bias": ".npy of shape (classes,) (needed with --head-kernel)",
     "pooling": "hidden states -> one vector; padded-mean is the notebook's mean over all "
     "positions, padding included (default: padded-mean)",

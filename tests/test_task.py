@@ -36,6 +36,7 @@ class TestTable:
         assert make_task({"id_column": "row"}) == replace(CONTEST, id_column="row")
         assert make_task({"template": "{response_b}|{prompt}|{response_a}"}).swap == CONTEST.swap
         assert make_task({"label-columns": ["a", "b"]}).swap == ()
+        assert RunConfig(task={"id_column": "id"}).task == CONTEST
 
     def test_columns_and_template_follow_from_each_other(self):
         task = make_task(OWN)
