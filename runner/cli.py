@@ -32,6 +32,7 @@ from runner.config import (
     flag,
     make_config,
     parse_count,
+    read_task,
 )
 from runner.errors import (
     BUSY_THREAD,
@@ -54,12 +55,13 @@ AGAIN_AFTER_S = 0.1
 HELP = {
     "mode": "data-parallel: Ray workers, one replica each; model-parallel: groups of Ray workers, "
     "one replica a group; single: this process, no Ray (default: data-parallel)",
-    "input": "CSV or Parquet with id, prompt, response_a, response_b (default: the demo set)",
-    "output": "where the submission is written (default: submission.csv)",
+    "input": "CSV, Parquet or JSON lines (.jsonl) with id, prompt, response_a, response_b, or the "
+    "columns that [task] in --config names (default: the demo set)",
+    "output": "where the submission is written: .csv, .parquet or .jsonl (default: submission.csv)",
     "preset": "KerasHub preset directory (default: the demo preset, random weights)",
     "lora_weights": "*.lora.h5 saved from that backbone; merged into its kernels (default: none)",
-    "head_kernel": ".npy of shape (hidden, classes) (needed with --preset)",
-    "head_bias": ".npy of shape (classes,) (needed with --preset)",
+    "head_kernel": ".npy of shape (hidden, classes) (needed with --preset, if [task] has a head)",
+    "head_bias": ".npy of shape (classes,) (needed with --head-kernel)",
     "pooling": "hidden states -> one vector; padded-mean is the notebook's mean over all "
     "positions, padding included (default: padded-mean)",
     "sequence_length": "tokens a row is cut to; use the length of training (default: 512 tokens)",
@@ -81,8 +83,8 @@ HELP = {
     "for the others; fail, exit code 3 with the journal kept (default: shorten)",
     "min_sequence_length": "tokens below which no row is cut (default: a quarter of "
     "--sequence-length)",
-    "fallback_probabilities": "a,b,c for rows that have no answer of the model (default: the mean "
-    "of those that have)",
+    "fallback_probabilities": "a,b,c, one a label, for rows that have no answer of the model "
+    "(default: the mean of those that have)",
     "extra_passes": "swap: where time is left, rows are predicted again with their two responses "
     "exchanged, the most uncertain first, and averaged (default: none)",
     "resume": "auto: go on from the journal where it is of the same test set, model and settings, "
@@ -254,7 +256,8 @@ def parse_arguments(argv: Sequence[str]) -> RunConfig:
         "--config",
         type=Path,
         metavar="FILE.toml",
-        help="a file of the same names, as TOML; flags win (default: none)",
+        help="a file of the same names, as TOML; flags win. Its [task] table names other columns, "
+        "text, labels and kind of head than the contest's (default: none)",
     )
     others.add_argument("--version", action="version", version=f"arena-runner {__version__}")
     others.add_argument("-h", "--help", action="help", help="show this and end")
@@ -285,11 +288,17 @@ def parse_prepare_arguments(argv: Sequence[str]) -> PrepareConfig:
         allow_abbrev=False,
     )
     _add_flags(parser, PREPARE_HELP, folders=("preset", "output"))
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE.toml", help="of a run, for its [task] alone"
+    )
     flags = parser.read(argv)
+    config_file = flags.pop("config", None)
     if missing := [flag(name) for name in ("preset", "output") if name not in flags]:
         raise ConfigError(f"prepare needs {' and '.join(missing)}; --help lists the flags")
     if "sequence_length" in flags:
         flags["sequence_length"] = parse_count("sequence_length", flags["sequence_length"])
+    if config_file is not None:
+        flags["task"] = read_task(config_file)
     return PrepareConfig(**flags)
 
 

@@ -15,7 +15,7 @@ from runner.presets import Preset, check_lora, read_head, read_preset
 from runner.progress import Progress
 from runner.records import ModelSpec
 from runner.report import versions
-from runner.submission import LABEL_COLUMNS
+from runner.task import CONTEST, Task
 
 # Packages whose versions may change an answer.
 ANSWERS_DEPEND_ON = ("jax", "keras", "keras-hub")
@@ -25,30 +25,36 @@ ANSWERS_DEPEND_ON = ("jax", "keras", "keras-hub")
 class Job:
     """The files of a run, the demo's where the person named none, and the preset's facts.
 
-    quantization: what workers have to make of the preset's weights while they load them.
+    head_kernel, head_bias: None where the task has no head. quantization: what workers have to
+    make of the preset's weights while they load them.
     """
 
     test_set: Path
     preset: Preset
     lora_weights: Path | None
-    head_kernel: Path
-    head_bias: Path
+    head_kernel: Path | None
+    head_bias: Path | None
     quantization: str | None
+
+    def width(self, task: Task) -> int:
+        """Return how many numbers a row gets."""
+        return task.width(self.preset.shape.hidden_dim)
 
     def spec(self, config: RunConfig, dtype: str) -> ModelSpec:
         """Return what workers need, in a dtype."""
-        lora = self.lora_weights
+        lora, kernel, bias = self.lora_weights, self.head_kernel, self.head_bias
         return ModelSpec(
             preset=str(self.preset.path.resolve()),
             lora_weights=str(lora.resolve()) if lora is not None else None,
-            head_kernel=str(self.head_kernel.resolve()),
-            head_bias=str(self.head_bias.resolve()),
-            classes=len(LABEL_COLUMNS),
+            head_kernel=str(kernel.resolve()) if kernel is not None else None,
+            head_bias=str(bias.resolve()) if bias is not None else None,
+            classes=self.width(config.task),
             pooling=config.pooling,
             dtype=dtype,
             quantization=self.quantization,
             compilation_cache=compilation_cache(),
             stored_bytes=sum(path.stat().st_size for path in self.preset.weight_files),
+            head=config.task.head,
         )
 
     def fingerprint(
@@ -64,13 +70,14 @@ class Job:
                 "dtype": dtype,
                 "quantization": self.preset.quantization or config.quantization,
                 "extra_passes": config.extra_passes,
+                **_settings_of(config),
             },
             versions={name: found[name] for name in ANSWERS_DEPEND_ON if name in found},
             ids=ids,
             texts=texts,
             preset_files=self.preset.small_files,
             weight_files=self.preset.weight_files,
-            head_files=[self.head_kernel, self.head_bias],
+            head_files=[path for path in (self.head_kernel, self.head_bias) if path is not None],
             lora_file=self.lora_weights,
         )
 
@@ -101,20 +108,38 @@ def find_job(config: RunConfig, progress: Progress) -> Job:
     lora = files.get("lora_weights")
     if lora is not None:
         check_lora(lora, preset.shape)
-    read_head(
-        files["head_kernel"],
-        files["head_bias"],
-        hidden_dim=preset.shape.hidden_dim,
-        classes=len(LABEL_COLUMNS),
-    )
+    if config.task.head == "none":
+        files = {name: files[name] for name in files if not name.startswith("head")}  # the demo's
+    else:
+        read_head(
+            files["head_kernel"],
+            files["head_bias"],
+            hidden_dim=preset.shape.hidden_dim,
+            classes=len(config.task.label_columns),
+        )
     return Job(
         test_set=files["input"],
         preset=preset,
         lora_weights=lora,
-        head_kernel=files["head_kernel"],
-        head_bias=files["head_bias"],
+        head_kernel=files.get("head_kernel"),
+        head_bias=files.get("head_bias"),
         quantization=_quantization_to_do(config, preset),
     )
+
+
+def _settings_of(config: RunConfig) -> dict[str, object]:
+    """What of a task decides an answer; nothing where it is as the contest's, whose journals are
+    older than tasks. What labels are called does not: how many there are, the head says."""
+    task, settings = config.task, dict[str, object]()
+    if (task.template, task.head) != (CONTEST.template, CONTEST.head):
+        settings |= {"template": repr(task.template), "kind_of_head": task.head}
+    exchanged = task.swapped_columns, task.swapped_labels
+    if config.extra_passes == "swap" and exchanged != (
+        CONTEST.swapped_columns,
+        CONTEST.swapped_labels,
+    ):
+        settings["swapped"] = f"{' and '.join(task.swap)}, labels to {task.swapped_labels}"
+    return settings
 
 
 def cache_folder() -> Path:

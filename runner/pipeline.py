@@ -50,7 +50,7 @@ from runner.report import (
 )
 from runner.steering import Steering
 from runner.strategy import Strategy, choose_strategy, tokens_per_batch
-from runner.submission import LABEL_COLUMNS, check_writable, rehearse, write_submission
+from runner.submission import check_writable, rehearse, write_submission
 from runner.timeline import Event, Timeline
 from runner.tokenization import tokenize
 from sharding.backlog import Backlog
@@ -73,6 +73,8 @@ STAGES = {"read": "reading", "tokenize": "tokenizing", "merge": "merging and wri
 PAGE_WITHIN_S = 60.0
 # Rows that are computed again in float32 at a time.
 ROWS_IN_FLOAT = 8
+# Numbers of a row that a message names.
+MOST_NAMED = 8
 
 
 def run(
@@ -222,10 +224,14 @@ class _Run:
 
     def read(self) -> None:
         """Read the test set and render its texts."""
-        self.examples: Examples = read_examples(self.job.test_set)
+        task, width = self.config.task, self.job.width(self.config.task)
+        self.examples: Examples = read_examples(self.job.test_set, task)
         self._texts = self._render(self.examples)
-        self.merger = Merger(self.examples.ids, len(LABEL_COLUMNS))
-        self.deadline.rehearsed(rehearse(self.config.output, self.examples.ids))
+        ids, kept = self.examples.ids, self.examples.kept
+        self.merger = Merger(ids, width, task.head)
+        self.deadline.rehearsed(
+            rehearse(self.config.output, ids, task=task, width=width, kept=kept)
+        )
 
     def tokens(self, examples: Examples, executor: "Executor") -> TokenTable | None:
         """Return the token ids of all rows, made while workers start; None where time is over."""
@@ -239,7 +245,8 @@ class _Run:
         return tokenizing.result()
 
     def _render(self, examples: Examples) -> list[str]:
-        return render_prompts(examples, text_format=self.config.text_format)
+        config = self.config
+        return render_prompts(examples, text_format=config.text_format, task=config.task)
 
     def _tokenize(self, texts: list[str]) -> TokenTable:
         def count(rows: int) -> None:
@@ -296,8 +303,9 @@ class _Run:
             config.journal_path,
             fingerprint=self._fingerprint,
             ids=examples.ids,
-            classes=len(LABEL_COLUMNS),
+            classes=self.job.width(config.task),
             resume=config.resume,
+            head=config.task.head,
         )
         try:
             for note in journal.notes:
@@ -466,8 +474,7 @@ class _Run:
         if journal is not None:
             journal.add(missing, table, how=FILLED, worker="", lengths=none)
         self.merger.add(missing, table, how=FILLED, lengths=none, again=True)
-        what = "have no answer of the model"
-        said = f"{what} and get the fallback {', '.join(f'{value:.4f}' for value in values)}"
+        said = f"have no answer of the model and get the fallback {_some(values)}"
         if over:
             self.deadline.note(self.now(), f"{len(missing):,} rows {said}")
         named = list_ids(self.examples.ids, missing)
@@ -476,7 +483,13 @@ class _Run:
     def write(self) -> None:
         """Write the submission as it is now, and note when it stood."""
         with self.timed("merge"):
-            write_submission(self.config.output, self.examples.ids, self.merger.finish())
+            write_submission(
+                self.config.output,
+                self.examples.ids,
+                self.merger.finish(),
+                task=self.config.task,
+                kept=self.examples.kept,
+            )
         self._stands_s = self.now()
 
     def rows_to_improve(self) -> list[int]:
@@ -490,7 +503,8 @@ class _Run:
         if not rows or self.deadline.is_over(began):
             return
         self._progress.stage("tokenizing rows with their responses swapped")
-        predict_s, tokens = executor.predict_s, self.tokens(swap(self.examples), executor)
+        task, predict_s = self.config.task, executor.predict_s
+        tokens = self.tokens(swap(self.examples, task), executor)
         if tokens is None:
             return
         lengths, cost = tokens.lengths, self.job.preset.shape.batch_flops
@@ -503,6 +517,7 @@ class _Run:
                 executor,
                 tokens,
                 list(batches),
+                labels=task.swapped_labels,
                 merger=self.merger,
                 journal=self.journal,
                 deadline=self.deadline,
@@ -543,7 +558,10 @@ class _Run:
             # The submission stands; a worker without memory for this costs the figure alone.
             return {"mode": mode, "measured": f"it failed: {first_line(error)}"}
         figures = compare(
-            self.merger.probabilities(batch.rows), reference, seconds=time.monotonic() - started
+            self.merger.probabilities(batch.rows),
+            reference,
+            seconds=time.monotonic() - started,
+            head=self.config.task.head,
         )
         return {"mode": mode, **figures}
 
@@ -574,7 +592,7 @@ class _Run:
         report = self.report(executor, quantization)
         try:
             write_report(self.config.report_path, report)
-            write_rows(self.config.rows_path, self.examples.ids, self.merger)
+            write_rows(self.config.rows_path, self.merger, id_column=self.config.task.id_column)
         except OSError as error:
             self._progress.note(f"warning: the submission stands; its report does not: {error}")
         for what, write in (("trace", self._write_trace), ("page", self._write_page)):
@@ -604,6 +622,7 @@ class _Run:
     def _write_page(self, report: dict[str, Any]) -> None:
         from runner.report_page import Story, write_page  # matplotlib takes half a second
 
+        values = self.merger.probabilities(range(len(self.examples)))
         story = Story(
             report=report,
             spans=self.timeline.spans,
@@ -611,8 +630,9 @@ class _Run:
             events=self.timeline.events,
             lengths=self._lengths if self._lengths.size else self.merger.lengths,
             how=self.merger.how,
-            values=self.merger.probabilities(range(len(self.examples))),
-            labels=LABEL_COLUMNS,
+            values=values,
+            # Of embeddings, the numbers by their places.
+            labels=self.config.task.label_columns or [*map(str, range(values.shape[1]))],
             summary=what_happened(report),
         )
         write_page(self.config.page_path, story)
@@ -740,6 +760,12 @@ def _in_background(work: Callable[[], T], name: str = "tokenize") -> "Future[T]"
 
     threading.Thread(target=target, daemon=True, name=name).start()
     return future
+
+
+def _some(values: np.ndarray) -> str:
+    """Name the first of a row's numbers: an embedding has thousands."""
+    named = ", ".join(f"{value:.4f}" for value in values[:MOST_NAMED])
+    return named + (", ..." if len(values) > MOST_NAMED else "")
 
 
 def _model_flops(preset: Preset, lengths: np.ndarray) -> float:

@@ -47,6 +47,14 @@ POOLINGS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 }
 
 
+# A head's sums (rows, labels) -> what is written of them. A new kind of head is a line here, and
+# its name in `task.HEADS`.
+OUTPUTS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "softmax": functools.partial(jax.nn.softmax, axis=-1),
+    "sigmoid": jax.nn.sigmoid,
+    "regression": lambda sums: sums,
+}
+
 Head = tuple[np.ndarray, np.ndarray]
 
 
@@ -64,6 +72,7 @@ class Predictor:
             weights stay where they are.
         head: kernel (hidden, classes) and bias (classes,), or None: hidden states come out.
         pooling: a key of `POOLINGS`.
+        output: a key of `OUTPUTS`; or none, without a head: the pooled states come out.
         replicated: over a mesh of several processes, the sharding of what all of them hold whole.
         way: how to attend, a key of `attention.WAYS`; None chooses by device and checks it.
     """
@@ -74,12 +83,14 @@ class Predictor:
         head: Head | None,
         *,
         pooling: str,
+        output: str = "softmax",
         replicated: jax.sharding.Sharding | None = None,
         way: str | None = None,
     ) -> None:
         self._model = model
         self._entry = "token_ids" if "token_ids" in model.input else "hidden"
         self._pool = POOLINGS[pooling]
+        self._output = output if head is not None or output == "none" else "hidden"
         self._sees_padding = pooling in SEES_PADDING
         self.notes: tuple[str, ...] = ()
         self._replicated = replicated
@@ -129,8 +140,8 @@ class Predictor:
         return CompileInfo(time.perf_counter() - started, _cache_hits().count > hits)
 
     def predict(self, entry: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Return probabilities, float32 (rows, classes) that sum to one along the last dim, or
-        without a head hidden states, (rows, length, hidden).
+        """Return what `output` names, float32 (rows, classes) or pooled states (rows, hidden); or
+        before the last stage hidden states, (rows, length, hidden).
 
         Args:
             entry: token ids, int32 (rows, length), padded after each row's end; or hidden states.
@@ -166,12 +177,14 @@ class Predictor:
         lengths: jax.Array,
     ) -> jax.Array:
         hidden = self._hidden(trainable, non_trainable, entry, lengths)
-        if not head:
+        if self._output == "hidden":
             return hidden
-        kernel, bias = head
         pooled = self._pool(hidden.astype(jnp.float32), lengths)
+        if self._output == "none":
+            return pooled
+        kernel, bias = head
         logits = jnp.matmul(pooled, kernel, precision="highest") + bias
-        return jax.nn.softmax(logits, axis=-1)
+        return OUTPUTS[self._output](logits)
 
     def _hidden(
         self,

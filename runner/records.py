@@ -1,6 +1,8 @@
 """Nouns shared by the stages of a run. Of ours it imports the planner's nouns alone."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +16,15 @@ COMPILING_TO_READING = 8.0
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """The test set: ids as they were spelled and one tuple of cells for each text column."""
+    """The test set: ids as they were spelled and one tuple of cells for each text column.
+
+    kept: columns that are copied to the output: text, JSON values or an Arrow column, as the file
+    has them; the id column too, where its ids are numbers there.
+    """
 
     ids: tuple[str, ...]
     columns: dict[str, tuple[str, ...]]
+    kept: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -65,19 +72,21 @@ class ModelSpec:
     """All a worker needs to make a replica. Paths and names only: models do not travel.
 
     quantization: what to make of a float preset while it is loaded; None where it is to stay as
-    it is on disk. stored_bytes: of its weight files.
+    it is on disk. stored_bytes: of its weight files. head: a key of `predictor.OUTPUTS`, or none:
+    then there are no head files, and a row gets its pooled states, `classes` numbers.
     """
 
     preset: str
     lora_weights: str | None
-    head_kernel: str
-    head_bias: str
+    head_kernel: str | None
+    head_bias: str | None
     classes: int
     pooling: str
     dtype: str
     quantization: str | None
     compilation_cache: str | None
     stored_bytes: int = 0
+    head: str = "softmax"
 
 
 @dataclass(frozen=True, slots=True)

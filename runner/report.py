@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -114,10 +114,10 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
     write_whole(path, json.dumps(report, indent=1) + "\n", private=True)
 
 
-def write_rows(path: Path, ids: Sequence[str], merger: Merger) -> None:
+def write_rows(path: Path, merger: Merger, *, id_column: str) -> None:
     """Write how each row was made and from how many tokens, beside the report."""
     table = pd.DataFrame({"how": merger.how, "tokens": merger.lengths})
-    table.insert(0, "id", pd.Series(ids, dtype=object))
+    table.insert(0, id_column, pd.Series(merger.ids, dtype=object), allow_duplicates=True)
     write_whole(path, table.to_csv(index=False, lineterminator="\n"), private=True)
 
 

@@ -130,7 +130,9 @@ class Replica:
         backbone = load_backbone(
             spec.preset, spec.lora_weights, dtype=dtype, quantization=spec.quantization
         )
-        self._predictor = Predictor(backbone, _head(spec, backbone), pooling=spec.pooling)
+        self._predictor = Predictor(
+            backbone, load_head(spec, backbone), pooling=spec.pooling, output=spec.head
+        )
         return self._introduce(device, dtype, started, before)
 
     def hold_tokens(self, tokens: TokenTable) -> None:
@@ -228,8 +230,9 @@ class PipelineStage(Replica):
         stored = locate_weights(backbone, spec.preset, spec.lora_weights)
         fill(model, stored, place_whole, quantization=spec.quantization)
         is_last = stage.stop == len(backbone.transformer_layers)
-        head = _head(spec, backbone) if is_last else None
-        self._predictor = Predictor(model, head, pooling=spec.pooling)
+        head = load_head(spec, backbone) if is_last else None
+        output = spec.head if is_last else "hidden"
+        self._predictor = Predictor(model, head, pooling=spec.pooling, output=output)
         return self._introduce(device, dtype, started, before)
 
     def begin(self, batch: Batch) -> Activations:
@@ -299,7 +302,11 @@ class TensorMember(Replica):
         fill(backbone, stored, place_slices(distribution))
         notes = audit(backbone, layouts)
         self._predictor = Predictor(
-            backbone, _head(spec, backbone), pooling=spec.pooling, replicated=replicated
+            backbone,
+            load_head(spec, backbone),
+            pooling=spec.pooling,
+            output=spec.head,
+            replicated=replicated,
         )
         return self._introduce(device, dtype, started, before, notes)
 
@@ -313,8 +320,9 @@ def predict_in_float(spec: ModelSpec, tokens: np.ndarray, lengths: np.ndarray) -
     layers = read_preset(Path(spec.preset)).shape.num_layers
     values = tokens
     for number, part in enumerate(float_parts(spec.preset, spec.lora_weights), start=1):
-        head = _head(spec, part) if number == layers else None
-        predictor = Predictor(part, head, pooling=spec.pooling, way="keras")
+        head = load_head(spec, part) if number == layers else None
+        output = spec.head if number == layers else "hidden"
+        predictor = Predictor(part, head, pooling=spec.pooling, output=output, way="keras")
         values = predictor.predict(values, lengths)
         del predictor
     return values
@@ -333,7 +341,10 @@ def _memory_errors() -> Iterator[None]:
         raise
 
 
-def _head(spec: ModelSpec, backbone: Any) -> tuple[np.ndarray, np.ndarray]:
+def load_head(spec: ModelSpec, backbone: Any) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return kernel and bias, or None where the pooled states are asked for."""
+    if spec.head_kernel is None or spec.head_bias is None:
+        return None
     from runner.presets import read_head
 
     return read_head(
