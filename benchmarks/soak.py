@@ -162,7 +162,8 @@ class Soak:
     def do_job(self, end: float) -> None:
         """Start with an empty journal and go on until the submission stands."""
         for path in self._folder.glob("submission.csv*"):
-            path.unlink()
+            if path.is_file():  # else the folder of logs, in which each run cleans up itself
+                path.unlink()
         self._rows: dict[int, np.ndarray] = {}
         self._jobs += 1
         stands = False
