@@ -21,10 +21,10 @@ from keras.src.backend.common import global_state
 
 from benchmarks.shapes import SHAPES
 from runner import attention
+from runner.families import model_shape
 from runner.predictor import Predictor, matmul_rate, resolve_dtype
 from runner.quantization import quantize_layer
 from sharding.batches import BatchShape
-from sharding.costs import model_shape
 
 LENGTHS = (512, 1024, 2048)
 TOKENS = {"cpu": (2048,), "gpu": (8192, 16384, 32768), "tpu": (8192, 16384, 32768)}

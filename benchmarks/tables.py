@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import ROOT, Contender, Measured, ratio
-from sharding.costs import model_shape
+from runner.families import model_shape
 
 PACKAGES = ("jax", "keras", "keras-hub", "numpy", "ray", "tensorflow", "torch", "transformers")
 # Whose speed the others' is a multiple of, by pooling.

@@ -51,13 +51,16 @@ HELP = {
     "one replica a group; single: this process, no Ray (default: data-parallel)",
     "input": "CSV or Parquet with id, prompt, response_a, response_b (default: the demo set)",
     "output": "where the submission is written (default: submission.csv)",
-    "preset": "KerasHub preset directory (default: the demo preset, random weights)",
+    "preset": "KerasHub preset directory, of a backbone or of a whole TextClassifier with its own "
+    "head (default: the demo preset, random weights)",
     "lora_weights": "*.lora.h5 saved from that backbone; merged into its kernels",
     "head_kernel": ".npy of shape (hidden, classes)",
     "head_bias": ".npy of shape (classes,)",
     "pooling": "hidden states -> one vector; padded-mean is the notebook's mean over all "
-    "positions, padding included (default: padded-mean)",
-    "sequence_length": "tokens a row is cut to; use the length of training (default: 512)",
+    "positions, padding included; first and pooler are for encoders (default: padded-mean, or "
+    "that of a TextClassifier's own head)",
+    "sequence_length": "tokens a row is cut to; use the length of training (default: 512, or that "
+    "of a TextClassifier's own preprocessor)",
     "text_format": "raw: cells as they stand; turns: JSON lists decoded, turns joined by a newline "
     "(default: raw)",
     "num_workers": "one replica and one device each (default: auto, every GPU or TPU, on a CPU two "
@@ -97,7 +100,8 @@ HELP = {
 METAVARS = {"time_limit": "8h45m", "device": "NAME", "fallback_probabilities": "A,B,C"}
 
 PREPARE_HELP = {
-    "preset": "KerasHub preset directory with float weights",
+    "preset": "KerasHub preset directory with float weights, or a checkpoint of Hugging Face "
+    "transformers, which is converted",
     "output": "the directory to make: a KerasHub preset, for --preset of a run",
     "quantization": "int8, int4, or none to merge LoRA only (default: int8)",
     "lora_weights": HELP["lora_weights"],

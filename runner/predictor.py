@@ -18,7 +18,7 @@ from jax._src import distributed
 
 from runner.attention import attention, choose_way, is_quantized
 from runner.matmuls import with_fast_matmuls
-from runner.records import CompileInfo
+from runner.records import CompileInfo, Head
 from sharding.batches import BatchShape
 
 
@@ -38,18 +38,26 @@ def last_token(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
     return hidden[jnp.arange(hidden.shape[0]), jnp.maximum(lengths - 1, 0)]
 
 
+def first_token(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
+    """The hidden state of each row's first token, which in an encoder has seen the whole row."""
+    return hidden[:, 0]
+
+
 # (rows, length, hidden) float32 and (rows,) token counts -> (rows, hidden). A new pooling is one
-# function and one line here, and its name in `config.CHOICES`.
+# function and one line here, its name in `config.CHOICES` and in the families it goes with.
 POOLINGS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "padded-mean": mean_over_all_positions,
     "mean": mean_over_tokens,
     "last": last_token,
+    "first": first_token,
 }
-
-
-Head = tuple[np.ndarray, np.ndarray]
-
-
+# The one pooling that is no function of hidden states: BERT's own layer on top of its first token.
+POOLER = "pooler"
+# Of the layer between pooling and head, in a `Head` that has one.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "tanh": jnp.tanh,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+}
 # Poolings that see what becomes of the positions after a row's end.
 SEES_PADDING = ("padded-mean",)
 
@@ -60,10 +68,10 @@ class Predictor:
     Threads may share it: a shape compiles in one while others predict.
 
     Args:
-        model: a functional model over {"token_ids" or "hidden", "padding_mask"}, LoRA merged; its
-            weights stay where they are.
-        head: kernel (hidden, classes) and bias (classes,), or None: hidden states come out.
-        pooling: a key of `POOLINGS`.
+        model: a functional model over {"token_ids" or "hidden", "padding_mask"}, and "segment_ids"
+            in BERT, LoRA merged; its weights stay where they are.
+        head: None where hidden states are to come out.
+        pooling: a key of `POOLINGS`, or `POOLER`.
         replicated: over a mesh of several processes, the sharding of what all of them hold whole.
         way: how to attend, a key of `attention.WAYS`; None chooses by device and checks it.
     """
@@ -79,14 +87,15 @@ class Predictor:
     ) -> None:
         self._model = model
         self._entry = "token_ids" if "token_ids" in model.input else "hidden"
-        self._pool = POOLINGS[pooling]
+        self._pooling = pooling
+        self._dense = ACTIVATIONS[head.activation] if head is not None and head.dense else None
         self._sees_padding = pooling in SEES_PADDING
         self.notes: tuple[str, ...] = ()
         self._replicated = replicated
         self._arguments = (
             [variable.value for variable in model.trainable_variables],
             [variable.value for variable in model.non_trainable_variables],
-            [self._on_device(np.asarray(array, np.float32)) for array in head or ()],
+            [self._on_device(np.asarray(array, np.float32)) for array in _arrays(head)],
         )
         device = next(iter(self._arguments[0][0].devices()))
         # TF32 would break the float32 equalities on a GPU.
@@ -165,25 +174,34 @@ class Predictor:
         entry: jax.Array,
         lengths: jax.Array,
     ) -> jax.Array:
-        hidden = self._hidden(trainable, non_trainable, entry, lengths)
+        output = self._output(trainable, non_trainable, entry, lengths)
+        hidden = output["sequence_output"] if isinstance(output, dict) else output
         if not head:
             return hidden
-        kernel, bias = head
-        pooled = self._pool(hidden.astype(jnp.float32), lengths)
+        kernel, bias, *dense = head
+        if self._pooling == POOLER:
+            pooled = output["pooled_output"].astype(jnp.float32)
+        else:
+            pooled = POOLINGS[self._pooling](hidden.astype(jnp.float32), lengths)
+        if self._dense is not None:
+            between, its_bias = dense
+            pooled = self._dense(jnp.matmul(pooled, between, precision="highest") + its_bias)
         logits = jnp.matmul(pooled, kernel, precision="highest") + bias
         return jax.nn.softmax(logits, axis=-1)
 
-    def _hidden(
+    def _output(
         self,
         trainable: list[jax.Array],
         non_trainable: list[jax.Array],
         entry: jax.Array,
         lengths: jax.Array,
-    ) -> jax.Array:
-        """Return the model's output, (rows, length, hidden)."""
+    ) -> Any:
+        """Return hidden states, (rows, length, hidden), of BERT as one of two outputs."""
 
-        def call(entry: jax.Array, mask: jax.Array) -> jax.Array:
+        def call(entry: jax.Array, mask: jax.Array) -> Any:
             inputs = {self._entry: entry, "padding_mask": mask}
+            if "segment_ids" in self._model.input:
+                inputs["segment_ids"] = jnp.zeros_like(entry)  # a row is one segment
             return self._model.stateless_call(trainable, non_trainable, inputs, training=False)[0]
 
         rows, length, *trailing = entry.shape
@@ -202,6 +220,10 @@ class Predictor:
         if self._replicated is None:
             return jax.device_put(array)
         return jax.make_array_from_callback(array.shape, self._replicated, array.__getitem__)
+
+
+def _arrays(head: Head | None) -> tuple[np.ndarray, ...]:
+    return () if head is None else (head.kernel, head.bias, *(head.dense or ()))
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """A float preset and a LoRA file -> a preset directory that is merged and quantized, made once.
 
 The directory is an ordinary KerasHub preset, and appears under its name when it is whole. All is
-done in this process, on the CPU, one layer in float at a time.
+done in this process, on the CPU, one layer in float at a time. A checkpoint of Hugging Face
+transformers is converted to a preset before.
 """
 
 import json
@@ -10,19 +11,22 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from runner.accuracy import compare, describe, reference_batch
+from runner.classifiers import TASK, TASK_WEIGHTS
 from runner.config import PrepareConfig
 from runner.errors import ConfigError
-from runner.presets import ACCURACY_FILE, Preset, check_lora, read_head, read_preset
+from runner.job import check_head, settle
+from runner.presets import ACCURACY_FILE, Preset, check_lora, checkpoint_type, read_preset
 from runner.progress import Progress
 from runner.records import ModelSpec
 from runner.submission import LABEL_COLUMNS
 
 # Beside the weights and the backbone's own config.
-COPIED = ("tokenizer.json", "preprocessor.json", "assets")
+COPIED = ("tokenizer.json", "preprocessor.json", "assets", TASK, TASK_WEIGHTS)
 
 
 def prepare(config: PrepareConfig, *, started: float | None = None) -> Preset:
@@ -32,12 +36,16 @@ def prepare(config: PrepareConfig, *, started: float | None = None) -> Preset:
         ConfigError, DataError: the person's to mend; nothing was written.
     """
     started = time.monotonic() if started is None else started
+    _check_output(config.output)
+    if os.path.isdir(config.preset) and checkpoint_type(config.preset):
+        return _convert(config, started)
     preset = _check(config)
+    config = settle(config, preset)
     spec = ModelSpec(
         preset=str(preset.path.resolve()),
         lora_weights=str(config.lora_weights.resolve()) if config.lora_weights else None,
-        head_kernel=str(config.head_kernel or ""),
-        head_bias=str(config.head_bias or ""),
+        head_kernel=str(config.head_kernel) if config.head_kernel else None,
+        head_bias=str(config.head_bias) if config.head_bias else None,
         classes=len(LABEL_COLUMNS),
         pooling=config.pooling,
         dtype="float32" if config.dtype == "auto" else config.dtype,
@@ -55,7 +63,7 @@ def prepare(config: PrepareConfig, *, started: float | None = None) -> Preset:
             elif (preset.path / name).is_file():
                 shutil.copy2(preset.path / name, folder / name)
         figures: dict[str, Any] = {"measured": "no head was named when the preset was prepared"}
-        if spec.quantization and config.head_kernel is not None:
+        if spec.quantization and (config.head_kernel or preset.classifier):
             progress.stage("comparing with float32")
             figures = _measure(config, spec, preset, backbone)
         if spec.quantization:
@@ -76,13 +84,44 @@ def prepare(config: PrepareConfig, *, started: float | None = None) -> Preset:
     return made
 
 
-def _check(config: PrepareConfig) -> Preset:
-    """Find what can be found before the work."""
-    output = config.output
+def _convert(config: PrepareConfig, started: float) -> Preset:
+    """Make a preset of a checkpoint, and go on from it where more is asked for."""
+    is_all = config.quantization == "none" and config.lora_weights is None
+    made = config.output
+    if not is_all:
+        made = made.with_name(f".{made.name}.{os.getpid()}.converted")
+    _start_keras()
+    from runner.checkpoints import convert
+
+    try:
+        with Progress(started=started) as progress, _appears_whole(made) as folder:
+            progress.stage(f"converting {config.preset}")
+            dtype = "float32" if config.dtype == "auto" else config.dtype
+            convert(config.preset, folder, dtype=dtype)
+        if not is_all:
+            return prepare(replace(config, preset=made), started=started)
+        preset = read_preset(made)
+        size = sum(path.stat().st_size for path in preset.weight_files)
+        print(
+            f"{made}: {size / 1e6:,.0f} MB of weights of a {preset.class_name} in {dtype}; "
+            f"{time.monotonic() - started:.1f} s",
+            flush=True,
+        )
+        return preset
+    finally:
+        if not is_all:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _check_output(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output must be a new or an empty folder. Received: {output}")
     if not output.resolve().parent.is_dir():
         raise ConfigError(f"--output must lie in a folder that exists. Received: {output}")
+
+
+def _check(config: PrepareConfig) -> Preset:
+    """Find what can be found before the work."""
     preset = read_preset(config.preset)
     if preset.quantization is not None:
         raise ConfigError(
@@ -91,21 +130,21 @@ def _check(config: PrepareConfig) -> Preset:
         )
     if config.lora_weights is not None:
         check_lora(config.lora_weights, preset.shape)
-    if config.head_kernel is not None and config.head_bias is not None:
-        read_head(
-            config.head_kernel,
-            config.head_bias,
-            hidden_dim=preset.shape.hidden_dim,
-            classes=len(LABEL_COLUMNS),
-        )
+    if config.head_kernel is not None or preset.classifier is not None:
+        classes = len(LABEL_COLUMNS)
+        check_head(preset, config.head_kernel, config.head_bias, classes=classes)
     return preset
 
 
-def _load(spec: ModelSpec) -> Any:
+def _start_keras() -> None:
     from runner.workers import prepare_process
     from sharding.topology import WorkerSlot
 
     prepare_process(WorkerSlot(0, "cpu"), verbose=False)
+
+
+def _load(spec: ModelSpec) -> Any:
+    _start_keras()
     from runner.loading import load_backbone
 
     return load_backbone(
@@ -123,7 +162,7 @@ def _measure(
     from runner.prompts import render_prompts
     from runner.records import Examples
     from runner.tokenization import tokenize
-    from runner.workers import predict_in_float
+    from runner.workers import load_head, predict_in_float
 
     if config.input is not None:
         examples = read_examples(config.input)
@@ -144,12 +183,7 @@ def _measure(
     )
     arrays = tokens.batch_arrays(batch.rows, batch.shape.rows, batch.shape.length)
     started = time.monotonic()
-    head = read_head(
-        Path(spec.head_kernel),
-        Path(spec.head_bias),
-        hidden_dim=preset.shape.hidden_dim,
-        classes=spec.classes,
-    )
+    head = load_head(spec, backbone)
     quantized = Predictor(backbone, head, pooling=spec.pooling).predict(*arrays)
     reference = predict_in_float(spec, *arrays)
     figures = compare(quantized, reference, seconds=time.monotonic() - started)

@@ -24,6 +24,7 @@ from runner.records import (
     Activations,
     BatchResult,
     CompileInfo,
+    Head,
     ModelSpec,
     TokenTable,
     Work,
@@ -126,7 +127,7 @@ class Replica:
         backbone = load_backbone(
             spec.preset, spec.lora_weights, dtype=dtype, quantization=spec.quantization
         )
-        self._predictor = Predictor(backbone, _head(spec, backbone), pooling=spec.pooling)
+        self._predictor = Predictor(backbone, load_head(spec, backbone), pooling=spec.pooling)
         return self._introduce(device, dtype, started, before)
 
     def hold_tokens(self, tokens: TokenTable) -> None:
@@ -224,7 +225,7 @@ class PipelineStage(Replica):
         stored = locate_weights(backbone, spec.preset, spec.lora_weights)
         fill(model, stored, place_whole, quantization=spec.quantization)
         is_last = stage.stop == len(backbone.transformer_layers)
-        head = _head(spec, backbone) if is_last else None
+        head = load_head(spec, backbone) if is_last else None
         self._predictor = Predictor(model, head, pooling=spec.pooling)
         return self._introduce(device, dtype, started, before)
 
@@ -295,7 +296,7 @@ class TensorMember(Replica):
         fill(backbone, stored, place_slices(distribution))
         notes = audit(backbone, layouts)
         self._predictor = Predictor(
-            backbone, _head(spec, backbone), pooling=spec.pooling, replicated=replicated
+            backbone, load_head(spec, backbone), pooling=spec.pooling, replicated=replicated
         )
         return self._introduce(device, dtype, started, before, notes)
 
@@ -304,12 +305,10 @@ def predict_in_float(spec: ModelSpec, tokens: np.ndarray, lengths: np.ndarray) -
     """Return float32 (rows, classes): what a float preset says of tokens int32 (rows, length)."""
     from runner.loading import float_parts
     from runner.predictor import Predictor
-    from runner.presets import read_preset
 
-    layers = read_preset(Path(spec.preset)).shape.num_layers
     values = tokens
-    for number, part in enumerate(float_parts(spec.preset, spec.lora_weights), start=1):
-        head = _head(spec, part) if number == layers else None
+    for part, is_last in float_parts(spec.preset, spec.lora_weights):
+        head = load_head(spec, part) if is_last else None
         predictor = Predictor(part, head, pooling=spec.pooling, way="keras")
         values = predictor.predict(values, lengths)
         del predictor
@@ -329,15 +328,21 @@ def _memory_errors() -> Iterator[None]:
         raise
 
 
-def _head(spec: ModelSpec, backbone: Any) -> tuple[np.ndarray, np.ndarray]:
+def load_head(spec: ModelSpec, backbone: Any) -> Head:
+    """Return the head that is named, else the preset's own.
+
+    Raises:
+        DataError: it is damaged, or does not fit.
+    """
+    from runner.classifiers import read_own_head
     from runner.presets import read_head
 
-    return read_head(
-        Path(spec.head_kernel),
-        Path(spec.head_bias),
-        hidden_dim=int(backbone.output.shape[-1]),
-        classes=spec.classes,
-    )
+    output = backbone.output
+    hidden = output["sequence_output"] if isinstance(output, dict) else output
+    sizes = {"hidden_dim": int(hidden.shape[-1]), "classes": spec.classes}
+    if spec.head_kernel is None or spec.head_bias is None:
+        return read_own_head(Path(spec.preset), **sizes)
+    return read_head(Path(spec.head_kernel), Path(spec.head_bias), **sizes)
 
 
 def peak_rss_bytes() -> int:
