@@ -35,7 +35,7 @@ GPT_2_WORDS = regex.compile(
     rf"'s|'t|'re|'ve|'m|'ll|'d|[ \t\n\r\f{WIDE_SPACES}]+[\n\r\t\f{MARK}{WIDE_SPACES}]"
     rf"| ?\p{{L}}+| ?\p{{N}}+| ?[^ \t\n\r\f\p{{L}}\p{{N}}{WIDE_SPACES}]+"
 )
-LAST_SPACE = regex.compile(rf"[ \t\r\f\v{MARK}{WIDE_SPACES}]\Z")
+LAST_SPACES = f" \t\r\f\v{MARK}\u00a0\u2009\u202f\u3000"
 
 
 def word_piece_words(text: str, options: WordPieceOptions) -> list[str]:
@@ -77,7 +77,9 @@ def byte_pair_words(text: str, kept: tuple[str, ...]) -> list[str]:
             words.append(piece)
             continue
         for word in _pieces(GPT_2_WORDS, piece):
-            words += [part for part in _pieces(LAST_SPACE, word) if part != MARK]
+            # A space at the end of a word is a word of its own.
+            parts = (word[:-1], word[-1]) if word[-1] in LAST_SPACES else (word,)
+            words += [part for part in parts if part and part != MARK]
     return words
 
 
