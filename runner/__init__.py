@@ -1,3 +1,50 @@
-"""Reads a test set, predicts every row on many devices and writes a checked submission."""
+"""Reads a test set, predicts every row on many devices and writes a checked submission.
 
-__version__ = "0.1.0.dev0"
+    from runner import RunConfig, run
+
+    report = run(RunConfig(preset="gemma2", head_kernel="k.npy", head_bias="b.npy", input="a.csv"))
+
+Importing it loads nothing else: names come when they are asked for, since workers import it too.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runner.api import run
+    from runner.config import RunConfig
+    from runner.errors import (
+        ArenaRunnerError,
+        ConfigError,
+        DataError,
+        DeadlineError,
+        DeviceMemoryError,
+        JournalError,
+        MergeError,
+        WorkerError,
+    )
+
+__version__ = "0.1.0"
+__all__ = [
+    "ArenaRunnerError",
+    "ConfigError",
+    "DataError",
+    "DeadlineError",
+    "DeviceMemoryError",
+    "JournalError",
+    "MergeError",
+    "RunConfig",
+    "WorkerError",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = {"run": "api", "RunConfig": "config"}.get(name, "errors")
+    return getattr(importlib.import_module(f"runner.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -19,17 +19,18 @@ from runner.records import Head
 
 TASK = "task.json"
 TASK_WEIGHTS = "task.weights.h5"
-# Logits, of which softmax makes probabilities as the loss does in training; or these themselves.
-ACTIVATIONS = ("linear", "softmax")
+# Logits, of which the task makes answers as the loss did in training; or these answers themselves.
+ACTIVATIONS = ("linear", "softmax", "sigmoid")
 
 
 @dataclass(frozen=True, slots=True)
 class TextClassifier:
-    """A classifier's own head, as its files describe it."""
+    """A classifier's own head, as its files describe it. activation: one of `ACTIVATIONS`."""
 
     path: Path
     known: Classifier
     classes: int
+    activation: str
 
     @property
     def pooling(self) -> str:
@@ -47,8 +48,8 @@ class TextClassifier:
         """
         if self.classes != classes:
             raise DataError(
-                f"{self.path / TASK} must classify into {classes}, the label columns of a "
-                f"submission. Received: num_classes={self.classes}"
+                f"{self.path / TASK} must classify into {classes}, one for each label column. "
+                f"Received: num_classes={self.classes}"
             )
         layers = _dense_layers(self.path / TASK_WEIGHTS)
         wanted = 1 if self.known.dense is None else 2
@@ -102,7 +103,7 @@ def read_classifier(path: Path, class_name: str) -> TextClassifier | None:
             f"{path / TASK} must end in one of {', '.join(ACTIVATIONS)}. "
             f"Received: activation={shown(activation)}"
         )
-    return TextClassifier(path, known, classes)
+    return TextClassifier(path, known, classes, activation)
 
 
 def read_own_head(preset: Path, *, hidden_dim: int, classes: int) -> Head:

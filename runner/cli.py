@@ -8,15 +8,19 @@ interrupted, journal kept; 1, anything else.
 import _thread
 import argparse
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from runner import __version__
 from runner.config import (
     CHOICES,
     COUNTS,
@@ -28,6 +32,7 @@ from runner.config import (
     flag,
     make_config,
     parse_count,
+    read_task,
 )
 from runner.errors import (
     BUSY_THREAD,
@@ -42,6 +47,7 @@ from runner.errors import (
     first_line,
     on_one_line,
 )
+from runner.logs import DRIVER_LOG, LogEvent
 
 # Seconds until a signal that was lost is given again.
 AGAIN_AFTER_S = 0.1
@@ -49,18 +55,20 @@ AGAIN_AFTER_S = 0.1
 HELP = {
     "mode": "data-parallel: Ray workers, one replica each; model-parallel: groups of Ray workers, "
     "one replica a group; single: this process, no Ray (default: data-parallel)",
-    "input": "CSV or Parquet with id, prompt, response_a, response_b (default: the demo set)",
-    "output": "where the submission is written (default: submission.csv)",
+    "input": "CSV, Parquet or JSON lines (.jsonl) with id, prompt, response_a, response_b, or the "
+    "columns that [task] in --config names (default: the demo set)",
+    "output": "where the submission is written: .csv, .parquet or .jsonl (default: submission.csv)",
     "preset": "KerasHub preset directory, of a backbone or of a whole TextClassifier with its own "
     "head (default: the demo preset, random weights)",
-    "lora_weights": "*.lora.h5 saved from that backbone; merged into its kernels",
-    "head_kernel": ".npy of shape (hidden, classes)",
-    "head_bias": ".npy of shape (classes,)",
+    "lora_weights": "*.lora.h5 saved from that backbone; merged into its kernels (default: none)",
+    "head_kernel": ".npy of shape (hidden, classes) (needed with --preset, if [task] has a head "
+    "and the preset none)",
+    "head_bias": ".npy of shape (classes,) (needed with --head-kernel)",
     "pooling": "hidden states -> one vector; padded-mean is the notebook's mean over all "
     "positions, padding included; first and pooler are for encoders (default: padded-mean, or "
     "that of a TextClassifier's own head)",
-    "sequence_length": "tokens a row is cut to; use the length of training (default: 512, or that "
-    "of a TextClassifier's own preprocessor)",
+    "sequence_length": "tokens a row is cut to; use the length of training (default: 512 tokens, "
+    "or that of a TextClassifier's own preprocessor)",
     "text_format": "raw: cells as they stand; turns: JSON lists decoded, turns joined by a newline "
     "(default: raw)",
     "num_workers": "one replica and one device each (default: auto, every GPU or TPU, on a CPU two "
@@ -79,25 +87,60 @@ HELP = {
     "for the others; fail, exit code 3 with the journal kept (default: shorten)",
     "min_sequence_length": "tokens below which no row is cut (default: a quarter of "
     "--sequence-length)",
-    "fallback_probabilities": "a,b,c for rows that have no answer of the model (default: the mean "
-    "of those that have)",
+    "fallback_probabilities": "a,b,c, one a label, for rows that have no answer of the model "
+    "(default: the mean of those that have)",
     "extra_passes": "swap: where time is left, rows are predicted again with their two responses "
     "exchanged, the most uncertain first, and averaged (default: none)",
     "resume": "auto: go on from the journal where it is of the same test set, model and settings, "
     "else start afresh; require: go on or end with exit code 2; never: start afresh "
     "(default: auto)",
     "journal": "where rows are kept as they are done (default: OUTPUT.journal)",
-    "report": "where the JSON report is written (default: OUTPUT.report.json)",
+    "report": "where the JSON report is written, and beside it a page and a trace (default: "
+    "OUTPUT.report.json)",
     "plan": "print what fits these devices, how long it should take and why, write it as JSON to "
-    "OUTPUT.plan.json, and stop; needs no weights and no head",
+    "OUTPUT.plan.json, and stop; needs no weights and no head (default: off)",
     "device": "with --plan: forecast for another device, --num-workers of them (t4, l4, a100, "
-    "a100-80gb, h100, h200, v5e, v3-8)",
+    "a100-80gb, h100, h200, v5e, v3-8; default: those that are here)",
     "calibrate": "with --plan: run a few batches on the devices here and forecast from them; needs "
-    "weights and head",
+    "weights and head (default: off)",
+    "log_dir": "folder for the log of the run and all that its workers write, at most 8 MB a "
+    "process (default: OUTPUT.logs)",
+    "log_format": "of standard error; json: one object a line, with time, level, event, message; "
+    "and one object on standard output at the end (default: text)",
+    "metrics_port": "serve figures of the run for Prometheus on 127.0.0.1 while it lasts; 0 takes "
+    "any free port and says which (default: none)",
+    "verbose": "show what libraries and workers log, and tracebacks (default: off)",
+}
+
+# Heading -> what it groups: every flag of a run, once.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "data": ("input", "output", "text_format", "sequence_length"),
+    "model": ("preset", "lora_weights", "head_kernel", "head_bias", "pooling"),
+    "devices": ("mode", "num_workers", "group_size", "strategy", "max_tokens_per_batch"),
+    "precision": ("dtype", "quantization"),
+    "deadline": (
+        *("time_limit", "on_deadline", "min_sequence_length", "fallback_probabilities"),
+        "extra_passes",
+    ),
+    "resuming": ("resume", "journal"),
+    "plan": ("plan", "device", "calibrate"),
+    "what is said and kept": ("report", "log_dir", "log_format", "metrics_port", "verbose"),
 }
 
 
-METAVARS = {"time_limit": "8h45m", "device": "NAME", "fallback_probabilities": "A,B,C"}
+METAVARS = {
+    "time_limit": "8h45m",
+    "device": "NAME",
+    "fallback_probabilities": "A,B,C",
+    "metrics_port": "PORT",
+    "num_workers": "N|auto",
+    "group_size": "N",
+    "sequence_length": "TOKENS",
+    "min_sequence_length": "TOKENS",
+    "max_tokens_per_batch": "TOKENS|auto",
+}
+# Columns that --help fills at most, and where its texts begin.
+HELP_WIDTH, HELP_INDENT = 96, 26
 
 PREPARE_HELP = {
     "preset": "KerasHub preset directory with float weights, or a checkpoint of Hugging Face "
@@ -136,15 +179,17 @@ def _main(argv: Sequence[str] | None) -> int:
     interrupts = _Interrupts()
     interrupts.install()
     verbose = False
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    fail = _Failure(arguments)
     try:
-        arguments = list(sys.argv[1:] if argv is None else argv)
         if arguments[:1] == ["prepare"]:
             from runner.prepare import prepare
 
             prepare(parse_prepare_arguments(arguments[1:]), started=started)
             return 0
         config = parse_arguments(arguments)
-        verbose = config.verbose
+        verbose = config.verbose and config.log_format != "json"
+        fail.is_json = config.log_format == "json"
         if config.plan:
             from runner.planner import plan
 
@@ -152,24 +197,26 @@ def _main(argv: Sequence[str] | None) -> int:
             return 0
         from runner.pipeline import run  # pandas takes half a second; --help and typos need not
 
-        run(config, started=started, on_signals_taken=interrupts.install)
+        fail.log = config.log_folder / DRIVER_LOG
+        run(config, started=started, on_signals_taken=interrupts.install, owns_process=True)
         return 0
     except (ConfigError, DataError) as error:
-        return _fail(f"error: {on_one_line(error)}", EXIT_BAD_INPUT)
+        return fail(f"error: {on_one_line(error)}", EXIT_BAD_INPUT)
     except KeyboardInterrupt as interrupt:
-        return _fail(str(interrupt) or "interrupted", EXIT_INTERRUPTED)
+        return fail(str(interrupt) or "interrupted", EXIT_INTERRUPTED)
     except DeadlineError as error:
-        return _fail(f"error: {error}", EXIT_DEADLINE)
+        return fail(f"error: {error}", EXIT_DEADLINE)
     except ArenaRunnerError as error:
         if verbose:
             raise
-        return _fail(f"error: {error}", EXIT_FAILED)
+        return fail(f"error: {error}", EXIT_FAILED)
     except Exception as error:
         if verbose:
             raise
-        return _fail(
+        where = f"{fail.log} says" if fail.log and fail.log.is_file() else "--verbose shows"
+        return fail(
             f"error: {type(error).__name__}: {first_line(error)}\n"
-            "This is a bug, or a machine in trouble: --verbose shows where.",
+            f"This is a bug, or a machine in trouble: {where} where.",
             EXIT_FAILED,
         )
     finally:
@@ -193,20 +240,32 @@ def parse_arguments(argv: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: an unknown flag or a value that cannot be used.
     """
+    name = program_name()
     parser = _Parser(
-        prog="run.py",
+        prog=name,
+        usage=f"{name} [FLAGS]\n       {name} prepare [FLAGS]",
         description="Predict every row of a test set with a Keras language-model classifier on "
         "all devices, and write a checked submission.",
         epilog="Without --preset and --input a small demo model and test set are made and used. "
-        "`run.py prepare --help`: merge and quantize a preset once, for faster starts.",
+        f"`{name} prepare --help`: merge and quantize a preset once, for faster starts.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
+        formatter_class=_Layout,
+        add_help=False,
     )
-    _add_flags(parser, HELP, folders=("preset",))
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE.toml", help="the same names; flags win"
+    for heading, names in GROUPS.items():
+        texts = {name: HELP[name] for name in names}
+        _add_flags(parser.add_argument_group(heading), texts, folders=("preset", "log_dir"))
+    others = parser.add_argument_group("others")
+    others.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE.toml",
+        help="a file of the same names, as TOML; flags win. Its [task] table names other columns, "
+        "text, labels and kind of head than the contest's (default: none)",
     )
-    parser.add_argument("--verbose", action="store_true", help="library logs and tracebacks too")
+    others.add_argument("--version", action="version", version=f"arena-runner {__version__}")
+    others.add_argument("-h", "--help", action="help", help="show this and end")
     flags = parser.read(argv)
     config_file = flags.pop("config", None)
     for name in COUNTS:
@@ -225,23 +284,39 @@ def parse_prepare_arguments(argv: Sequence[str]) -> PrepareConfig:
         ConfigError: an unknown flag or a value that cannot be used.
     """
     parser = _Parser(
-        prog="run.py prepare",
+        prog=f"{program_name()} prepare",
+        usage="%(prog)s --preset DIR --output DIR [FLAGS]",
+        formatter_class=_Layout,
         description="Write a preset with LoRA merged and weights quantized, once: a run that loads "
         "it gives the same numbers as one that does both while it loads, and starts faster.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     _add_flags(parser, PREPARE_HELP, folders=("preset", "output"))
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE.toml", help="of a run, for its [task] alone"
+    )
     flags = parser.read(argv)
+    config_file = flags.pop("config", None)
     if missing := [flag(name) for name in ("preset", "output") if name not in flags]:
         raise ConfigError(f"prepare needs {' and '.join(missing)}; --help lists the flags")
     if "sequence_length" in flags:
         flags["sequence_length"] = parse_count("sequence_length", flags["sequence_length"])
+    if config_file is not None:
+        flags["task"] = read_task(config_file)
     return PrepareConfig(**flags)
 
 
+def program_name() -> str:
+    """Return how the command was called, to be part of what is said."""
+    name = Path(sys.argv[0]).name
+    if name in ("__main__.py", "-m"):
+        return "python -m runner"
+    return name if name in ("run.py", "arena-runner") else "run.py"
+
+
 def _add_flags(
-    parser: argparse.ArgumentParser, texts: dict[str, str], *, folders: Sequence[str]
+    parser: argparse._ActionsContainer, texts: dict[str, str], *, folders: Sequence[str]
 ) -> None:
     for name, text in texts.items():
         options: dict[str, Any] = {"help": text, "dest": name}
@@ -254,6 +329,18 @@ def _add_flags(
         else:
             options["metavar"] = METAVARS.get(name, "N")
         parser.add_argument(flag(name), **options)
+
+
+class _Layout(argparse.HelpFormatter):
+    """Help in a column that can be read, on a wide screen too."""
+
+    def __init__(self, prog: str) -> None:
+        width = min(HELP_WIDTH, shutil.get_terminal_size().columns - 2)
+        super().__init__(prog, max_help_position=HELP_INDENT, width=width)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        # Names of flags and modes stay whole.
+        return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -336,9 +423,30 @@ class _Interrupts:
         again.start()
 
 
-def _fail(message: str, code: int) -> int:
-    print(message, file=sys.stderr)
-    return code
+class _Failure:
+    """Says why the command ends, in the form that was asked for, and returns its exit code.
+
+    Attributes:
+        is_json: known from the arguments alone until there is a config.
+        log: what a run writes that got as far as that.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        asked = zip(arguments, [*arguments[1:], ""], strict=True)
+        self.is_json = ("--log-format", "json") in asked or "--log-format=json" in arguments
+        self.log: Path | None = None
+
+    def __call__(self, message: str, code: int) -> int:
+        if self.is_json:
+            error = sys.exception()
+            told = {} if error is None else {"traceback": traceback.format_exception(error)}
+            facts = {"exit_code": code, "error": type(error).__name__} | (
+                told if code == EXIT_FAILED else {}
+            )
+            event = LogEvent("end", message.removeprefix("error: "), "error", facts)
+            message = event.as_json()
+        print(message, file=sys.stderr)
+        return code
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
-"""Flags and a TOML file of the same names -> one frozen, checked RunConfig.
+"""Flags, a TOML file of the same names, or Python values -> one frozen, checked RunConfig.
 
 Does not open the files it names (the stage that reads a file checks it), nor know devices.
 """
 
+import math
+import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from runner.errors import ConfigError
+from runner.task import CONTEST, Task, make_task
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("data-parallel", "model-parallel", "single"),
@@ -22,10 +25,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "on_deadline": ("shorten", "fill", "fail"),
     "extra_passes": ("none", "swap"),
     "resume": ("auto", "never", "require"),
+    "log_format": ("text", "json"),
 }
 PATHS = (
     *("input", "output", "preset", "lora_weights", "head_kernel", "head_bias"),
-    *("journal", "report"),
+    *("journal", "report", "log_dir"),
 )
 COUNTS = (
     *("sequence_length", "num_workers", "group_size", "max_tokens_per_batch"),
@@ -35,9 +39,13 @@ DEFAULT_GROUP_SIZE = 2
 SWITCHES = ("plan", "calibrate", "verbose")
 # Of the sequence length, what is always left of a row where no --min-sequence-length is named.
 FLOOR_DIVISOR = 4
-CLASSES = 3
+# Of the demo model's head.
+DEMO_CLASSES = 3
+# Of float32, in which the head's numbers are kept.
+MOST_VALUE = 3.4e38
 # Of int32, in which lengths go to the model.
 MOST_COUNT = 2**31 - 1
+LAST_PORT = 65535
 AUTO_COUNTS = ("num_workers", "max_tokens_per_batch")
 
 
@@ -57,6 +65,8 @@ DEFAULT_LENGTH, DEFAULT_POOLING = DefaultLength(512), DefaultPooling("padded-mea
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """What a person asked for. `None` means: the demo's file, or decided from the devices.
+
+    Values may be as on the command line too: a path, a time limit or a count as a string.
 
     Raises:
         ConfigError: a value is outside its choices, or the files named do not make a whole.
@@ -89,11 +99,16 @@ class RunConfig:
     plan: bool = False
     device: str | None = None
     calibrate: bool = False
+    log_dir: Path | None = None
+    log_format: str = "text"
+    metrics_port: int | None = None
     verbose: bool = False
+    task: Task = CONTEST
 
     def __post_init__(self) -> None:
+        _convert_values(self)
         _check_values(self)
-        for name in ("output", "report", "journal"):
+        for name in ("output", "report", "journal", "log_dir"):
             path = getattr(self, name)
             if path is not None and not path.name:
                 raise ConfigError(f"{flag(name)} must name a file. Received: {flag(name)} {path}")
@@ -104,10 +119,12 @@ class RunConfig:
             )
         self._check_groups()
         self._check_model_files()
+        self._check_task()
         self._check_plan()
-        if self.output.suffix.lower() in (".parquet", ".json", ".jsonl"):
+        if self.output.suffix.lower() == ".json":
             raise ConfigError(
-                f"A submission is written as CSV; name it so. Received: --output {self.output}"
+                "--output is written as CSV, Parquet or JSON lines: name it .csv, .parquet or "
+                f".jsonl. Received: --output {self.output}"
             )
         if self.time_limit is not None and not self.time_limit > 0:
             raise ConfigError(
@@ -115,12 +132,13 @@ class RunConfig:
                 f"{self.time_limit:g}"
             )
         self._check_fallback()
-        written = (self.output, self.report_path, self.rows_path, self.journal_path)
+        beside = (self.rows_path, self.page_path, self.trace_path)
+        written = (self.output, self.report_path, *beside, self.journal_path, self.log_folder)
         named = [path for path in (self.input, *written) if path is not None]
         if len({path.resolve() for path in named}) != len(named):
             raise ConfigError(
-                "--input, --output, --journal and --report must be different files. Received: "
-                + ", ".join(str(path) for path in named)
+                "--input, --output, --journal, --report and --log-dir must be different files. "
+                "Received: " + ", ".join(str(path) for path in named)
             )
 
     @property
@@ -134,12 +152,25 @@ class RunConfig:
     @property
     def rows_path(self) -> Path:
         """The table of how each row was made, beside the report."""
-        stem = self.report_path.name.removesuffix(".json").removesuffix(".report")
-        return self.report_path.with_name(stem + ".rows.csv")
+        return self._beside_report(".rows.csv")
+
+    @property
+    def page_path(self) -> Path:
+        """The report as a page, beside it."""
+        return self.report_path.with_name(self.report_path.name.removesuffix(".json") + ".html")
+
+    @property
+    def trace_path(self) -> Path:
+        """What each worker did when, for Perfetto, beside the report."""
+        return self._beside_report(".trace.json")
 
     @property
     def journal_path(self) -> Path:
         return self.journal or self.output.with_name(self.output.name + ".journal")
+
+    @property
+    def log_folder(self) -> Path:
+        return self.log_dir or self.output.with_name(self.output.name + ".logs")
 
     @property
     def floor_length(self) -> int:
@@ -155,17 +186,32 @@ class RunConfig:
     def uses_demo_model(self) -> bool:
         return self.preset is None
 
+    def _beside_report(self, ending: str) -> Path:
+        stem = self.report_path.name.removesuffix(".json").removesuffix(".report")
+        return self.report_path.with_name(stem + ending)
+
     def _check_fallback(self) -> None:
         values = self.fallback_probabilities
         if values is None:
             return
-        if (
-            len(values) != CLASSES
-            or not all(0 <= value <= 1 for value in values)
-            or abs(sum(values) - 1) > 1e-6
-        ):
+        head, count = self.task.head, len(self.task.label_columns)
+        least, most = (-MOST_VALUE, MOST_VALUE) if head == "regression" else (0, 1)
+        if head == "none":
             raise ConfigError(
-                f"--fallback-probabilities must be {CLASSES} numbers from 0 to 1 that sum to one. "
+                "--fallback-probabilities is for a head; without one, rows that have no answer of "
+                "the model get the mean of those that have. Received: [task] head none"
+            )
+        if (
+            len(values) != count
+            or not all(least <= value <= most for value in values)
+            or (head == "softmax" and abs(sum(values) - 1) > 1e-6)
+        ):
+            expected = {
+                "softmax": "numbers from 0 to 1 that sum to one",
+                "sigmoid": "numbers from 0 to 1",
+            }.get(head, "finite numbers")
+            raise ConfigError(
+                f"--fallback-probabilities must be {count} {expected}. "
                 f"Received: --fallback-probabilities {','.join(f'{value:g}' for value in values)}"
             )
 
@@ -198,12 +244,39 @@ class RunConfig:
                     f"{' and '.join(stray)} needs --preset DIR: without it the demo model runs."
                 )
             return
+        if self.task.head == "none":
+            if stray := [flag(name) for name, path in head.items() if path is not None]:
+                raise ConfigError(
+                    "[task] head none writes the pooled hidden states and takes no head. "
+                    f"Received: {' and '.join(stray)}"
+                )
+            return
         # Whether the preset brings a head of its own is found where it is read.
         missing = [flag(name) for name, path in head.items() if path is None]
         if len(missing) == 1:
             raise ConfigError(
                 f"--head-kernel FILE.npy of shape (hidden, classes) and --head-bias FILE.npy of "
                 f"shape (classes,) go together. Missing: {missing[0]}"
+            )
+
+    def _check_task(self) -> None:
+        """What the demo's files and the flags ask of a task."""
+        task = self.task
+        if self.preset is None and task.head != "none" and len(task.label_columns) != DEMO_CLASSES:
+            raise ConfigError(
+                f"[task] needs --preset and a head of its own: that of the demo model has "
+                f"{DEMO_CLASSES} classes. Received: {len(task.label_columns)} labels"
+            )
+        if self.input is None and (missing := _not_in_the_demo(task)):
+            raise ConfigError(
+                f"[task] needs --input FILE: the demo set has no column {missing[0]}. "
+                f"It has {', '.join(CONTEST.input_columns)}"
+            )
+        if self.extra_passes == "swap" and not task.swap:
+            raise ConfigError(
+                "--extra-passes swap needs two text columns that may be exchanged: swap, and "
+                "swap_labels where labels change places with them, in [task]. "
+                "Received: --extra-passes swap and a task without"
             )
 
     def _check_plan(self) -> None:
@@ -237,6 +310,7 @@ class PrepareConfig:
     pooling: str = DEFAULT_POOLING
     sequence_length: int = DEFAULT_LENGTH
     text_format: str = "raw"
+    task: Task = CONTEST
 
     def __post_init__(self) -> None:
         _check_values(self)
@@ -245,6 +319,42 @@ class PrepareConfig:
                 "--head-kernel and --head-bias go together. Received: "
                 f"{'--head-kernel' if self.head_kernel else '--head-bias'} alone"
             )
+        if self.head_kernel is not None and self.task.head == "none":
+            raise ConfigError(
+                "[task] head none writes the pooled hidden states and takes no head. "
+                f"Received: --head-kernel {self.head_kernel}"
+            )
+
+
+def _convert_values(config: "RunConfig | PrepareConfig") -> None:
+    """Turn what a field may be given as into what it is, while the config is made.
+
+    Raises:
+        ConfigError: a value is of another type than its field.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value is None and field.default is None:
+            continue
+        # Frozen from here on.
+        object.__setattr__(config, field.name, _converted(field, value))
+
+
+def _converted(field: "Field[Any]", value: Any) -> Any:
+    name = field.name
+    if name in COUNTS:
+        return parse_count(name, value)
+    if name in PARSERS:
+        return PARSERS[name](value)
+    if name in PATHS:
+        if not isinstance(value, (str, os.PathLike)) or "\0" in str(value):
+            raise ConfigError(f"{flag(name)} must be a path. Received: {name}={value!r}")
+        return Path(value)
+    expected = bool if name in SWITCHES else str
+    if not isinstance(value, expected):
+        kind = "true or false" if name in SWITCHES else "text"
+        raise ConfigError(f"{flag(name)} must be {kind}. Received: {name}={value!r}")
+    return value
 
 
 def _check_values(config: "RunConfig | PrepareConfig") -> None:
@@ -266,6 +376,10 @@ def _check_values(config: "RunConfig | PrepareConfig") -> None:
             )
 
 
+def _not_in_the_demo(task: Task) -> list[str]:
+    return [name for name in task.input_columns if name not in CONTEST.input_columns]
+
+
 def flag(name: str) -> str:
     """Return the flag of a field: head_kernel -> --head-kernel."""
     return "--" + name.replace("_", "-")
@@ -276,14 +390,25 @@ def make_config(flags: Mapping[str, Any], config_file: Path | None = None) -> Ru
 
     Args:
         flags: field name -> value, only those that were given.
-        config_file: a flat TOML table of the flags' names, with - or _. Paths in it are relative
-            to the working directory, as on the command line.
+        config_file: a TOML table of the flags' names, with - or _, and `[task]`, for which see
+            `task.make_task`. Paths in it are relative to the working directory, as on the command
+            line.
 
     Raises:
         ConfigError: the file cannot be read, names an unknown key or a value of another type.
     """
     values = _read_toml(config_file) if config_file is not None else {}
     return RunConfig(**{**values, **flags})
+
+
+def read_task(config_file: Path) -> Task:
+    """Return the task of a run's TOML file, whatever else is in it.
+
+    Raises:
+        ConfigError: as `make_config`.
+    """
+    task: Task = _read_toml(config_file).get("task", CONTEST)
+    return task
 
 
 def parse_count(name: str, value: Any) -> int | None:
@@ -307,11 +432,13 @@ def parse_count(name: str, value: Any) -> int | None:
 
 
 def parse_time_limit(value: Any) -> float:
-    """Return seconds: 8h45m, 90m, 1h, 30s, 2h15m30s, or a number of seconds.
+    """Return seconds: 8h45m, 90m, 1h, 30s, 2h15m30s, or a finite number of seconds.
 
     Raises:
         ConfigError: anything else.
     """
+    if type(value) in (int, float) and math.isfinite(value):
+        return float(value)
     parts = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", str(value).strip())
     if isinstance(value, bool) or parts is None or not any(parts.groups()):
         raise ConfigError(
@@ -337,10 +464,27 @@ def parse_fallback(value: Any) -> tuple[float, ...]:
         ) from None
 
 
+def parse_port(value: Any) -> int:
+    """Return a port of this machine, 0 for any that is free.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    port = int(value) if type(value) is str and value.isascii() and value.isdigit() else value
+    if type(port) is not int or not 0 <= port <= LAST_PORT:
+        raise ConfigError(
+            f"--metrics-port must be a whole number from 0, any free port, to {LAST_PORT}. "
+            f"Received: --metrics-port {value}"
+        )
+    return port
+
+
 # Fields that are read from more than text, a count or a path.
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "time_limit": parse_time_limit,
     "fallback_probabilities": parse_fallback,
+    "metrics_port": parse_port,
+    "task": make_task,
 }
 
 

@@ -6,15 +6,17 @@ worker is seen as a failed call; one that hangs is seen by the clock.
 """
 
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 import ray.exceptions
 
-from runner.cluster import check_ray, find_devices, start_ray, stop_ray
+from runner.cluster import check_ray, find_devices, private_folder, start_ray, stop_ray
 from runner.errors import (
     ArenaRunnerError,
     ConfigError,
@@ -23,6 +25,7 @@ from runner.errors import (
     first_line,
 )
 from runner.groups import Group, Step
+from runner.logs import keep_logs_of_ray, worker_log
 from runner.machine import cores_here
 from runner.progress import Progress
 from runner.records import (
@@ -37,6 +40,7 @@ from runner.records import (
 )
 from runner.recovery import Recovery
 from runner.strategy import Strategy, gpu_dtype
+from runner.timeline import Timeline
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape
 from sharding.forecast import Pace
@@ -60,6 +64,9 @@ COMPILE_WITHIN_S = 120.0
 HANG_FACTOR = 8.0
 FIRST_BATCH_WITHIN_S = 120.0
 BATCH_WITHIN_S = 15.0
+# Under a time limit a hang may cost no more than this share of what is left of it: then a batch of
+# a worker whose pace is known gets so many times its forecast and so many seconds at least.
+HANG_SHARE, PATIENCE_FACTOR, PATIENCE_S = 0.1, 3.0, 4.0
 # A look at the clock that comes so late was late for the workers too: the machine was suspended.
 LONGEST_LOOK_S = 10.0
 
@@ -79,7 +86,9 @@ class RayReplicas:
     Args:
         num_workers: actors in all, None for as many as the devices suggest.
         group_size: how many of them make one replica.
-        strategy, family: as for `Group`.
+        strategy, family, timeline: as for `Group`.
+        left_s: the seconds in which rows can still be predicted, infinite where there is no limit.
+        log_folder: where workers write to, None for Ray's own logs.
 
     Raises (from `open`, `start` and `run`):
         ConfigError: more workers than devices, or groups that do not fit.
@@ -95,14 +104,20 @@ class RayReplicas:
         strategy: Strategy | None,
         family: str,
         verbose: bool,
+        log_folder: Path | None,
         progress: Progress,
+        left_s: Callable[[], float],
+        timeline: Timeline,
     ) -> None:
+        self._left_s = left_s
         self._num_workers = num_workers
         self._group_size = group_size
         self._strategy = strategy
         self._family = family
         self._verbose = verbose
+        self._log_folder = log_folder
         self._progress = progress
+        self._timeline = timeline
         self._groups: list[Group] = []
         self._created_at = time.monotonic()
         self._backlog: Backlog | None = None
@@ -122,11 +137,14 @@ class RayReplicas:
     def __enter__(self) -> "RayReplicas":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         # Where Ray itself has failed there is nobody to ask; its processes end all the same.
         with suppress(ray.exceptions.RayError):
             for group in self._groups:
                 group.end()
+        folder = private_folder()
+        if kind is not None and folder is not None and self._log_folder is not None:
+            keep_logs_of_ray(folder / "r" / "session_latest" / "logs", self._log_folder)
         stop_ray()
 
     @property
@@ -166,6 +184,8 @@ class RayReplicas:
                 family=self._family,
                 spec=spec,
                 verbose=self._verbose,
+                log_folder=self._log_folder,
+                timeline=self._timeline,
                 clock=lambda: self._clock,
             )
             self._groups.append(group)
@@ -192,7 +212,8 @@ class RayReplicas:
             ids: one a row, to name rows in errors.
         """
         self._backlog, self._rates = backlog, rates
-        self._recovery = Recovery(backlog, self.faults, ids, self._progress.note)
+        note = partial(self._progress.note, event="fault")
+        self._recovery = Recovery(backlog, self.faults, ids, note, self._timeline.event)
         self._compiled: set[BatchShape] = set()
         with _ray_errors():
             self._tokens = self._store(tokens)
@@ -503,10 +524,18 @@ class RayReplicas:
             explained = self._recovery.lost(group.number, batches, reason)
         if not explained:
             group.restarts += 1
-        if group.restarts <= MAX_RESTARTS:
+        again = group.restarts <= MAX_RESTARTS
+        ending = "; it is started again" if again else "; it is given up"
+        self._timeline.event(reason + ending, group.number)
+        if again:
             for stats in group.stats:
                 stats.restarts += 1
-            self._progress.note(f"{group.noun} {group.number} died and is started again")
+            self._progress.note(
+                f"{group.noun} {group.number} died and is started again",
+                event="fault",
+                replica=group.number,
+                log=worker_log(group.number, "*"),
+            )
             self._spawn(group)
             return
         group.given_up = True
@@ -515,8 +544,8 @@ class RayReplicas:
             raise WorkerError(
                 f"Every {group.noun} died {MAX_RESTARTS + 1} times; the last was {group.noun} "
                 f"{group.number}. Is there memory enough for the model and one batch? Fewer "
-                "--num-workers or a smaller --max-tokens-per-batch need less; --verbose shows the "
-                "workers' logs."
+                "--num-workers or a smaller --max-tokens-per-batch need less; its last words are "
+                f"in {worker_log(group.number, '*')}."
             ) from cause
 
     def _take_failure(self, group: Group, step: Step, failure: ray.exceptions.RayTaskError) -> None:
@@ -547,6 +576,7 @@ class RayReplicas:
             alike = [one.number for one in self._groups if one.device == group.device]
             self._recovery.too_large(group.number, alike, step.payload)
         else:
+            self._progress.keep(failure)
             said = f"{type(cause).__name__}: {first_line(cause)}"
             self._recovery.failed(group.number, step.payload, failure, said)
         if group.strategy_name == "tensor":
@@ -585,7 +615,9 @@ class RayReplicas:
                 doing = "a batch" if step.what == "predict" else step.what
                 self._progress.note(
                     f"warning: {group.noun} {group.number} hangs: {self._clock - since:.0f} s in "
-                    f"{doing}, where {limit:.0f} are the most; ended"
+                    f"{doing}, where {limit:.0f} are the most; ended",
+                    event="fault",
+                    replica=group.number,
                 )
                 if step.what == "predict":
                     # Those behind it did no harm.
@@ -597,11 +629,15 @@ class RayReplicas:
 
     def _limit_s(self, group: Group, step: Step) -> float:
         if step.what == "predict":
-            seconds = self._rates.seconds(group.number, step.payload.shape)
-            floor = BATCH_WITHIN_S if self._rates.knows(group.number) else FIRST_BATCH_WITHIN_S
+            is_known = self._rates.knows(group.number)
+            floor = BATCH_WITHIN_S if is_known else FIRST_BATCH_WITHIN_S
+            seconds = self._rates.seconds(group.number, step.payload.shape) * len(group.slots)
+            limit = floor + HANG_FACTOR * seconds
+            if is_known:
+                least = PATIENCE_S + PATIENCE_FACTOR * seconds
+                limit = min(limit, max(least, HANG_SHARE * self._left_s()))
             # While one compiles, a batch has half of the cores.
-            floor *= 1 if group.compiling is None else 2
-            return floor + HANG_FACTOR * seconds * max(1, len(group.slots))
+            return limit if group.compiling is None else 2 * limit
         stored = self._spec.stored_bytes if step.what == "load" else 0
         return STEP_WITHIN_S[step.what] + stored / SLOWEST_LOAD_BYTES_PER_S
 

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,6 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from runner.cluster import private_folder
 from runner.records import BatchResult, ModelSpec, WorkerInfo, WorkerStats
 from runner.strategy import Strategy
+from runner.timeline import COMPILING, LOADING, LOST, STARTING, Timeline
 from runner.workers import PipelineStage, Replica, TensorMember
 from sharding.batches import Batch, BatchShape
 from sharding.rates import Intervals
@@ -42,7 +44,7 @@ RESOURCES = {"cpu": {"CPU": 1.0}, "gpu": {"CPU": 1.0, "GPU": 1.0}, "tpu": {"CPU"
 class Step:
     """One thing asked of a group: the answers of those members that have a part in it.
 
-    asked_at: by the dispatcher's clock, in seconds.
+    asked_at: by the dispatcher's clock, in seconds. asked_s: by the timeline's.
     """
 
     what: str
@@ -50,6 +52,7 @@ class Step:
     answers: list[Any]
     missing: int
     asked_at: float
+    asked_s: float
 
 
 class Group:
@@ -61,6 +64,7 @@ class Group:
     Args:
         strategy: how the members hold the replica together; None where one holds it whole.
         family: the backbone's class, which names the layout rules of tensor parallelism.
+        timeline: keeps what each member did when.
     """
 
     def __init__(
@@ -71,9 +75,12 @@ class Group:
         family: str,
         spec: ModelSpec,
         verbose: bool,
+        timeline: Timeline,
+        log_folder: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.slots = slots
+        self._timeline = timeline
         self.stats = [WorkerStats(slot.replica, slot.member, slot.kind) for slot in slots]
         self.calls: dict[Any, tuple[Step, int]] = {}
         self.in_flight: deque[Batch] = deque()
@@ -98,6 +105,8 @@ class Group:
         self._name = strategy.name if strategy else None
         self._family = family
         self._spec = spec
+        # Of this machine, whatever a worker's own folder is.
+        self._log_folder = str(log_folder.resolve()) if log_folder is not None else None
         self._verbose = verbose
         self._actors: list[Any] = []
         # PACK: the members of a group come to one node where one has room for them.
@@ -128,7 +137,9 @@ class Group:
         self.spawned_at = self._clock()
         plain = ACTORS[self._name]
         self._actors = [
-            self._actor_class(plain, slot.member).remote(slot, verbose=self._verbose)
+            self._actor_class(plain, slot.member).remote(
+                slot, verbose=self._verbose, log_folder=self._log_folder
+            )
             for slot in self.slots
         ]
         self._ask("ping", [actor.ping.remote() for actor in self._actors])
@@ -140,7 +151,10 @@ class Group:
         # The members of a tensor group load when they know where to meet.
 
     def go_on_after(self, step: Step) -> None:
-        """Ask for what must follow a step of starting up."""
+        """Keep when a step of starting up was done, and ask for what must follow."""
+        if what := {"ping": STARTING, "load": LOADING}.get(step.what):
+            for slot in self.slots:
+                self._timeline.add(what, slot.replica, slot.member, step.asked_s)
         if step.what == "ping" and self._name == "tensor":
             if folder := private_folder():
                 self._meet_at(f"unix:{folder}/{secrets.token_hex(4)}")
@@ -186,6 +200,12 @@ class Group:
         self._compile_times.end(self._clock())
         for stats, answer in zip(self.stats, step.answers, strict=True):
             stats.count_compiled(answer)
+            self._timeline.add(
+                *(COMPILING, stats.replica, stats.member, step.asked_s),
+                ended_s=min(step.asked_s + answer.seconds, self._timeline.now()),
+                shape=step.payload,
+                is_cached=answer.cached,
+            )
 
     def start(self, batch: Batch) -> None:
         """Send a batch on its way."""
@@ -210,7 +230,9 @@ class Group:
         The members of a tensor group cannot compute alone, and a device has no room for more.
         """
         self.end()
-        actor = self._actor_class(Replica).remote(self.slots[0], verbose=self._verbose)
+        actor = self._actor_class(Replica).remote(
+            self.slots[0], verbose=self._verbose, log_folder=self._log_folder
+        )
         actor.hold_tokens.remote(tokens)
         self._actors = [actor]
         return actor
@@ -227,10 +249,14 @@ class Group:
         work = [entry for answer in step.answers for entry in answer.work]
         for stats, entry in zip(self.stats, work, strict=True):
             stats.count(len(result.batch.rows), entry)
+        self._timeline.predicted(result.batch, self.number, work, step.asked_s)
         return result, now - began, self._compile_times.within(began, now)
 
     def drop(self, step: Step) -> None:
         """Forget a batch that failed; its other members' calls too."""
+        for slot in self.slots:
+            lane = (slot.replica, slot.member)
+            self._timeline.add(LOST, *lane, step.asked_s, batch=step.payload)
         self.in_flight.remove(step.payload)
         self.forget(step)
         self.finished_at = self._clock()
@@ -273,6 +299,7 @@ class Group:
         The members of a group cannot go on without each other, and may hang: they end together.
         """
         batches = tuple(self.in_flight)
+        self._mark_lost()
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
@@ -283,6 +310,14 @@ class Group:
         self.compiling = None
         self._compile_times.end(self._clock())
         return batches
+
+    def _mark_lost(self) -> None:
+        """Keep what the workers were at that no answer comes of, a batch above all."""
+        steps = sorted((step for step, _ in self.oldest()), key=lambda one: one.what != "predict")
+        for step in steps[:1]:
+            batch = step.payload if step.what == "predict" else None
+            for slot in self.slots:
+                self._timeline.add(LOST, slot.replica, slot.member, step.asked_s, batch=batch)
 
     def stop_clock(self) -> None:
         """Settle how long the workers were ready and how much of that they were idle."""
@@ -307,6 +342,8 @@ class Group:
         )
 
     def _ask(self, what: str, calls: list[Any], payload: Any = None) -> None:
-        step = Step(what, payload, [None] * len(calls), len(calls), self._clock())
+        step = Step(
+            what, payload, [None] * len(calls), len(calls), self._clock(), self._timeline.now()
+        )
         for place, reference in enumerate(calls):
             self.calls[reference] = (step, place)

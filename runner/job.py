@@ -16,7 +16,7 @@ from runner.presets import Preset, check_lora, read_head, read_preset
 from runner.progress import Progress
 from runner.records import ModelSpec
 from runner.report import versions
-from runner.submission import LABEL_COLUMNS
+from runner.task import CONTEST, Task
 
 # Packages whose versions may change an answer.
 ANSWERS_DEPEND_ON = ("jax", "keras", "keras-hub")
@@ -28,7 +28,7 @@ Config = TypeVar("Config", RunConfig, PrepareConfig)
 class Job:
     """The files of a run, the demo's where the person named none, and the preset's facts.
 
-    head_kernel, head_bias: None where the preset is a classifier whose own head is used.
+    head_kernel, head_bias: None where the task has no head, or the preset's own is used.
     quantization: what workers have to make of the preset's weights while they load them.
     """
 
@@ -39,6 +39,10 @@ class Job:
     head_bias: Path | None
     quantization: str | None
 
+    def width(self, task: Task) -> int:
+        """Return how many numbers a row gets."""
+        return task.width(self.preset.shape.hidden_dim)
+
     def spec(self, config: RunConfig, dtype: str) -> ModelSpec:
         """Return what workers need, in a dtype."""
         lora, kernel, bias = self.lora_weights, self.head_kernel, self.head_bias
@@ -47,17 +51,19 @@ class Job:
             lora_weights=str(lora.resolve()) if lora is not None else None,
             head_kernel=str(kernel.resolve()) if kernel is not None else None,
             head_bias=str(bias.resolve()) if bias is not None else None,
-            classes=len(LABEL_COLUMNS),
+            classes=self.width(config.task),
             pooling=config.pooling,
             dtype=dtype,
             quantization=self.quantization,
             compilation_cache=compilation_cache(),
             stored_bytes=sum(path.stat().st_size for path in self.preset.weight_files),
+            head=config.task.head,
         )
 
-    @property
-    def head_files(self) -> tuple[Path, ...]:
-        """The files that make pooled vectors into classes."""
+    def head_files(self, task: Task) -> tuple[Path, ...]:
+        """Return the files that make pooled vectors into answers."""
+        if task.head == "none":
+            return ()
         if self.head_kernel is not None and self.head_bias is not None:
             return self.head_kernel, self.head_bias
         return self.preset.classifier.files if self.preset.classifier is not None else ()
@@ -75,13 +81,14 @@ class Job:
                 "dtype": dtype,
                 "quantization": self.preset.quantization or config.quantization,
                 "extra_passes": config.extra_passes,
+                **_settings_of(config),
             },
             versions={name: found[name] for name in ANSWERS_DEPEND_ON if name in found},
             ids=ids,
             texts=texts,
             preset_files=self.preset.small_files,
             weight_files=self.preset.weight_files,
-            head_files=self.head_files,
+            head_files=self.head_files(config.task),
             lora_file=self.lora_weights,
         )
 
@@ -112,7 +119,10 @@ def find_job(config: RunConfig, progress: Progress) -> Job:
     lora = files.get("lora_weights")
     if lora is not None:
         check_lora(lora, preset.shape)
-    check_head(preset, files.get("head_kernel"), files.get("head_bias"), classes=len(LABEL_COLUMNS))
+    if config.task.head == "none":
+        files = {name: files[name] for name in files if not name.startswith("head")}  # the demo's
+    else:
+        check_head(preset, files.get("head_kernel"), files.get("head_bias"), config.task)
     return Job(
         test_set=files["input"],
         preset=preset,
@@ -123,17 +133,22 @@ def find_job(config: RunConfig, progress: Progress) -> Job:
     )
 
 
-def check_head(preset: Preset, kernel: Path | None, bias: Path | None, *, classes: int) -> None:
+def check_head(preset: Preset, kernel: Path | None, bias: Path | None, task: Task) -> None:
     """Check the head that is named, or else the preset's own.
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: there is neither, or the preset's own gives other answers than the task wants.
         DataError: it is damaged, or does not fit.
     """
-    hidden_dim = preset.shape.hidden_dim
+    hidden_dim, classes = preset.shape.hidden_dim, len(task.label_columns)
     if kernel is not None and bias is not None:
         read_head(kernel, bias, hidden_dim=hidden_dim, classes=classes)
     elif preset.classifier is not None:
+        if preset.classifier.activation not in ("linear", task.head):
+            raise ConfigError(
+                f"{preset.path} ends in {preset.classifier.activation}, so [task] must have that "
+                f"head. Received: head = {task.head!r}"
+            )
         preset.classifier.head(hidden_dim=hidden_dim, classes=classes)
     else:
         raise ConfigError(
@@ -151,7 +166,8 @@ def settle(config: Config, preset: Preset) -> Config:
         ConfigError: what the person asked for does not go with the preset.
     """
     pooling, length = config.pooling, config.sequence_length
-    own = preset.classifier if config.head_kernel is None else None
+    uses_own = config.head_kernel is None and config.task.head != "none"
+    own = preset.classifier if uses_own else None
     if own is not None:
         if isinstance(pooling, DefaultPooling):
             pooling = own.pooling
@@ -180,6 +196,21 @@ def settle(config: Config, preset: Preset) -> Config:
             f"must be at least 2. Received: --sequence-length {length}"
         )
     return replace(config, pooling=pooling, sequence_length=length)
+
+
+def _settings_of(config: RunConfig) -> dict[str, object]:
+    """What of a task decides an answer; nothing where it is as the contest's, whose journals are
+    older than tasks. What labels are called does not: how many there are, the head says."""
+    task, settings = config.task, dict[str, object]()
+    if (task.template, task.head) != (CONTEST.template, CONTEST.head):
+        settings |= {"template": repr(task.template), "kind_of_head": task.head}
+    exchanged = task.swapped_columns, task.swapped_labels
+    if config.extra_passes == "swap" and exchanged != (
+        CONTEST.swapped_columns,
+        CONTEST.swapped_labels,
+    ):
+        settings["swapped"] = f"{' and '.join(task.swap)}, labels to {task.swapped_labels}"
+    return settings
 
 
 def cache_folder() -> Path:

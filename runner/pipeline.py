@@ -3,13 +3,13 @@
 The only file that knows all stages.
 """
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -32,15 +32,26 @@ from runner.fingerprint import Fingerprint
 from runner.guard import Guard
 from runner.job import Job, compilation_cache, find_job, settle
 from runner.journal import Journal
+from runner.logs import LogEvent, RunLogs
 from runner.merge import FILLED, PREDICTED, SHORTENED, SWAPPED, WIDER, Merger
+from runner.metrics import Figures, Metrics
 from runner.presets import Preset
 from runner.progress import Progress
 from runner.prompts import render_prompts
 from runner.records import Examples, Faults, TokenTable
-from runner.report import make_report, summarize, write_report, write_rows
+from runner.report import (
+    make_report,
+    say_summary,
+    summarize,
+    versions,
+    what_happened,
+    write_report,
+    write_rows,
+)
 from runner.steering import Steering
 from runner.strategy import Strategy, choose_strategy, tokens_per_batch
-from runner.submission import LABEL_COLUMNS, check_writable, rehearse, write_submission
+from runner.submission import check_writable, rehearse, write_submission
+from runner.timeline import Event, Timeline
 from runner.tokenization import tokenize
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape, Plan, plan_batches
@@ -56,8 +67,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# What the run itself is at, in the words of its page.
+STAGES = {"read": "reading", "tokenize": "tokenizing", "merge": "merging and writing"}
+# Seconds in which the page must be drawn: no run ends later for it.
+PAGE_WITHIN_S = 60.0
 # Rows that are computed again in float32 at a time.
 ROWS_IN_FLOAT = 8
+# Numbers of a row that a message names.
+MOST_NAMED = 8
 
 
 def run(
@@ -65,12 +82,14 @@ def run(
     *,
     started: float | None = None,
     on_signals_taken: Callable[[], None] = lambda: None,
+    owns_process: bool = False,
 ) -> dict[str, Any]:
     """Do what `config` asks for and return the report, which is also on disk then.
 
     Args:
         started: `time.monotonic()` of the process' start, for `seconds.total` and the limit.
         on_signals_taken: called when Ray has replaced the process' signal handlers.
+        owns_process: whether this process is the command's, whose standard error may be taken.
 
     Raises:
         ConfigError, DataError: the person's to mend; nothing was written.
@@ -79,22 +98,37 @@ def run(
             message says what is safe in the journal.
     """
     started = time.monotonic() if started is None else started
-    with Progress(started=started) as progress:
+    with (
+        RunLogs(config.log_folder, takes_stderr=owns_process, workers_too=config.verbose) as logs,
+        Progress(
+            started=started,
+            stream=logs.terminal,
+            log_format=config.log_format,
+            record=logs.record,
+        ) as progress,
+        Metrics(config.metrics_port) as metrics,
+    ):
+        if metrics.url:
+            progress.note(f"figures of this run: {metrics.url}", event="metrics", url=metrics.url)
         check_writable("--output", config.output)
-        check_writable("--report", config.report_path)
+        for path in (config.report_path, config.page_path, config.trace_path):
+            check_writable("--report", path)
         check_writable("--journal", config.journal_path)
+        logs.check()
         job = find_job(config, progress)
         config = settle(config, job.preset)
-        this = _Run(config, job, progress, started)
+        this = _Run(config, job, progress, started, logs)
         progress.stage(f"reading {this.job.test_set.name}")
         with this.timed("read"):
             this.read()
         if not this.examples:
             progress.note(f"warning: {this.job.test_set} has no rows; the submission is a header.")
+        logs.open(None if config.log_format == "json" else progress.show)
         with (
             this.open_executor() as executor,
             Guard(this.last_call(is_starting=True), lambda: this.end_without(executor)) as guard,
         ):
+            metrics.watch(lambda: this.figures(executor))
             dtype = executor.open(config.dtype, compilation_cache()) if this.examples else ""
             on_signals_taken()
             with this.open_journal(dtype):
@@ -112,7 +146,8 @@ def run(
                 this.improve(executor)
                 quantization = this.measure_quantization(executor)
         report = this.write_reports(executor, quantization)
-    print(summarize(report, config), flush=True)
+        logs.record(LogEvent("end", summarize(report, config)))
+    print(say_summary(report, config), flush=True)
     return report
 
 
@@ -163,7 +198,9 @@ def plan_run(
 class _Run:
     """One run's state between its stages."""
 
-    def __init__(self, config: RunConfig, job: Job, progress: Progress, started: float) -> None:
+    def __init__(
+        self, config: RunConfig, job: Job, progress: Progress, started: float, logs: RunLogs
+    ) -> None:
         self.config = config
         self.job = job
         self.strategy: Strategy | None = choose_strategy(config, job.preset)
@@ -172,7 +209,9 @@ class _Run:
             0.0,
         )
         self.deadline = Deadline(config.time_limit, config.on_deadline)
+        self.timeline = Timeline(started)
         self._progress = progress
+        self._logs = logs
         self._started = started
         self._plan = Plan((), (), 0)
         self._steering: Steering | None = None
@@ -187,10 +226,14 @@ class _Run:
 
     def read(self) -> None:
         """Read the test set and render its texts."""
-        self.examples: Examples = read_examples(self.job.test_set)
+        task, width = self.config.task, self.job.width(self.config.task)
+        self.examples: Examples = read_examples(self.job.test_set, task)
         self._texts = self._render(self.examples)
-        self.merger = Merger(self.examples.ids, len(LABEL_COLUMNS))
-        self.deadline.rehearsed(rehearse(self.config.output, self.examples.ids))
+        ids, kept = self.examples.ids, self.examples.kept
+        self.merger = Merger(ids, width, task.head)
+        self.deadline.rehearsed(
+            rehearse(self.config.output, ids, task=task, width=width, kept=kept)
+        )
 
     def tokens(self, examples: Examples, executor: "Executor") -> TokenTable | None:
         """Return the token ids of all rows, made while workers start; None where time is over."""
@@ -204,7 +247,8 @@ class _Run:
         return tokenizing.result()
 
     def _render(self, examples: Examples) -> list[str]:
-        return render_prompts(examples, text_format=self.config.text_format)
+        config = self.config
+        return render_prompts(examples, text_format=config.text_format, task=config.task)
 
     def _tokenize(self, texts: list[str]) -> TokenTable:
         def count(rows: int) -> None:
@@ -237,16 +281,19 @@ class _Run:
         if config.mode == "single" or not self.examples:
             from runner.single import InProcess
 
-            return InProcess(verbose=config.verbose, progress=progress)
+            return InProcess(verbose=config.verbose, progress=progress, timeline=self.timeline)
         from runner.dispatch import RayReplicas
 
         return RayReplicas(
             num_workers=config.num_workers,
             verbose=config.verbose,
+            log_folder=self._logs.folder,
             progress=progress,
+            timeline=self.timeline,
             strategy=self.strategy,
             group_size=config.members,
             family=self.job.preset.class_name,
+            left_s=lambda: self.deadline.left_s(self.now()),
         )
 
     @contextmanager
@@ -258,8 +305,9 @@ class _Run:
             config.journal_path,
             fingerprint=self._fingerprint,
             ids=examples.ids,
-            classes=len(LABEL_COLUMNS),
+            classes=self.job.width(config.task),
             resume=config.resume,
+            head=config.task.head,
         )
         try:
             for note in journal.notes:
@@ -369,7 +417,9 @@ class _Run:
         named = list_ids(self.examples.ids, broken)
         self._progress.note(
             f"warning: {len(broken)} rows came out as NaN or infinity ({named}); "
-            "predicted again in float32"
+            "predicted again in float32",
+            event="fault",
+            rows=len(broken),
         )
         self._progress.stage(f"predicting {len(broken)} rows again in float32")
         for start in range(0, len(broken), ROWS_IN_FLOAT):
@@ -426,18 +476,22 @@ class _Run:
         if journal is not None:
             journal.add(missing, table, how=FILLED, worker="", lengths=none)
         self.merger.add(missing, table, how=FILLED, lengths=none, again=True)
-        what = (
-            f"{len(missing):,} rows ({list_ids(self.examples.ids, missing)}) have no answer of the "
-            f"model and get the fallback {', '.join(f'{value:.4f}' for value in values)}"
-        )
+        said = f"have no answer of the model and get the fallback {_some(values)}"
         if over:
-            self.deadline.note(self.now(), what)
-        self._progress.note(f"warning: {what}")
+            self.deadline.note(self.now(), f"{len(missing):,} rows {said}")
+        named = list_ids(self.examples.ids, missing)
+        self._progress.note(f"warning: {len(missing):,} rows ({named}) {said}")
 
     def write(self) -> None:
         """Write the submission as it is now, and note when it stood."""
         with self.timed("merge"):
-            write_submission(self.config.output, self.examples.ids, self.merger.finish())
+            write_submission(
+                self.config.output,
+                self.examples.ids,
+                self.merger.finish(),
+                task=self.config.task,
+                kept=self.examples.kept,
+            )
         self._stands_s = self.now()
 
     def rows_to_improve(self) -> list[int]:
@@ -451,7 +505,8 @@ class _Run:
         if not rows or self.deadline.is_over(began):
             return
         self._progress.stage("tokenizing rows with their responses swapped")
-        predict_s, tokens = executor.predict_s, self.tokens(swap(self.examples), executor)
+        task, predict_s = self.config.task, executor.predict_s
+        tokens = self.tokens(swap(self.examples, task), executor)
         if tokens is None:
             return
         lengths, cost = tokens.lengths, self.job.preset.shape.batch_flops
@@ -464,6 +519,7 @@ class _Run:
                 executor,
                 tokens,
                 list(batches),
+                labels=task.swapped_labels,
                 merger=self.merger,
                 journal=self.journal,
                 deadline=self.deadline,
@@ -504,7 +560,10 @@ class _Run:
             # The submission stands; a worker without memory for this costs the figure alone.
             return {"mode": mode, "measured": f"it failed: {first_line(error)}"}
         figures = compare(
-            self.merger.probabilities(batch.rows), reference, seconds=time.monotonic() - started
+            self.merger.probabilities(batch.rows),
+            reference,
+            seconds=time.monotonic() - started,
+            head=self.config.task.head,
         )
         return {"mode": mode, **figures}
 
@@ -516,15 +575,16 @@ class _Run:
     def end_without(self, executor: "Executor") -> int:
         """Write the submission although the run is inside something that does not end; return the
         exit code. Runs in a thread of its own, after which the process ends."""
+        self._logs.release()
         where = "the run had not come to its end and was ended"
         self._progress.note(f"deadline: {self.deadline.note(self.now(), where)}")
         try:
             self.fill(None)
         except DeadlineError as error:
-            print(f"error: {error}\n{self._how_to_resume()}", file=sys.stderr)
+            self._progress.note(f"error: {error}\n{self._how_to_resume()}", event="end")
             return EXIT_DEADLINE
         self.write()
-        print(summarize(self.write_reports(executor, None), self.config))
+        print(say_summary(self.write_reports(executor, None), self.config))
         return 0
 
     def write_reports(
@@ -534,10 +594,50 @@ class _Run:
         report = self.report(executor, quantization)
         try:
             write_report(self.config.report_path, report)
-            write_rows(self.config.rows_path, self.examples.ids, self.merger)
+            write_rows(self.config.rows_path, self.merger, id_column=self.config.task.id_column)
         except OSError as error:
             self._progress.note(f"warning: the submission stands; its report does not: {error}")
+        for what, write in (("trace", self._write_trace), ("page", self._write_page)):
+            if failure := try_to_write(what, partial(write, report)):
+                self._progress.note(f"warning: {failure}")
         return report
+
+    def _write_trace(self, report: dict[str, Any]) -> None:
+        from runner.trace import make_trace, write_trace
+
+        timeline = self.timeline
+        events = make_trace(
+            timeline.spans,
+            timeline.stages,
+            [
+                *timeline.events,
+                *(Event(float(one["at_s"]), str(one["what"])) for one in self.deadline.events),
+            ],
+            devices={
+                (worker["replica"], worker["member"]): worker["device"]
+                for worker in report["workers"]
+            },
+            noun="group" if self.strategy else "worker",
+        )
+        write_trace(self.config.trace_path, events)
+
+    def _write_page(self, report: dict[str, Any]) -> None:
+        from runner.report_page import Story, write_page  # matplotlib takes half a second
+
+        values = self.merger.probabilities(range(len(self.examples)))
+        story = Story(
+            report=report,
+            spans=self.timeline.spans,
+            stages=self.timeline.stages,
+            events=self.timeline.events,
+            lengths=self._lengths if self._lengths.size else self.merger.lengths,
+            how=self.merger.how,
+            values=values,
+            # Of embeddings, the numbers by their places.
+            labels=self.config.task.label_columns or [*map(str, range(values.shape[1]))],
+            summary=what_happened(report),
+        )
+        write_page(self.config.page_path, story)
 
     def report(self, executor: "Executor", quantization: dict[str, Any] | None) -> dict[str, Any]:
         """Return the run's report."""
@@ -590,6 +690,25 @@ class _Run:
             },
         )
 
+    def figures(self, executor: "Executor") -> Figures:
+        """Return how the run stands, from any thread."""
+        how, steering = self.merger.how, self._steering
+        return Figures(
+            build=versions() | {"mode": self.config.mode},
+            standing=self._progress.standing(),
+            rows={
+                "total": len(how),
+                "done": len(how) - how.count(""),
+                "resumed": self._resumed,
+                "shortened": how.count(SHORTENED),
+                "filled": how.count(FILLED),
+            },
+            real_tokens=steering.real_tokens if steering else 0,
+            padded_tokens=steering.padded_tokens if steering else 0,
+            workers=executor.stats,
+            faults=executor.faults,
+        )
+
     def now(self) -> float:
         """Seconds since the process started."""
         return time.monotonic() - self._started
@@ -597,7 +716,8 @@ class _Run:
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         started = time.monotonic()
-        yield
+        with self.timeline.stage(STAGES[name]):
+            yield
         self.seconds[name] += time.monotonic() - started
 
     def _describe(self, executor: "Executor") -> dict[str, Any]:
@@ -620,7 +740,17 @@ class _Run:
         )
 
 
-def _in_background(work: Callable[[], T]) -> "Future[T]":
+def try_to_write(what: str, write: Callable[[], None]) -> str | None:
+    """Write something that no run is to fail for, or wait for long; return what went wrong."""
+    try:
+        _in_background(write, name=what).result(timeout=PAGE_WITHIN_S)
+    except Exception as error:  # whatever it is, the answers are there
+        why = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
+        return f"the submission stands; its {what} does not: {why}"
+    return None
+
+
+def _in_background(work: Callable[[], T], name: str = "tokenize") -> "Future[T]":
     """Run `work` in a thread that does not keep the process alive."""
     future: Future[T] = Future()
 
@@ -630,8 +760,14 @@ def _in_background(work: Callable[[], T]) -> "Future[T]":
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=target, daemon=True, name="tokenize").start()
+    threading.Thread(target=target, daemon=True, name=name).start()
     return future
+
+
+def _some(values: np.ndarray) -> str:
+    """Name the first of a row's numbers: an embedding has thousands."""
+    named = ", ".join(f"{value:.4f}" for value in values[:MOST_NAMED])
+    return named + (", ..." if len(values) > MOST_NAMED else "")
 
 
 def _model_flops(preset: Preset, lengths: np.ndarray) -> float:

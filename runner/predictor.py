@@ -58,6 +58,16 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": jnp.tanh,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
 }
+
+
+# A head's sums (rows, labels) -> what is written of them. A new kind of head is a line here, and
+# its name in `task.HEADS`.
+OUTPUTS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "softmax": functools.partial(jax.nn.softmax, axis=-1),
+    "sigmoid": jax.nn.sigmoid,
+    "regression": lambda sums: sums,
+}
+
 # Poolings that see what becomes of the positions after a row's end.
 SEES_PADDING = ("padded-mean",)
 
@@ -72,6 +82,7 @@ class Predictor:
             in BERT, LoRA merged; its weights stay where they are.
         head: None where hidden states are to come out.
         pooling: a key of `POOLINGS`, or `POOLER`.
+        output: a key of `OUTPUTS`; or none, without a head: the pooled states come out.
         replicated: over a mesh of several processes, the sharding of what all of them hold whole.
         way: how to attend, a key of `attention.WAYS`; None chooses by device and checks it.
     """
@@ -82,6 +93,7 @@ class Predictor:
         head: Head | None,
         *,
         pooling: str,
+        output: str = "softmax",
         replicated: jax.sharding.Sharding | None = None,
         way: str | None = None,
     ) -> None:
@@ -89,6 +101,7 @@ class Predictor:
         self._entry = "token_ids" if "token_ids" in model.input else "hidden"
         self._pooling = pooling
         self._dense = ACTIVATIONS[head.activation] if head is not None and head.dense else None
+        self._output = output if head is not None or output == "none" else "hidden"
         self._sees_padding = pooling in SEES_PADDING
         self.notes: tuple[str, ...] = ()
         self._replicated = replicated
@@ -138,8 +151,8 @@ class Predictor:
         return CompileInfo(time.perf_counter() - started, _cache_hits().count > hits)
 
     def predict(self, entry: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Return probabilities, float32 (rows, classes) that sum to one along the last dim, or
-        without a head hidden states, (rows, length, hidden).
+        """Return what `output` names, float32 (rows, classes) or pooled states (rows, hidden); or
+        before the last stage hidden states, (rows, length, hidden).
 
         Args:
             entry: token ids, int32 (rows, length), padded after each row's end; or hidden states.
@@ -174,22 +187,24 @@ class Predictor:
         entry: jax.Array,
         lengths: jax.Array,
     ) -> jax.Array:
-        output = self._output(trainable, non_trainable, entry, lengths)
-        hidden = output["sequence_output"] if isinstance(output, dict) else output
-        if not head:
+        states = self._states(trainable, non_trainable, entry, lengths)
+        hidden = states["sequence_output"] if isinstance(states, dict) else states
+        if self._output == "hidden":
             return hidden
-        kernel, bias, *dense = head
         if self._pooling == POOLER:
-            pooled = output["pooled_output"].astype(jnp.float32)
+            pooled = states["pooled_output"].astype(jnp.float32)
         else:
             pooled = POOLINGS[self._pooling](hidden.astype(jnp.float32), lengths)
+        if self._output == "none":
+            return pooled
+        kernel, bias, *dense = head
         if self._dense is not None:
             between, its_bias = dense
             pooled = self._dense(jnp.matmul(pooled, between, precision="highest") + its_bias)
         logits = jnp.matmul(pooled, kernel, precision="highest") + bias
-        return jax.nn.softmax(logits, axis=-1)
+        return OUTPUTS[self._output](logits)
 
-    def _output(
+    def _states(
         self,
         trainable: list[jax.Array],
         non_trainable: list[jax.Array],

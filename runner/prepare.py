@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from runner.errors import ConfigError
 from runner.job import check_head, settle
 from runner.presets import ACCURACY_FILE, Preset, check_lora, checkpoint_type, read_preset
 from runner.progress import Progress
-from runner.records import ModelSpec
-from runner.submission import LABEL_COLUMNS
+from runner.records import Examples, ModelSpec
+from runner.task import Task
 
 # Beside the weights and the backbone's own config.
 COPIED = ("tokenizer.json", "preprocessor.json", "assets", TASK, TASK_WEIGHTS)
@@ -46,12 +47,15 @@ def prepare(config: PrepareConfig, *, started: float | None = None) -> Preset:
         lora_weights=str(config.lora_weights.resolve()) if config.lora_weights else None,
         head_kernel=str(config.head_kernel) if config.head_kernel else None,
         head_bias=str(config.head_bias) if config.head_bias else None,
-        classes=len(LABEL_COLUMNS),
+        classes=config.task.width(preset.shape.hidden_dim),
         pooling=config.pooling,
         dtype="float32" if config.dtype == "auto" else config.dtype,
         quantization=None if config.quantization == "none" else config.quantization,
         compilation_cache=None,
+        head=config.task.head,
     )
+    named = config.head_kernel or preset.classifier
+    has_head = named is not None or config.task.head == "none"
     with Progress(started=started) as progress, _appears_whole(config.output) as folder:
         progress.stage(f"loading {preset.path}")
         backbone = _load(spec)
@@ -63,7 +67,7 @@ def prepare(config: PrepareConfig, *, started: float | None = None) -> Preset:
             elif (preset.path / name).is_file():
                 shutil.copy2(preset.path / name, folder / name)
         figures: dict[str, Any] = {"measured": "no head was named when the preset was prepared"}
-        if spec.quantization and (config.head_kernel or preset.classifier):
+        if spec.quantization and has_head:
             progress.stage("comparing with float32")
             figures = _measure(config, spec, preset, backbone)
         if spec.quantization:
@@ -130,9 +134,9 @@ def _check(config: PrepareConfig) -> Preset:
         )
     if config.lora_weights is not None:
         check_lora(config.lora_weights, preset.shape)
-    if config.head_kernel is not None or preset.classifier is not None:
-        classes = len(LABEL_COLUMNS)
-        check_head(preset, config.head_kernel, config.head_bias, classes=classes)
+    named = config.head_kernel or preset.classifier
+    if named is not None and config.task.head != "none" and config.quantization != "none":
+        check_head(preset, config.head_kernel, config.head_bias, config.task)  # to measure with
     return preset
 
 
@@ -157,21 +161,14 @@ def _measure(
 ) -> dict[str, Any]:
     """Compare the quantized model with float32 on the first rows."""
     from runner.dataset import read_examples
-    from runner.demo import make_rows
     from runner.predictor import Predictor
     from runner.prompts import render_prompts
-    from runner.records import Examples
     from runner.tokenization import tokenize
     from runner.workers import load_head, predict_in_float
 
-    if config.input is not None:
-        examples = read_examples(config.input)
-    else:
-        ids, *columns = zip(*make_rows(8, seed=0), strict=True)
-        examples = Examples(
-            ids, dict(zip(("prompt", "response_a", "response_b"), columns, strict=True))
-        )
-    texts = render_prompts(examples, text_format=config.text_format)
+    task = config.task
+    examples = read_examples(config.input, task) if config.input is not None else _made_up(task)
+    texts = render_prompts(examples, text_format=config.text_format, task=task)
     tokens = tokenize(
         texts,
         preset.tokenizer,
@@ -184,11 +181,21 @@ def _measure(
     arrays = tokens.batch_arrays(batch.rows, batch.shape.rows, batch.shape.length)
     started = time.monotonic()
     head = load_head(spec, backbone)
-    quantized = Predictor(backbone, head, pooling=spec.pooling).predict(*arrays)
+    predictor = Predictor(backbone, head, pooling=spec.pooling, output=spec.head)
+    quantized = predictor.predict(*arrays)
     reference = predict_in_float(spec, *arrays)
-    figures = compare(quantized, reference, seconds=time.monotonic() - started)
+    seconds = time.monotonic() - started
+    figures = compare(quantized, reference, seconds=seconds, head=spec.head)
     rows = f"{config.input.name}" if config.input is not None else "made-up rows"
     return figures | {"measured": f"on {rows}, when the preset was prepared"}
+
+
+def _made_up(task: Task) -> Examples:
+    """Return a few rows in the contest's manner, whatever a task calls its columns."""
+    from runner.demo import make_rows
+
+    ids, *columns = zip(*make_rows(8, seed=0), strict=True)
+    return Examples(ids, dict(zip(task.text_columns, cycle(columns), strict=False)))
 
 
 @contextmanager

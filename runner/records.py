@@ -1,6 +1,8 @@
 """Nouns shared by the stages of a run. Of ours it imports the planner's nouns alone."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +16,15 @@ COMPILING_TO_READING = 8.0
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """The test set: ids as they were spelled and one tuple of cells for each text column."""
+    """The test set: ids as they were spelled and one tuple of cells for each text column.
+
+    kept: columns that are copied to the output: text, JSON values or an Arrow column, as the file
+    has them; the id column too, where its ids are numbers there.
+    """
 
     ids: tuple[str, ...]
     columns: dict[str, tuple[str, ...]]
+    kept: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -85,7 +92,8 @@ class ModelSpec:
 
     head_kernel, head_bias: None where the preset is a classifier with a head of its own.
     quantization: what to make of a float preset while it is loaded; None where it is to stay as
-    it is on disk. stored_bytes: of its weight files.
+    it is on disk. stored_bytes: of its weight files. head: a key of `predictor.OUTPUTS`, or none:
+    then there are no head files, and a row gets its pooled states, `classes` numbers.
     """
 
     preset: str
@@ -98,6 +106,7 @@ class ModelSpec:
     quantization: str | None
     compilation_cache: str | None
     stored_bytes: int = 0
+    head: str = "softmax"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +138,15 @@ class CompileInfo:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one worker spent on one batch, and what it handed on to the next stage."""
+    """What one worker spent on one batch, and what it handed on to the next stage.
+
+    ended_at: `time.time()` on the worker's machine, 0 where nobody looked.
+    """
 
     seconds: float
     peak_rss_bytes: int
     sent_bytes: int = 0
+    ended_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +160,16 @@ class BatchResult:
     replica: int
     probabilities: np.ndarray
     work: tuple[Work, ...]
+
+    @property
+    def finite(self) -> np.ndarray:
+        """Which rows came out as numbers: bool (len(batch.rows),)."""
+        is_finite: np.ndarray = np.isfinite(self.probabilities).all(axis=1)
+        return is_finite
+
+    def rows_where(self, chosen: np.ndarray) -> list[int]:
+        """Return the batch's rows that a mask, bool (len(batch.rows),), chooses."""
+        return [row for row, is_one in zip(self.batch.rows, chosen, strict=True) if is_one]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ import numpy as np
 
 from runner.errors import DeviceMemoryError, WorkerError, first_line
 from runner.faults import InjectedFaults
+from runner.logs import write_to_folder
 from runner.records import (
     Activations,
     BatchResult,
@@ -84,7 +85,10 @@ class Replica:
     device before the last has finished, and batches run while later shapes compile.
     """
 
-    def __init__(self, slot: WorkerSlot, *, verbose: bool = False) -> None:
+    def __init__(
+        self, slot: WorkerSlot, *, verbose: bool = False, log_folder: str | None = None
+    ) -> None:
+        write_to_folder(log_folder, slot.replica, slot.member)
         prepare_process(slot, verbose=verbose)
         self._slot = slot
         self._predictor: Any = None
@@ -127,7 +131,9 @@ class Replica:
         backbone = load_backbone(
             spec.preset, spec.lora_weights, dtype=dtype, quantization=spec.quantization
         )
-        self._predictor = Predictor(backbone, load_head(spec, backbone), pooling=spec.pooling)
+        self._predictor = Predictor(
+            backbone, load_head(spec, backbone), pooling=spec.pooling, output=spec.head
+        )
         return self._introduce(device, dtype, started, before)
 
     def hold_tokens(self, tokens: TokenTable) -> None:
@@ -174,7 +180,7 @@ class Replica:
         with self._clock:
             ended = time.perf_counter()
             seconds, self._last_end = ended - max(started, self._last_end), ended
-        return Work(seconds, peak_rss_bytes(), sent_bytes)
+        return Work(seconds, peak_rss_bytes(), sent_bytes, time.time())
 
     def _arrays(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         assert self._tokens is not None, "this is a bug: no tokens before the first batch"
@@ -226,7 +232,8 @@ class PipelineStage(Replica):
         fill(model, stored, place_whole, quantization=spec.quantization)
         is_last = stage.stop == len(backbone.transformer_layers)
         head = load_head(spec, backbone) if is_last else None
-        self._predictor = Predictor(model, head, pooling=spec.pooling)
+        output = spec.head if is_last else "hidden"
+        self._predictor = Predictor(model, head, pooling=spec.pooling, output=output)
         return self._introduce(device, dtype, started, before)
 
     def begin(self, batch: Batch) -> Activations:
@@ -296,7 +303,11 @@ class TensorMember(Replica):
         fill(backbone, stored, place_slices(distribution))
         notes = audit(backbone, layouts)
         self._predictor = Predictor(
-            backbone, load_head(spec, backbone), pooling=spec.pooling, replicated=replicated
+            backbone,
+            load_head(spec, backbone),
+            pooling=spec.pooling,
+            output=spec.head,
+            replicated=replicated,
         )
         return self._introduce(device, dtype, started, before, notes)
 
@@ -309,7 +320,8 @@ def predict_in_float(spec: ModelSpec, tokens: np.ndarray, lengths: np.ndarray) -
     values = tokens
     for part, is_last in float_parts(spec.preset, spec.lora_weights):
         head = load_head(spec, part) if is_last else None
-        predictor = Predictor(part, head, pooling=spec.pooling, way="keras")
+        output = spec.head if is_last else "hidden"
+        predictor = Predictor(part, head, pooling=spec.pooling, output=output, way="keras")
         values = predictor.predict(values, lengths)
         del predictor
     return values
@@ -328,12 +340,15 @@ def _memory_errors() -> Iterator[None]:
         raise
 
 
-def load_head(spec: ModelSpec, backbone: Any) -> Head:
-    """Return the head that is named, else the preset's own.
+def load_head(spec: ModelSpec, backbone: Any) -> Head | None:
+    """Return the head that is named, else the preset's own; None where the pooled states are asked
+    for.
 
     Raises:
         DataError: it is damaged, or does not fit.
     """
+    if spec.head == "none":
+        return None
     from runner.classifiers import read_own_head
     from runner.presets import read_head
 

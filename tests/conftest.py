@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -61,6 +62,29 @@ def environment(cache: Path, **extra: str) -> dict[str, str]:
     for name in ("KERAS_BACKEND", "XLA_FLAGS", "NPROC"):
         env.pop(name, None)
     return env | {"XDG_CACHE_HOME": str(cache)} | extra
+
+
+def copy_project(target: Path) -> Path:
+    """Copy this repository without what git ignores, for commands that write beside it."""
+    left_out = (".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
+    return Path(shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(*left_out)))
+
+
+def make_programs(folder: Path, project: Path) -> Path:
+    """Write the commands that a reader has installed, as scripts that use this test's Python."""
+    folder.mkdir(parents=True)
+    lines = {
+        "python": '"$@"',
+        "python3": '"$@"',
+        "pip": '-m pip "$@"',
+        "ruff": '-m ruff "$@"',
+        "mypy": '-m mypy "$@"',
+        "arena-runner": f'"{project / "run.py"}" "$@"',
+    }
+    for name, line in lines.items():
+        (folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {line}\n')
+        (folder / name).chmod(0o755)
+    return folder
 
 
 def run_script(cache: Path, name: str, *arguments: object) -> None:

@@ -88,6 +88,39 @@ class FakeReplica:
         return np.stack(rows)[: len(batch.rows)]
 
 
+def write_fake_job(folder: Path, rows: int = 40) -> dict[str, Path]:
+    """Write a preset whose weights `FakeReplica` never reads, a head and a test set.
+
+    Returns: the settings of a run that name them.
+    """
+    import h5py
+
+    from runner.demo import make_rows, train_tokenizer, write_test_set
+
+    preset, assets = folder / "preset", folder / "preset" / "assets" / "tokenizer"
+    assets.mkdir(parents=True)
+    test_set = make_rows(rows, seed=3)
+    texts = [text for row in make_rows(60, seed=5) for text in row[1:]]
+    train_tokenizer(assets / "vocabulary.spm", texts, vocabulary_size=600)
+    sizes = {"vocabulary_size": 600, "num_layers": 1, "num_query_heads": 2, "head_dim": 8,
+             "num_key_value_heads": 1, "hidden_dim": 16, "intermediate_dim": 32}  # fmt: skip
+    module = "keras_hub.src.models.gemma.gemma_backbone"
+    config = {"module": module, "class_name": "GemmaBackbone", "config": sizes}
+    (preset / "config.json").write_text(json.dumps(config))
+    (preset / "tokenizer.json").write_text(json.dumps({"class_name": "GemmaTokenizer"}))
+    with h5py.File(preset / "model.weights.h5", "w") as file:
+        file["nothing"] = np.zeros(40_000, np.float32)
+    np.save(folder / "kernel.npy", np.zeros((16, 3), np.float32))
+    np.save(folder / "bias.npy", np.zeros(3, np.float32))
+    write_test_set(folder / "test.csv", test_set)
+    return {
+        "preset": preset,
+        "head_kernel": folder / "kernel.npy",
+        "head_bias": folder / "bias.npy",
+        "input": folder / "test.csv",
+    }
+
+
 @dataclass(frozen=True)
 class Ended:
     """How one command line ended. code: None where the process died or hung; stderr says how."""

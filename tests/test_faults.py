@@ -152,7 +152,7 @@ def test_nothing_but_errors_ends_the_run(cli, models, test_set, tmp_path):
     assert "batches failed, the last one batch" in done.stderr
     assert "a fault on purpose" in done.stderr
     assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["s.csv.logs"]
 
 
 class TestResume:
@@ -239,7 +239,10 @@ class TestResume:
         assert done.returncode == 0, done.stderr
         modes = {path.name: path.stat().st_mode & 0o77 for path in tmp_path.iterdir()}
         assert modes.pop("s.csv") != 0
-        assert set(modes) == {"s.csv.journal", "s.csv.report.json", "s.csv.rows.csv"}
+        assert set(modes) == {
+            *("s.csv.journal", "s.csv.logs", "s.csv.rows.csv", "s.csv.trace.json"),
+            *("s.csv.report.json", "s.csv.report.html"),
+        }
         assert set(modes.values()) == {0}
 
 

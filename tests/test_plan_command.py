@@ -25,6 +25,7 @@ from runner.plan_text import render
 from runner.planner import asked_option, recommend
 from runner.presets import Preset, read_preset
 from runner.records import Examples
+from runner.task import CONTEST
 from sharding.devices import DEVICES, recognize
 from sharding.memory import fullest_bytes, host_bytes, need
 from sharding.times import compile_seconds, predict_seconds
@@ -208,7 +209,7 @@ class TestCommand:
     def test_only_a_plan_does_without_weights_and_head(self, preset):
         facts = read_preset(preset, needs_weights=False)
         with pytest.raises(ConfigError, match="--preset needs a head"):
-            check_head(facts, None, None, classes=3)
+            check_head(facts, None, None, CONTEST)
         with pytest.raises(DataError, match="has no weights"):
             read_preset(preset)
         assert read_preset(preset, needs_weights=False).weight_files == ()

@@ -12,6 +12,7 @@ from runner.config import RunConfig
 from runner.errors import ConfigError, DataError
 from runner.job import check_head, settle
 from runner.presets import read_preset
+from runner.task import CONTEST, Task
 from tests.conftest import ROOT, TOLERANCE
 
 # Of the preprocessors in plain_answers.py, which nobody names on the command line.
@@ -93,14 +94,24 @@ def change_task(folder, **values):
     [
         ({"num_classes": 5}, r"must classify into 3.*Received: num_classes=5"),
         ({"num_classes": "3"}, "must name its num_classes"),
-        ({"activation": "sigmoid"}, "must end in one of linear, softmax.*'sigmoid'"),
+        ({"activation": "relu"}, "must end in one of linear, softmax, sigmoid.*relu"),
     ],
 )
 def test_classifiers_that_cannot_be_followed(copy, values, message):
     folder = copy("bert")
     change_task(folder, **values)
     with pytest.raises(DataError, match=message):
-        check_head(read_preset(folder), None, None, classes=3)
+        check_head(read_preset(folder), None, None, CONTEST)
+
+
+def test_a_sigmoid_wants_a_task_of_its_kind(copy):
+    folder = copy("bert")
+    change_task(folder, activation="sigmoid")
+    with pytest.raises(ConfigError, match=r"ends in sigmoid, so \[task\] must have that head"):
+        check_head(read_preset(folder), None, None, CONTEST)
+    labels = {"label_columns": ("a", "b", "c"), "head": "sigmoid"}
+    task = Task(text_columns=("text",), template="{text}", **labels)
+    check_head(read_preset(folder), None, None, task)
 
 
 @pytest.mark.parametrize(("name", "message"), [("bert", "damaged"), ("roberta", "damaged")])
@@ -108,7 +119,7 @@ def test_damaged_task_weights(copy, name, message):
     folder = copy(name)
     (folder / TASK_WEIGHTS).write_bytes((folder / TASK_WEIGHTS).read_bytes()[:900])
     with pytest.raises(DataError, match=message):
-        check_head(read_preset(folder), None, None, classes=3)
+        check_head(read_preset(folder), None, None, CONTEST)
 
 
 def test_task_weights_of_another_model(copy):
@@ -118,13 +129,13 @@ def test_task_weights_of_another_model(copy):
         del file["layers/dense/vars/0"]
         file["layers/dense/vars/0"] = kernel[:-1]
     with pytest.raises(DataError, match="does not fit its backbone"):
-        check_head(read_preset(folder), None, None, classes=3)
+        check_head(read_preset(folder), None, None, CONTEST)
     with h5py.File(folder / TASK_WEIGHTS, "r+") as file:
         kernel[0, 0] = np.nan
         del file["layers/dense/vars/0"]
         file["layers/dense/vars/0"] = kernel
     with pytest.raises(DataError, match="must hold finite weights"):
-        check_head(read_preset(folder), None, None, classes=3)
+        check_head(read_preset(folder), None, None, CONTEST)
 
 
 def test_other_tasks_bring_no_head(copy):
@@ -134,7 +145,7 @@ def test_other_tasks_bring_no_head(copy):
     assert read_classifier(folder, "BertBackbone") is None
     assert read_classifier(folder, "GemmaBackbone") is None
     with pytest.raises(ConfigError, match=r"--preset needs a head.*or a preset that is a whole"):
-        check_head(read_preset(folder), None, None, classes=3)
+        check_head(read_preset(folder), None, None, CONTEST)
     (folder / TASK).write_text(json.dumps(content | {"class_name": "BertClassifier"}))
     assert read_classifier(folder, "BertBackbone") is not None
 
