@@ -16,7 +16,6 @@ import keras
 import keras_hub
 import numpy as np
 import sentencepiece
-import tensorflow as tf
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 M = keras_hub.models
@@ -122,6 +121,8 @@ def save_encoders(folder: Path, texts: list[str]) -> None:
 
 def preprocessor_of(preset: str, length: int):
     """From texts to arrays, as `fit` and `predict` of a classifier do: inside of tf.data."""
+    import tensorflow as tf
+
     if "TextClassifierPreprocessor" in (Path(preset) / "preprocessor.json").read_text():
         layer = M.TextClassifierPreprocessor.from_preset(preset, sequence_length=length)
         return lambda texts: next(
