@@ -30,7 +30,7 @@ from runner.errors import (
 from runner.extra_passes import in_waves, predict_swapped, rows_to_swap, swap
 from runner.fingerprint import Fingerprint
 from runner.guard import Guard
-from runner.job import Job, compilation_cache, find_job
+from runner.job import Job, compilation_cache, find_job, settle
 from runner.journal import Journal
 from runner.logs import LogEvent, RunLogs
 from runner.merge import FILLED, PREDICTED, SHORTENED, SWAPPED, WIDER, Merger
@@ -115,7 +115,9 @@ def run(
             check_writable("--report", path)
         check_writable("--journal", config.journal_path)
         logs.check()
-        this = _Run(config, find_job(config, progress), progress, started, logs)
+        job = find_job(config, progress)
+        config = settle(config, job.preset)
+        this = _Run(config, job, progress, started, logs)
         progress.stage(f"reading {this.job.test_set.name}")
         with this.timed("read"):
             this.read()

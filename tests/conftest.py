@@ -16,11 +16,14 @@ import psutil
 import pytest
 
 from runner.demo import make_rows, write_test_set
+from tests.odd_texts import odd_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 TOLERANCE = 1e-5
 LENGTH = 96
+PLAIN_LENGTH = 64
+PLAIN_DECODERS = ("gemma3", "llama")
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,42 @@ def reference(tmp_path_factory: pytest.TempPathFactory, cache: Path, test_set: P
         return done[name]
 
     return answers
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Small encoder presets and classifiers, and what plain Keras says of them and of others.
+
+    texts: of `rows`, a CSV file, as they are rendered. odd: texts that were tokenized alone.
+    """
+
+    folder: Path
+    rows: Path
+    texts: list[str]
+    odd: list[str]
+
+    def model(self, name: str) -> Path:
+        return self.folder / name
+
+    def answers(self, name: str) -> dict[str, np.ndarray]:
+        return dict(np.load(self.folder / f"{name}.npz"))
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory, cache: Path, models) -> Plain:
+    """Answers to a few rows at `PLAIN_LENGTH` tokens by eager Keras calls (plain_answers.py)."""
+    folder = tmp_path_factory.mktemp("plain")
+    rows = [("7", "a", "b", "c"), ("8", "", "", ""), ("9", "[MASK] x", "<mask> \u00dcber", "...")]
+    rows += make_rows(40, seed=5)
+    texts = ["\n\nPROMPT\n\n" + "\n\nRESPONSE:\n\n".join(row[1:]) for row in rows]
+    write_test_set(folder / "rows.csv", rows[:12])
+    odd = odd_texts(500, seed=1) + texts[:12]
+    for name, content in {"texts": texts, "odd": odd}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    files = (folder / "texts.json", folder / "odd.json")
+    others = [models[name].folder for name in PLAIN_DECODERS]
+    run_script(cache, "plain_answers.py", folder, *files, PLAIN_LENGTH, *others)
+    return Plain(folder, folder / "rows.csv", texts[:12], odd)
 
 
 @pytest.fixture(scope="session")
