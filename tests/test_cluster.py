@@ -1,0 +1,251 @@
+"""Runs on a Ray cluster that is there already: placement, files, nodes that come and go.
+
+Nodes are raylets on this machine (`tests/nodes.py`), each with a cache folder of its own.
+"""
+
+import json
+import os
+import socket
+import tempfile
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runner import cluster, shipping
+from runner.config import RunConfig
+from runner.errors import ConfigError, DataError, WorkerError
+from runner.nodes import Nodes, versions_here
+from runner.records import ModelSpec
+from runner.shipping import Receiver, at, parcels, pieces
+from sharding.topology import Node, place_on_nodes
+from tests.conftest import LENGTH, TOLERANCE, Started, environment
+from tests.nodes import Cluster
+
+# ---- placement
+
+
+def layout(slots):
+    """Nodes of each group: [('a', 'a'), ('a', 'b')]."""
+    groups = {}
+    for slot in slots:
+        groups.setdefault(slot.replica, []).append(slot.node)
+    return [tuple(nodes) for _, nodes in sorted(groups.items())]
+
+
+def gpus(*counts):
+    return [Node(name, cpus=16, devices=count) for name, count in zip("abcd", counts, strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # Whole groups first, on the emptiest node; what is left over lies across nodes.
+        ({"nodes": gpus(4, 2), "group_size": 2}, [("a", "a"), ("a", "a"), ("b", "b")]),
+        ({"nodes": gpus(3, 1), "group_size": 2}, [("a", "a"), ("a", "b")]),
+        ({"nodes": gpus(3, 1), "group_size": 2, "prefers_one_node": True}, [("a", "a")]),
+        ({"nodes": gpus(1, 1), "group_size": 2, "prefers_one_node": True}, [("a", "b")]),
+        ({"nodes": gpus(1, 1, 1), "group_size": 2}, [("a", "b")]),
+        ({"nodes": gpus(1, 1), "group_size": 3}, []),
+        ({"nodes": gpus(2, 1), "group_size": 1}, [("a",), ("a",), ("b",)]),
+        ({"nodes": gpus(2, 2), "num_workers": 2}, [("a",), ("b",)]),
+        ({"nodes": gpus(2, 2), "num_workers": 9}, [("a",), ("b",), ("a",), ("b",)]),
+        # A GPU without a CPU beside it holds no worker.
+        ({"nodes": [Node("a", cpus=1, devices=8)]}, [("a",)]),
+        ({"nodes": []}, []),
+    ],
+)
+def test_places_on_nodes(options, expected):
+    slots = place_on_nodes(**{"kind": "gpu", "num_workers": None} | options)
+    assert layout(slots) == expected
+    assert {slot.cpus for slot in slots} <= {1}
+
+
+def test_cpus_are_dealt_out_on_each_node():
+    nodes = [Node("a", cpus=16, cores=tuple(range(16))), Node("b", cpus=5), Node("c", cpus=1)]
+    slots = place_on_nodes(kind="cpu", nodes=nodes, num_workers=None)
+    assert Counter(slot.node for slot in slots) == {"a": 2, "b": 2, "c": 1}
+    mine = [slot for slot in slots if slot.node == "a"]
+    assert [slot.cores for slot in mine] == [tuple(range(8)), tuple(range(8, 16))]
+    assert [slot.cpus for slot in mine] == [8, 8]
+    assert [(slot.cores, slot.cpus) for slot in slots if slot.node == "b"] == [((), 2)] * 2
+    assert [slot.replica for slot in slots] == list(range(5))
+    one = place_on_nodes(kind="cpu", nodes=nodes, num_workers=1, first_replica=7)
+    assert (one[0].node, one[0].cpus, one[0].replica) == ("a", 16, 7)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=5),
+    st.one_of(st.none(), st.integers(0, 20)),
+    st.integers(1, 4),
+    st.sampled_from(["cpu", "gpu"]),
+    st.booleans(),
+)
+def test_no_node_holds_more_than_it_has(free, num_workers, group_size, kind, prefers_one_node):
+    nodes = [Node(str(number), cpus, devices) for number, (cpus, devices) in enumerate(free)]
+    slots = place_on_nodes(
+        kind=kind, nodes=nodes, num_workers=num_workers, group_size=group_size,
+        prefers_one_node=prefers_one_node,
+    )  # fmt: skip
+    held = Counter(slot.node for slot in slots)
+    for node in nodes:
+        assert held[node.id] <= node.places(kind)
+        assert sum(slot.cpus for slot in slots if slot.node == node.id) <= node.cpus
+    assert [(slot.replica, slot.member) for slot in slots] == [
+        (number // group_size, number % group_size) for number in range(len(slots))
+    ]
+    assert num_workers is None or len(slots) <= num_workers
+
+
+# ---- files
+
+
+@pytest.fixture
+def spec(tmp_path, monkeypatch):
+    """A preset of nothing but bytes, and a head."""
+    preset = tmp_path / "driver" / "preset"
+    (preset / "assets").mkdir(parents=True)
+    files = {"config.json": b"{}", "assets/v.spm": b"", "model.weights.h5": os.urandom(5000)}
+    for name, content in files.items():
+        (preset / name).write_bytes(content)
+    (preset / "task.weights.h5").write_bytes(b"of no use")
+    kernel, bias = tmp_path / "driver" / "kernel.npy", tmp_path / "driver" / "bias.npy"
+    kernel.write_bytes(b"kernel")
+    bias.write_bytes(b"bias")
+    monkeypatch.setattr(shipping, "PIECE_BYTES", 2048)
+    monkeypatch.setattr(shipping, "read_preset", lambda path: FakePreset(path, files))
+    return ModelSpec(str(preset), None, str(kernel), str(bias), 3, "mean", "float32", None, "/c")
+
+
+class FakePreset:
+    def __init__(self, path, names):
+        self.path = path
+        self.small_files = tuple(path / name for name in names if "weights" not in name)
+        self.weight_files = (path / "model.weights.h5",)
+
+
+def send(spec, receiver, *, even_here=True):
+    """Bring all files over; return the spec there and the fields that had to be sent."""
+    paths, sent = {}, []
+    for parcel in parcels(spec):
+        found = receiver.find(parcel, even_here=even_here)
+        if found is None:
+            sent.append(parcel.field)
+            receiver.begin(parcel)
+            for piece in pieces(parcel):
+                receiver.write(parcel.digest, piece)
+            found = receiver.finish(parcel)
+        paths[parcel.field] = found
+    return at(spec, paths, "/there"), sent
+
+
+def test_files_arrive_once_and_are_found_again(spec, tmp_path):
+    folder = tmp_path / "node"
+    there, sent = send(spec, Receiver(folder))
+    assert sent == ["preset", "head_kernel", "head_bias"]
+    assert there.compilation_cache == "/there"
+    assert there.lora_weights is None
+    preset = Path(there.preset)
+    found = {str(path.relative_to(preset)) for path in preset.rglob("*") if path.is_file()}
+    assert found == {"config.json", "assets/v.spm", "model.weights.h5"}
+    for name in found:
+        assert (preset / name).read_bytes() == (Path(spec.preset) / name).read_bytes()
+    assert Path(there.head_kernel).read_bytes() == b"kernel"
+    assert folder.stat().st_mode & 0o77 == 0
+    again, sent = send(spec, Receiver(folder))
+    assert (again, sent) == (there, [])
+    # Other weights of the same size are other weights; what lies there is left to other runs.
+    (Path(spec.preset) / "model.weights.h5").write_bytes(os.urandom(5000))
+    other, sent = send(spec, Receiver(folder))
+    assert sent == ["preset"]
+    assert other.preset != there.preset
+    assert preset.is_dir()
+    # Damaged on the node: sent again.
+    (Path(other.preset) / "config.json").write_bytes(b"[]")
+    assert send(spec, Receiver(folder)) == (other, ["preset"])
+    assert not list(folder.glob(".part-*"))
+
+
+def test_a_shared_file_system_is_used(spec, tmp_path):
+    there, sent = send(spec, Receiver(tmp_path / "node"), even_here=False)
+    assert sent == []
+    assert there == replace(spec, compilation_cache="/there")
+    assert not (tmp_path / "node").exists()
+
+
+def test_damage_on_the_way_is_seen(spec, tmp_path):
+    receiver = Receiver(tmp_path / "node")
+    parcel = parcels(spec)[0]
+    receiver.begin(parcel)
+    first, *others = pieces(parcel)
+    with pytest.raises(WorkerError, match="damaged on its way"):
+        receiver.write(parcel.digest, replace(first, checksum=first.checksum ^ 1))
+    for piece in others:  # one is missing: as if the file had been another when it was announced
+        receiver.write(parcel.digest, piece)
+    with pytest.raises(WorkerError, match="changed while it was sent"):
+        receiver.finish(parcel)
+    assert receiver.find(parcel, even_here=True) is None
+    assert list((tmp_path / "node").iterdir()) == []
+
+
+def test_files_of_no_use_are_swept(spec, tmp_path):
+    folder = tmp_path / "node"
+    there, _ = send(spec, Receiver(folder))
+    part = folder / ".part-old"
+    part.mkdir()
+    long_ago = time.time() - 2 * 86400
+    os.utime(part, (long_ago, long_ago))
+    kept = Path(there.head_bias).parent
+    os.utime(kept, (long_ago - 14 * 86400,) * 2)
+    Path(spec.head_kernel).write_bytes(b"another")
+    # It is gone when its turn comes to be looked for, and comes again.
+    assert send(spec, Receiver(folder))[1] == ["head_kernel", "head_bias"]
+    assert not part.exists()
+
+
+def test_no_file_is_written_elsewhere(spec, monkeypatch):
+    outside = FakePreset(Path(spec.preset), ["../outside.json"])
+    (Path(spec.preset).parent / "outside.json").write_text("{}")
+    monkeypatch.setattr(shipping, "read_preset", lambda path: outside)
+    with pytest.raises(DataError, match=r"its own files .* Received: \.\./outside\.json"):
+        parcels(spec)
+
+
+# ---- the address
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"mode": "single"}, "--mode single --address h:1"),
+        ({"plan": True}, "--plan --address h:1"),
+    ],
+)
+def test_what_an_address_does_not_go_with(flags, said):
+    with pytest.raises(ConfigError, match=said):
+        RunConfig(address="h:1", **flags)
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "head", "head:", ":6379", "head:99999"])
+def test_addresses_that_are_none(address):
+    with pytest.raises(ConfigError, match=r"HOST:PORT .* Received: --address "):
+        cluster.join_ray(address, verbose=False)
+
+
+def test_nobody_at_the_address(cli, models, test_set, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        done = cli(*models["gemma2"].flags(), "--input", str(test_set), "--address", address,
+                   "--output", str(tmp_path / "s.csv"))  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: No Ray cluster answers there: ")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
