@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Seconds; Ray itself gives up after 30.
+STARTS_WITHIN_S = 120
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -29,7 +31,7 @@ class Cluster:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.nodes", str(folder)],
             cwd=ROOT,
-            env=env,
+            env=env | {"RAY_raylet_start_wait_time_s": str(STARTS_WITHIN_S)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -63,7 +65,6 @@ class Cluster:
 def serve(folder: str) -> None:
     from ray import cluster_utils
 
-    # Else each later node of this machine would be known by the first one's address file.
     cluster = cluster_utils.Cluster()
     nodes = {}
     environment = dict(os.environ)
@@ -76,7 +77,8 @@ def serve(folder: str) -> None:
         if command["do"] == "add":
             os.environ.update(command["env"])
             first = {} if nodes else {"include_dashboard": False, "temp_dir": folder}
-            node = cluster.add_node(num_cpus=command["cpus"], node_name=name, **first)
+            node = cluster.add_node(wait=False, num_cpus=command["cpus"], node_name=name, **first)
+            cluster._wait_for_node(node, timeout=STARTS_WITHIN_S)
             nodes[name] = node
             answer = {"address": cluster.address, "id": node.node_id}
             os.environ.clear()

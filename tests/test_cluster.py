@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from runner import cluster, shipping
 from runner.config import RunConfig
 from runner.errors import ConfigError, DataError, WorkerError
-from runner.nodes import Nodes, versions_here
+from runner.nodes import Facts, Nodes, versions_here
 from runner.records import ModelSpec
 from runner.shipping import Receiver, at, parcels, pieces
 from sharding.topology import Node, place_on_nodes
@@ -249,3 +249,199 @@ def test_nobody_at_the_address(cli, models, test_set, tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: No Ray cluster answers there: ")
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- runs
+
+TOKEN = "0123456789abcdef" * 4
+AUTH = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+MODES = {
+    "data-parallel": ["--mode", "data-parallel"],
+    "pipeline": ["--mode", "model-parallel", "--strategy", "pipeline"],
+    "tensor": ["--mode", "model-parallel", "--strategy", "tensor"],
+}
+
+
+@pytest.fixture
+def nodes(tmp_path, cache):
+    """Two nodes with a CPU each; the second has a cache folder of its own."""
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as short:
+        made = Cluster(Path(short), environment(cache, **AUTH))
+        made.add("n0")
+        made.add("n1", XDG_CACHE_HOME=str(tmp_path / "n1"))
+        yield made
+        made.close()
+
+
+def job(model, test_set):
+    return [*model.flags(), "--input", str(test_set), "--pooling", "mean",
+            "--sequence-length", str(LENGTH), "--max-tokens-per-batch", "384"]  # fmt: skip
+
+
+def of_node(report, name):
+    return [worker for worker in report["workers"] if worker["node"] == name]
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "data-parallel",
+        pytest.param("pipeline", marks=pytest.mark.slow),
+        pytest.param("tensor", marks=pytest.mark.slow),
+    ],
+)
+def test_two_nodes_give_the_answers_of_one_process(
+    nodes, predict, models, reference, test_set, tmp_path, mode
+):
+    answer = predict(*MODES[mode], *job(models["gemma2"], test_set), "--address", nodes.address,
+                     **AUTH, ARENA_RUNNER_SHIP="always")  # fmt: skip
+    expected = reference(models["gemma2"])["raw mean"]
+    assert np.abs(answer.probabilities - expected).max() < TOLERANCE
+    # A group of two has a member on each.
+    assert [worker["node"] for worker in answer.report["workers"]] == ["n0", "n1"]
+    assert answer.report["faults"]["worker_deaths"] == 0
+    sent = [line for line in answer.stderr.splitlines() if line.startswith("sending preset")]
+    assert [line.split(" to ")[1] for line in sent] == ["n0, n1"]
+    preset = next((tmp_path / "n1" / "arena-runner" / "files").glob("*/config.json")).parent
+    original = (models["gemma2"].preset / "model.weights.h5").read_bytes()
+    assert (preset / "model.weights.h5").read_bytes() == original
+    assert list((tmp_path / "n1" / "arena-runner" / "xla").iterdir()), "each node compiles"
+
+
+@pytest.fixture
+def long_job(models, arena_rows, tmp_path):
+    """A run that takes a minute on one device: 905 rows, of some 180,000 tokens in all."""
+    slow = json.dumps([{"kind": "slow", "tokens_per_s": 3000}])
+    flags = [*models["arena"].flags(), "--input", str(arena_rows), "--pooling", "mean",
+             "--sequence-length", "256"]  # fmt: skip
+    return flags, AUTH | {"ARENA_RUNNER_FAULTS": slow}
+
+
+@pytest.fixture
+def begin(cache, tmp_path, nodes, long_job):
+    """Start that run on the cluster, and return it once rows have come."""
+    runs = []
+
+    def start(*flags):
+        files, env = long_job
+        run = Started(cache, *files, "--address", nodes.address, *flags,
+                      "--output", tmp_path / "s.csv", **env)  # fmt: skip
+        runs.append(run)
+        wal = tmp_path / "s.csv.journal-wal"
+        end = time.monotonic() + 120
+        while not (wal.is_file() and wal.stat().st_size > 20_000):
+            assert run.process.poll() is None, run.process.communicate()
+            assert time.monotonic() < end, "no rows came"
+            time.sleep(0.1)
+        return run
+
+    yield start
+    for run in runs:
+        for process in run.family():
+            process.kill()
+        run.process.communicate()
+
+
+@pytest.fixture
+def ends_well(predict, long_job, tmp_path):
+    """Wait for a run's end; return its report, its answers compared with an undisturbed run's."""
+
+    def check(run):
+        code, _, err = run.finish()
+        assert code == 0, err
+        report = json.loads((tmp_path / "s.csv.report.json").read_text())
+        table = pd.read_csv(tmp_path / "s.csv", dtype={"id": str})
+        calm = predict("--mode", "single", *long_job[0])
+        assert table["id"].tolist() == calm.ids
+        assert np.abs(table.iloc[:, 1:].to_numpy() - calm.probabilities).max() < TOLERANCE
+        assert report["rows"]["predicted"] == len(calm.ids) - report["rows"]["resumed"]
+        return report, err
+
+    return check
+
+
+@pytest.mark.slow
+def test_a_node_is_lost(nodes, begin, ends_well):
+    run = begin()
+    nodes.kill("n1")
+    report, err = ends_well(run)
+    assert report["faults"]["worker_deaths"] >= 1
+    assert all(worker["rows"] > 0 for worker in report["workers"])
+    assert [worker["node"] for worker in report["workers"]] == ["n0", "n1"]
+    assert "gone with its node (n1)" in err
+
+
+@pytest.mark.slow
+def test_a_node_joins(nodes, begin, ends_well, tmp_path):
+    run = begin()
+    nodes.add("n2", cpus=2, XDG_CACHE_HOME=str(tmp_path / "n2"))
+    report, err = ends_well(run)
+    assert "node n2 joins with 2 workers" in err
+    assert [worker["node"] for worker in report["workers"]] == ["n0", "n1", "n2", "n2"]
+    assert sum(worker["rows"] for worker in of_node(report, "n2")) > 0
+
+
+@pytest.mark.slow
+def test_a_lost_node_is_made_up_for_and_no_more(nodes, begin, ends_well, tmp_path):
+    run = begin("--num-workers", "2")
+    nodes.add("n2", XDG_CACHE_HOME=str(tmp_path / "n2"))
+    time.sleep(5)
+    nodes.kill("n1")
+    report, _ = ends_well(run)
+    assert [worker["node"] for worker in report["workers"]] == ["n0", "n1", "n2"]
+    assert of_node(report, "n2")[0]["rows"] > 0
+
+
+@pytest.mark.slow
+def test_the_cluster_is_left_as_it_was(nodes, begin, tmp_path):
+    """Interrupted, a run takes its actors with it; the next one finds all CPUs free and goes on."""
+    run = begin()
+    run.process.terminate()
+    code, _, err = run.finish()
+    assert code == 130, err
+    again = begin("--resume", "require")
+    assert len(again.workers()) == 2
+    again.process.kill()
+    end = time.monotonic() + 30
+    while again.workers():
+        assert time.monotonic() < end, "Ray ends the actors of a driver that is gone"
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_who_has_no_token_stays_out(nodes, cli, models, test_set, tmp_path):
+    flags = [*job(models["gemma2"], test_set), "--output", str(tmp_path / "s.csv")]
+    done = cli(*flags, "--address", nodes.address, **AUTH | {"RAY_AUTH_TOKEN": "0" * 64})
+    assert done.returncode == 2, done.stderr
+    assert "asks for its token" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "s.csv").exists()
+    many = cli(*flags, "--address", nodes.address, "--num-workers", "3", **AUTH)
+    assert many.returncode == 2, many.stderr
+    assert "2 are free on the 2 nodes" in many.stderr
+
+
+# ---- versions
+
+
+def test_other_versions_are_refused():
+    said = cluster._why_not_joined(
+        "h:1",
+        RuntimeError(
+            "Version mismatch: The cluster was started with:\n    Ray: 2.59.0\n    Python"
+        ),
+    )
+    assert "must have the same Ray and Python" in said
+    assert said.endswith("started with: Ray: 2.59.0 Python")
+    notes = []
+    nodes = Nodes(num_workers=None, group_size=1, is_tensor=False, even_here=False,
+                  note=notes.append)  # fmt: skip
+    nodes._facts = {
+        "a": Facts(versions_here() | {"jax": "0.9.0"}, (0,), None, "/cache"),
+        "b": Facts(versions_here(), (0,), None, "/cache"),
+    }
+    with pytest.raises(ConfigError, match=r"same answers: expected .* Received: .* jax 0\.9\.0"):
+        nodes._check_versions(["a", "b"], is_first=True)
+    nodes._check_versions(["a", "b"], is_first=False)
+    assert nodes._refused == {"a"}
+    assert len(notes) == 1
