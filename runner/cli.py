@@ -115,7 +115,9 @@ HELP = {
 GROUPS: dict[str, tuple[str, ...]] = {
     "data": ("input", "output", "text_format", "sequence_length"),
     "model": ("preset", "lora_weights", "head_kernel", "head_bias", "pooling"),
-    "devices": ("mode", "num_workers", "group_size", "strategy", "max_tokens_per_batch"),
+    "devices": (
+        *("mode", "address", "num_workers", "group_size", "strategy", "max_tokens_per_batch"),
+    ),
     "precision": ("dtype", "quantization"),
     "deadline": (
         *("time_limit", "on_deadline", "min_sequence_length", "fallback_probabilities"),

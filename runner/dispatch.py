@@ -227,8 +227,7 @@ class RayReplicas:
             family=self._family,
             specs=specs,
             verbose=self._verbose,
-            # The driver's folder is not on other machines; Ray's own logs are.
-            log_folder=self._log_folder if self._nodes is None else None,
+            log_folder=self._log_folder,
             timeline=self._timeline,
             clock=lambda: self._clock,
         )
@@ -350,8 +349,13 @@ class RayReplicas:
             self._recovery.lost(group.number, batches, "its node was lost")
         self._nodes.forget(group.number)
         self._show(group, "lost")
+        self._timeline.event("its node was lost; it is given up", group.number)
         names = ", ".join(dict.fromkeys(stats.node for stats in group.stats))
-        self._progress.note(f"{group.noun} {group.number} is gone with its node ({names})")
+        self._progress.note(
+            f"warning: {group.noun} {group.number} is gone with its node ({names})",
+            event="fault",
+            replica=group.number,
+        )
 
     def warm(self) -> set[BatchShape]:
         """Return the shapes of which some replica has a program."""
