@@ -32,10 +32,14 @@ LOOK_EVERY_S = 2.0
 # Seconds in which a node must have started a process with the run's code, and in which it must
 # have looked for files or written a piece of one.
 ANSWERS_WITHIN_S, WRITES_WITHIN_S = 120.0, 300.0
+# Seconds in which what an earlier run held must be free again.
+ROOM_WITHIN_S = 10.0
 # Seconds between looks whether the run has ended meanwhile.
 WAIT_S = 0.5
 # Pieces of a file on their way: so much of Ray's object store they take.
 PIECES_IN_FLIGHT = 3
+# A parcel of so much is named when it is sent.
+WORTH_SAYING_BYTES = 1 << 20
 # Packages that must be alike on all nodes: an answer depends on them.
 ALIKE = ("jax", "keras", "keras-hub")
 
@@ -129,7 +133,7 @@ class Nodes:
         """Find places for the first workers; return how many replicas they make, and what `dtype`
         means on them, `auto` where only a worker can tell."""
         self.kind, _ = find_devices()
-        self._first = self._place(self._alive(), self._num_workers, is_first=True)
+        self._first = self._place(self._wait_for_room(), self._num_workers, is_first=True)
         if dtype == "auto":
             dtype = self._dtype()
         return len(self._first) // self._group_size, dtype
@@ -197,6 +201,17 @@ class Nodes:
         self._used |= {slot.node for slot in ready}
         for node, count in Counter(slot.node for slot in ready).items():
             self._note(f"node {self.name(node)} joins with {count} workers")
+
+    def _wait_for_room(self) -> dict[str, Node]:
+        """Return the nodes once they have room, or after a while as they are: those who have just
+        left are still counted for some seconds."""
+        end = time.monotonic() + ROOM_WITHIN_S
+        while True:
+            nodes = self._alive()
+            found = len(self._choose(nodes, self._num_workers))
+            if found >= (self._num_workers or 1) or time.monotonic() > end:
+                return nodes
+            time.sleep(WAIT_S)
 
     def _alive(self) -> dict[str, Node]:
         """Return what each node of the cluster has free."""
@@ -321,8 +336,9 @@ class Nodes:
 
     def _send(self, nodes: list[str], parcel: Parcel) -> dict[str, Any]:
         """Send a parcel to nodes, each piece once into Ray's object store for all of them."""
-        names = ", ".join(map(self.name, nodes))
-        self._note(f"sending {parcel.field} ({parcel.bytes / 1e6:,.1f} MB) to {names}")
+        if parcel.field == "preset" or parcel.bytes > WORTH_SAYING_BYTES:
+            names = ", ".join(map(self.name, nodes))
+            self._note(f"sending {parcel.field} ({parcel.bytes / 1e6:,.1f} MB) to {names}")
         begun = list(self._ask(nodes, "begin", parcel))
         under_way: deque[dict[str, Any]] = deque()
         for piece in pieces(parcel):

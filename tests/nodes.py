@@ -63,8 +63,11 @@ class Cluster:
 
 
 def serve(folder: str) -> None:
+    import ray
     from ray import cluster_utils
 
+    # What the cluster says of itself to those who join.
+    ray.__version__ = os.environ.get("TEST_RAY_VERSION", ray.__version__)
     cluster = cluster_utils.Cluster()
     nodes = {}
     environment = dict(os.environ)
