@@ -80,6 +80,9 @@ HELP = {
     "quantization": "weights as int8 (activations too, as they come) or int4, made layer by layer "
     "while loading, LoRA merged before; needs no flag with a prepared preset (default: none)",
     "max_tokens_per_batch": "rows x padded length of a batch (default: auto, by device)",
+    "address": "HOST:PORT of a running Ray cluster to join, or auto for the one that this machine "
+    "is a node of; nodes that have not got the model's files are sent them (default: Ray is "
+    "started here for this run)",
     "time_limit": "8h45m, 90m, 30s: a submission stands by then, counted from the start of the "
     "process, loading and writing included (default: none)",
     "on_deadline": "where the time does not suffice: shorten, cut the rows that are left to the "
@@ -116,7 +119,9 @@ HELP = {
 GROUPS: dict[str, tuple[str, ...]] = {
     "data": ("input", "output", "text_format", "sequence_length"),
     "model": ("preset", "lora_weights", "head_kernel", "head_bias", "pooling"),
-    "devices": ("mode", "num_workers", "group_size", "strategy", "max_tokens_per_batch"),
+    "devices": (
+        *("mode", "address", "num_workers", "group_size", "strategy", "max_tokens_per_batch"),
+    ),
     "precision": ("dtype", "quantization"),
     "deadline": (
         *("time_limit", "on_deadline", "min_sequence_length", "fallback_probabilities"),
@@ -129,6 +134,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 METAVARS = {
+    "address": "ADDRESS",
     "time_limit": "8h45m",
     "device": "NAME",
     "fallback_probabilities": "A,B,C",

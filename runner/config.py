@@ -102,6 +102,7 @@ class RunConfig:
     log_dir: Path | None = None
     log_format: str = "text"
     metrics_port: int | None = None
+    address: str | None = None
     verbose: bool = False
     task: Task = CONTEST
 
@@ -117,6 +118,7 @@ class RunConfig:
                 "--mode single is one process; use --mode data-parallel for several workers. "
                 f"Received: --num-workers {self.num_workers}"
             )
+        self._check_address()
         self._check_groups()
         self._check_model_files()
         self._check_task()
@@ -214,6 +216,18 @@ class RunConfig:
                 f"--fallback-probabilities must be {count} {expected}. "
                 f"Received: --fallback-probabilities {','.join(f'{value:g}' for value in values)}"
             )
+
+    def _check_address(self) -> None:
+        for name, value, why in (
+            ("mode", "single", "is this process alone; the other modes use a cluster"),
+            ("plan", True, "looks at this machine; --device NAME --num-workers N asks of others"),
+        ):
+            if self.address is not None and getattr(self, name) == value:
+                said = "" if value is True else f" {value}"
+                raise ConfigError(
+                    f"{flag(name)}{said} {why}. Received: {flag(name)}{said} --address "
+                    f"{self.address}"
+                )
 
     def _check_groups(self) -> None:
         if self.mode != "model-parallel":

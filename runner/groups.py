@@ -7,14 +7,14 @@ plan, or when to give up: `dispatch.py` decides that.
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.exceptions
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from runner.cluster import private_folder
@@ -37,7 +37,7 @@ EXTRA_IN_PIPELINE = 2
 # start batches in the same order.
 PREDICTING_THREADS = {None: 2, "pipeline": 2, "tensor": 1}
 ACTORS = {None: Replica, "pipeline": PipelineStage, "tensor": TensorMember}
-RESOURCES = {"cpu": {"CPU": 1.0}, "gpu": {"CPU": 1.0, "GPU": 1.0}, "tpu": {"CPU": 1.0, "TPU": 1.0}}
+DEVICES = {"cpu": {}, "gpu": {"GPU": 1.0}, "tpu": {"TPU": 1.0}}
 
 
 @dataclass(slots=True, eq=False)
@@ -65,6 +65,7 @@ class Group:
         strategy: how the members hold the replica together; None where one holds it whole.
         family: the backbone's class, which names the layout rules of tensor parallelism.
         timeline: keeps what each member did when.
+        specs: one a member; they differ in paths alone, where members are on several machines.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Group:
         *,
         strategy: Strategy | None,
         family: str,
-        spec: ModelSpec,
+        specs: Sequence[ModelSpec],
         verbose: bool,
         timeline: Timeline,
         log_folder: Path | None = None,
@@ -104,14 +105,12 @@ class Group:
         self._strategy = strategy
         self._name = strategy.name if strategy else None
         self._family = family
-        self._spec = spec
+        self.specs = tuple(specs)
         # Of this machine, whatever a worker's own folder is.
         self._log_folder = str(log_folder.resolve()) if log_folder is not None else None
         self._verbose = verbose
         self._actors: list[Any] = []
-        # PACK: the members of a group come to one node where one has room for them.
-        self._resources = RESOURCES[slots[0].kind]
-        self._placement = placement_group([self._resources] * len(slots), strategy="PACK")
+        self._placement = _reserve(slots)
 
     @property
     def number(self) -> int:
@@ -144,10 +143,10 @@ class Group:
         ]
         self._ask("ping", [actor.ping.remote() for actor in self._actors])
         if self._strategy is None:
-            self._ask("load", [actor.load.remote(self._spec) for actor in self._actors])
+            self._ask("load", [self._actors[0].load.remote(self.specs[0])])
         elif self._name == "pipeline":
-            pairs = zip(self._actors, self._strategy.stages, strict=True)
-            self._ask("load", [actor.load.remote(self._spec, stage) for actor, stage in pairs])
+            parts = zip(self._actors, self.specs, self._strategy.stages, strict=True)
+            self._ask("load", [actor.load.remote(spec, stage) for actor, spec, stage in parts])
         # The members of a tensor group load when they know where to meet.
 
     def go_on_after(self, step: Step) -> None:
@@ -166,8 +165,9 @@ class Group:
             self._meet_at(step.answers[0])
 
     def _meet_at(self, address: str) -> None:
-        arguments = (self._spec, address, len(self.slots), self._family)
-        self._ask("load", [actor.load.remote(*arguments) for actor in self._actors])
+        arguments = (address, len(self.slots), self._family)
+        pairs = zip(self._actors, self.specs, strict=True)
+        self._ask("load", [actor.load.remote(spec, *arguments) for actor, spec in pairs])
 
     def take_load(self, answers: list[WorkerInfo]) -> None:
         self.loaded = True
@@ -319,6 +319,13 @@ class Group:
             for slot in self.slots:
                 self._timeline.add(LOST, slot.replica, slot.member, step.asked_s, batch=batch)
 
+    def give_up(self) -> tuple[Batch, ...]:
+        """End all actors for good, and leave their places to others."""
+        self.given_up = True
+        batches = self.end()
+        remove_placement_group(self._placement)
+        return batches
+
     def stop_clock(self) -> None:
         """Settle how long the workers were ready and how much of that they were idle."""
         if self.ready_at is not None:
@@ -331,9 +338,9 @@ class Group:
         """Return the Ray actor class of a plain one, for the device of a member."""
         threads = {"compile": 1, "predict": PREDICTING_THREADS[self._name]}
         return ray.remote(concurrency_groups=threads)(plain).options(
-            num_cpus=self._resources["CPU"],
-            num_gpus=self._resources.get("GPU", 0),
-            resources={"TPU": 1} if "TPU" in self._resources else None,
+            num_cpus=self.slots[member].cpus,
+            num_gpus=int(self.slots[member].kind == "gpu"),
+            resources={"TPU": 1} if self.slots[member].kind == "tpu" else None,
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
@@ -347,3 +354,17 @@ class Group:
         )
         for place, reference in enumerate(calls):
             self.calls[reference] = (step, place)
+
+
+def _reserve(slots: Sequence[WorkerSlot]) -> Any:
+    """Reserve what a group's members need: in a cluster on the nodes that were chosen, else on
+    one node where one has room for them."""
+    bundles = [{"CPU": float(slot.cpus), **DEVICES[slot.kind]} for slot in slots]
+    nodes = [slot.node for slot in slots]
+    if not all(nodes):
+        return placement_group(bundles, strategy="PACK")
+    return placement_group(
+        bundles,
+        strategy="STRICT_PACK" if len(set(nodes)) == 1 else "PACK",
+        bundle_label_selector=[{"ray.io/node-id": node} for node in nodes],
+    )

@@ -294,6 +294,7 @@ class _Run:
             group_size=config.members,
             family=self.job.preset.class_name,
             left_s=lambda: self.deadline.left_s(self.now()),
+            address=config.address,
         )
 
     @contextmanager

@@ -186,11 +186,12 @@ class Activations:
 
 @dataclass(slots=True)
 class WorkerStats:
-    """One line of the report's `workers`."""
+    """One line of the report's `workers`. node: its machine's name in a cluster, else empty."""
 
     replica: int
     member: int = 0
     device: str = ""
+    node: str = ""
     rows: int = 0
     batches: int = 0
     busy_s: float = 0.0

@@ -56,15 +56,22 @@ def prepare_process(slot: WorkerSlot, *, verbose: bool) -> None:
     if slot.kind != "auto":
         os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}[slot.kind]
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY_FRACTION)
-    if slot.cores:
-        os.environ["NPROC"] = str(len(slot.cores))
-        if hasattr(os, "sched_setaffinity"):
+    if slot.kind == "cpu" and (slot.cores or slot.node):
+        os.environ["NPROC"] = str(len(slot.cores) or slot.cpus)
+        if slot.cores and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, slot.cores)
     for module in ("tensorflow", "tensorflow_text"):
         sys.modules.setdefault(module, None)  # type: ignore[arg-type]
     if not verbose:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         warnings.filterwarnings("ignore")
+
+
+def address_here() -> str:
+    """Return the address of this machine, as the cluster knows it."""
+    import ray
+
+    return str(ray.util.get_node_ip_address())
 
 
 def _end_with_ray() -> None:
@@ -99,9 +106,7 @@ class Replica:
 
     def ping(self) -> str:
         """Return the address of this worker's machine: the process is up."""
-        import ray
-
-        return str(ray.util.get_node_ip_address())
+        return address_here()
 
     def find_device(self, dtype: str, compilation_cache: str | None) -> tuple[str, str]:
         """Start JAX; return the kind of its device and what `dtype` means there.
@@ -195,6 +200,8 @@ class Replica:
         name = device.device_kind
         if self._slot.cores:
             name = f"cpu, cores {','.join(map(str, self._slot.cores))}"
+        elif self._slot.node and self._slot.kind == "cpu":
+            name = f"cpu, {self._slot.cpus} of its node's"
         return WorkerInfo(
             kind=device.platform,
             device=name,
@@ -393,11 +400,11 @@ def _join_group(address: str, group_size: int, member: int) -> None:
         coordinator_bind_address=address if member == 0 else None,
         initialization_timeout=GROUP_MEETS_WITHIN_S,
     )
-    if on_one_machine and os.environ["JAX_PLATFORMS"] == "cpu":
-        _keep_gloo_on_loopback()
+    if os.environ["JAX_PLATFORMS"] == "cpu":
+        _keep_gloo_at("127.0.0.1" if on_one_machine else address_here())
 
 
-def _keep_gloo_on_loopback() -> None:
+def _keep_gloo_at(host: str) -> None:
     """Else gloo listens on the address that the machine's own name stands for, if it has one."""
     from functools import partial
 
@@ -405,7 +412,7 @@ def _keep_gloo_on_loopback() -> None:
     from jax._src.lib import _jax
 
     collectives = _jax.make_gloo_tcp_collectives(
-        distributed_client=distributed.global_state.client, hostname="127.0.0.1"
+        distributed_client=distributed.global_state.client, hostname=host
     )
     xla_bridge.register_backend_factory(
         "cpu",
@@ -429,8 +436,9 @@ def _start_jax(kind: str, compilation_cache: str | None) -> Any:
     if compilation_cache is not None:
         # XLA divides a CPU program for the threads it finds when it compiles, but JAX's cache key
         # does not hold their number: one core's program ran 1.4 times slower on two cores.
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-        name = f"cpu-{threads or os.cpu_count()}" if device.platform == "cpu" else device.platform
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        threads = os.environ.get("NPROC") or cores or os.cpu_count()
+        name = f"cpu-{threads}" if device.platform == "cpu" else device.platform
         jax.config.update("jax_compilation_cache_dir", str(Path(compilation_cache, name)))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

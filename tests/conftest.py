@@ -258,11 +258,11 @@ def arena_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Started:
     """A run in the background and all its processes, found by a mark in their environment."""
 
-    def __init__(self, cache, *flags):
+    def __init__(self, cache, *flags, **extra):
         self.mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "run.py"), *map(str, flags)],
-            env=environment(cache, ARENA_TEST_MARK=self.mark),
+            env=environment(cache, ARENA_TEST_MARK=self.mark, **extra),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

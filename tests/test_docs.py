@@ -39,7 +39,7 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 ROWS = 12
 LONGEST_S = 600
 # Commands that no test runs, with the reason beside each in its page.
-NOT_RUN = {"docs/models.md": 3, "docs/performance.md": 3}
+NOT_RUN = {"docs/clusters.md": 3, "docs/models.md": 3, "docs/performance.md": 3}
 FLAGS = {flag(name) for name in {**HELP, **PREPARE_HELP}} | {"--config", "--verbose", "--help"}
 FOLDERS = "runner|sharding|tests|benchmarks|docs|examples"
 
