@@ -7,9 +7,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -598,12 +599,15 @@ class _Run:
             write_rows(self.config.rows_path, self.merger, id_column=self.config.task.id_column)
         except OSError as error:
             self._progress.note(f"warning: the submission stands; its report does not: {error}")
-        for what, write in (("trace", self._write_trace), ("page", self._write_page)):
-            if failure := try_to_write(what, partial(write, report)):
+        for what, path, write in (
+            ("trace", self.config.trace_path, self._write_trace),
+            ("page", self.config.page_path, self._write_page),
+        ):
+            if failure := try_to_write(what, path, partial(write, path, report)):
                 self._progress.note(f"warning: {failure}")
         return report
 
-    def _write_trace(self, report: dict[str, Any]) -> None:
+    def _write_trace(self, path: Path, report: dict[str, Any]) -> None:
         from runner.trace import make_trace, write_trace
 
         timeline = self.timeline
@@ -620,9 +624,9 @@ class _Run:
             },
             noun="group" if self.strategy else "worker",
         )
-        write_trace(self.config.trace_path, events)
+        write_trace(path, events)
 
-    def _write_page(self, report: dict[str, Any]) -> None:
+    def _write_page(self, path: Path, report: dict[str, Any]) -> None:
         from runner.report_page import Story, write_page  # matplotlib takes half a second
 
         values = self.merger.probabilities(range(len(self.examples)))
@@ -638,7 +642,7 @@ class _Run:
             labels=self.config.task.label_columns or [*map(str, range(values.shape[1]))],
             summary=what_happened(report),
         )
-        write_page(self.config.page_path, story)
+        write_page(path, story)
 
     def report(self, executor: "Executor", quantization: dict[str, Any] | None) -> dict[str, Any]:
         """Return the run's report."""
@@ -717,7 +721,7 @@ class _Run:
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         started = time.monotonic()
-        with self.timeline.stage(STAGES[name]):
+        with self.timeline.stage(STAGES.get(name, name)):
             yield
         self.seconds[name] += time.monotonic() - started
 
@@ -741,12 +745,14 @@ class _Run:
         )
 
 
-def try_to_write(what: str, write: Callable[[], None]) -> str | None:
-    """Write something that no run is to fail for, or wait for long; return what went wrong."""
+def try_to_write(what: str, path: Path, write: Callable[[], None]) -> str | None:
+    """Write a file that no run is to fail for, or wait for long; return what went wrong."""
     try:
         _in_background(write, name=what).result(timeout=PAGE_WITHIN_S)
     except Exception as error:  # whatever it is, the answers are there
         why = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
+        with suppress(OSError):
+            path.unlink(missing_ok=True)  # an older run's would be taken for this one's
         return f"the submission stands; its {what} does not: {why}"
     return None
 

@@ -390,21 +390,24 @@ class TestFailing:
 
     def test_an_error(self, tmp_path, monkeypatch):
         monkeypatch.setattr(charts, "draw", lambda *_: 1 / 0)
-        said = pipeline.try_to_write("page", lambda: make_page(make_story()))
+        page = tmp_path / "page.html"
+        page.write_text("of an older run")
+        said = pipeline.try_to_write("page", page, lambda: write_page(page, make_story()))
+        assert list(tmp_path.iterdir()) == []
         assert said == (
             "the submission stands; its page does not: ZeroDivisionError: division by zero"
         )
 
-    def test_a_hang(self, monkeypatch):
+    def test_a_hang(self, tmp_path, monkeypatch):
         monkeypatch.setattr(pipeline, "PAGE_WITHIN_S", 0.05)
         forever = threading.Event()
-        said = pipeline.try_to_write("page", forever.wait)
+        said = pipeline.try_to_write("page", tmp_path / "p", forever.wait)
         forever.set()
         assert said is not None
         assert "TimeoutError" in said
 
-    def test_success(self):
-        assert pipeline.try_to_write("page", lambda: None) is None
+    def test_success(self, tmp_path):
+        assert pipeline.try_to_write("page", tmp_path / "p", lambda: None) is None
 
 
 def _real_tokens():
