@@ -357,7 +357,7 @@ def _convert_values(config: "RunConfig | PrepareConfig") -> None:
 def _converted(field: "Field[Any]", value: Any) -> Any:
     name = field.name
     if name in COUNTS:
-        return parse_count(name, value)
+        return value if isinstance(value, DefaultLength) else parse_count(name, value)
     if name in PARSERS:
         return PARSERS[name](value)
     if name in PATHS:
