@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint format types bench bench-quick soak drill clean
+.PHONY: demo test test-all test-browser lint format types bench bench-quick soak drill build clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python run.py --mode data-parallel
@@ -12,7 +12,10 @@ test: lint types
 	$(BIN)/python -m pytest
 
 test-all: lint types
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -m 'not browser'
+
+test-browser: lint types
+	$(BIN)/python -m pytest -m browser
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -36,6 +39,9 @@ soak: $(VENV)/.installed-test
 
 drill: $(VENV)/.installed
 	$(BIN)/python benchmarks/drill.py
+
+build: $(VENV)/.installed-test
+	$(BIN)/python -m build --no-isolation
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -44,7 +44,7 @@ if __name__ == "__main__":
 from runner.demo import ensure_demo, make_rows, write_test_set  # noqa: E402
 from runner.faults import VARIABLE  # noqa: E402
 from runner.progress import Progress  # noqa: E402
-from runner.submission import LABEL_COLUMNS  # noqa: E402
+from runner.task import CONTEST  # noqa: E402
 
 REAL_ROWS = ROOT.parent / "shared" / "data" / "arena_dev.csv"
 ROWS = 905
@@ -86,7 +86,7 @@ AT_A_BATCH = (".predict", ".begin", ".carry_on", ".finish")
 MOST_BLOWS = 9
 # Half of the runs are struck from the start, the others when rows come, or after so long.
 ROWS_WITHIN_S = 60
-CLASSES = len(LABEL_COLUMNS)
+CLASSES = len(CONTEST.label_columns)
 
 
 class Violation(Exception):

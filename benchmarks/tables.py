@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import ROOT, Contender, Measured, ratio
-from sharding.costs import model_shape
+from benchmarks.rivals.ours import COPIES
+from runner.families import model_shape
 
 PACKAGES = ("jax", "keras", "keras-hub", "numpy", "ray", "tensorflow", "torch", "transformers")
 # Whose speed the others' is a multiple of, by pooling.
@@ -110,7 +111,7 @@ def summarize(
         "times_ours": ratio(mine.steady_s, yardstick.steady_s) if yardstick else None,
         "rows_per_s": len(lengths) / steady,
         "real_tokens_per_s": int(lengths.sum()) / steady,
-        "padded_tokens_per_s": padded / steady if padded else None,
+        "padded_tokens_per_s": padded / report["seconds"]["predict"] if padded else None,
         "model_gflops": flops / steady / 1e9,
         "mfu": flops / steady / peaks["one core" if alone else "all cores"],
         "load_s": report["seconds"]["load"] if report else mine.load_s,
@@ -178,10 +179,11 @@ def as_markdown(facts: dict[str, Any], table: list[str], picture: str) -> str:
 {facts["model_gflop"]:,.0f} GFLOP for the real tokens. Large float32 matmul on the same cores, \
 GFLOP/s: {peaks}; MFU is against the largest, float32's also where a contender rounds.
 
-Medians of {facts["rounds"]} alternating rounds. "Steady" is predicting alone; "x ours" how many \
-times as long as our two workers with the same pooling; "load" and "first compile" stand apart \
-(rivals compile while they load); "start to end" is a whole round: of our contenders a run of the \
-command from start to submission, of the others predicting alone. "Peak" is the proportional set \
+Medians of {facts["rounds"]} alternating rounds. "Steady" is predicting alone, of ours a share of \
+a run over {COPIES} copies of the rows, its workers' start within; "x ours" how many times as long \
+as our two workers with the same pooling; "load" and "first compile" stand apart (rivals compile \
+while they load); "start to end" is a whole round: of our contenders a run of the command over all \
+copies, from start to submission, of the others predicting once. "Peak" is the proportional set \
 size of all processes of a contender; "journal" what keeping rows on disk took of the steady time. \
 Options: {tuned}.
 

@@ -23,27 +23,38 @@ def reference_batch(lengths: np.ndarray, *, pooling: str, sequence_length: int) 
     return Batch(0, tuple(range(rows)), BatchShape(rows, longest))
 
 
-def compare(quantized: np.ndarray, reference: np.ndarray, *, seconds: float) -> dict[str, Any]:
-    """Return the report's `quantization` figures for two tables (rows, classes)."""
+def compare(
+    quantized: np.ndarray, reference: np.ndarray, *, seconds: float, head: str = "softmax"
+) -> dict[str, Any]:
+    """Return the report's `quantization` figures for two tables (rows, classes).
+
+    `changed_argmax` is of a softmax alone: other heads' numbers have no likeliest class.
+    """
     difference = np.abs(quantized - reference)
-    changed = quantized.argmax(axis=1) != reference.argmax(axis=1)
-    return {
+    figures = {
         "reference_rows": len(reference),
         "max_abs_difference": float(difference.max()),
         "mean_abs_difference": float(difference.mean()),
-        "changed_argmax": int(changed.sum()),
-        "seconds": round(seconds, 4),
-        "measured": "in this run",
     }
+    if head == "softmax":
+        changed = quantized.argmax(axis=1) != reference.argmax(axis=1)
+        figures["changed_argmax"] = int(changed.sum())
+    return figures | {"seconds": round(seconds, 4), "measured": "in this run"}
 
 
 def describe(mode: str, figures: dict[str, Any]) -> str:
     """Return a sentence for the person about what `compare` returned."""
     if "reference_rows" not in figures:
         return f"{mode}: how far it lies from float32 is not known ({figures['measured']})."
+    is_softmax = "changed_argmax" in figures
     return (
         f"{mode} lies {figures['max_abs_difference']:.4f} at most and "
         f"{figures['mean_abs_difference']:.4f} on average from float32 in the first "
-        f"{figures['reference_rows']} rows' probabilities; the likeliest class changed in "
-        f"{figures['changed_argmax']} ({figures['measured']})."
+        f"{figures['reference_rows']} rows' "
+        + (
+            f"probabilities; the likeliest class changed in {figures['changed_argmax']}"
+            if is_softmax
+            else "numbers"
+        )
+        + f" ({figures['measured']})."
     )

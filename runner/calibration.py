@@ -136,16 +136,18 @@ def _measure(job: PlanInput, sample: Examples) -> dict[str, Any]:
     """Run the ordinary command on a sample of rows and return its report."""
     with tempfile.TemporaryDirectory(prefix="arena-runner-calibrate-") as folder:
         rows, output = Path(folder, "rows.csv"), Path(folder, "submission.csv")
+        task, task_file = replace(job.config.task, keep_columns=()), Path(folder, "task.toml")
+        task_file.write_text(task.as_toml(), encoding="utf-8")
         with open(rows, "w", encoding="utf-8", errors="surrogatepass", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["id", *sample.columns])
+            writer.writerow([task.id_column, *sample.columns])
             writer.writerows(zip(sample.ids, *sample.columns.values(), strict=True))
         changes = dict.fromkeys((*FLAGS_OF_A_LONG_RUN, "report"))
         flags = command_flags(job.config, **changes | {"input": rows, "output": output})
         root = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         process = subprocess.Popen(
-            [sys.executable, "-m", "runner.cli", *flags],
+            [sys.executable, "-m", "runner.cli", "--config", str(task_file), *flags],
             env={**os.environ, "PYTHONPATH": path},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -32,6 +32,7 @@ from runner.config import (
     flag,
     make_config,
     parse_count,
+    read_task,
 )
 from runner.errors import (
     BUSY_THREAD,
@@ -46,7 +47,7 @@ from runner.errors import (
     first_line,
     on_one_line,
 )
-from runner.logs import DRIVER_LOG, Event
+from runner.logs import DRIVER_LOG, LogEvent
 
 # Seconds until a signal that was lost is given again.
 AGAIN_AFTER_S = 0.1
@@ -54,15 +55,20 @@ AGAIN_AFTER_S = 0.1
 HELP = {
     "mode": "data-parallel: Ray workers, one replica each; model-parallel: groups of Ray workers, "
     "one replica a group; single: this process, no Ray (default: data-parallel)",
-    "input": "CSV or Parquet with id, prompt, response_a, response_b (default: the demo set)",
-    "output": "where the submission is written (default: submission.csv)",
-    "preset": "KerasHub preset directory (default: the demo preset, random weights)",
+    "input": "CSV, Parquet or JSON lines (.jsonl) with id, prompt, response_a, response_b, or the "
+    "columns that [task] in --config names (default: the demo set)",
+    "output": "where the submission is written: .csv, .parquet or .jsonl (default: submission.csv)",
+    "preset": "KerasHub preset directory, of a backbone or of a whole TextClassifier with its own "
+    "head (default: the demo preset, random weights)",
     "lora_weights": "*.lora.h5 saved from that backbone; merged into its kernels (default: none)",
-    "head_kernel": ".npy of shape (hidden, classes) (needed with --preset)",
-    "head_bias": ".npy of shape (classes,) (needed with --preset)",
+    "head_kernel": ".npy of shape (hidden, classes) (needed with --preset, if [task] has a head "
+    "and the preset none)",
+    "head_bias": ".npy of shape (classes,) (needed with --head-kernel)",
     "pooling": "hidden states -> one vector; padded-mean is the notebook's mean over all "
-    "positions, padding included (default: padded-mean)",
-    "sequence_length": "tokens a row is cut to; use the length of training (default: 512 tokens)",
+    "positions, padding included; first and pooler are for encoders (default: padded-mean, or "
+    "that of a TextClassifier's own head)",
+    "sequence_length": "tokens a row is cut to; use the length of training (default: 512 tokens, "
+    "or that of a TextClassifier's own preprocessor)",
     "text_format": "raw: cells as they stand; turns: JSON lists decoded, turns joined by a newline "
     "(default: raw)",
     "num_workers": "one replica and one device each (default: auto, every GPU or TPU, on a CPU two "
@@ -74,6 +80,9 @@ HELP = {
     "quantization": "weights as int8 (activations too, as they come) or int4, made layer by layer "
     "while loading, LoRA merged before; needs no flag with a prepared preset (default: none)",
     "max_tokens_per_batch": "rows x padded length of a batch (default: auto, by device)",
+    "address": "HOST:PORT of a running Ray cluster to join, or auto for the one that this machine "
+    "is a node of; nodes that have not got the model's files are sent them (default: Ray is "
+    "started here for this run)",
     "time_limit": "8h45m, 90m, 30s: a submission stands by then, counted from the start of the "
     "process, loading and writing included (default: none)",
     "on_deadline": "where the time does not suffice: shorten, cut the rows that are left to the "
@@ -81,15 +90,16 @@ HELP = {
     "for the others; fail, exit code 3 with the journal kept (default: shorten)",
     "min_sequence_length": "tokens below which no row is cut (default: a quarter of "
     "--sequence-length)",
-    "fallback_probabilities": "a,b,c for rows that have no answer of the model (default: the mean "
-    "of those that have)",
+    "fallback_probabilities": "a,b,c, one a label, for rows that have no answer of the model "
+    "(default: the mean of those that have)",
     "extra_passes": "swap: where time is left, rows are predicted again with their two responses "
     "exchanged, the most uncertain first, and averaged (default: none)",
     "resume": "auto: go on from the journal where it is of the same test set, model and settings, "
     "else start afresh; require: go on or end with exit code 2; never: start afresh "
     "(default: auto)",
     "journal": "where rows are kept as they are done (default: OUTPUT.journal)",
-    "report": "where the JSON report is written (default: OUTPUT.report.json)",
+    "report": "where the JSON report is written, and beside it a page and a trace (default: "
+    "OUTPUT.report.json)",
     "plan": "print what fits these devices, how long it should take and why, write it as JSON to "
     "OUTPUT.plan.json, and stop; needs no weights and no head (default: off)",
     "device": "with --plan: forecast for another device, --num-workers of them (t4, l4, a100, "
@@ -109,7 +119,9 @@ HELP = {
 GROUPS: dict[str, tuple[str, ...]] = {
     "data": ("input", "output", "text_format", "sequence_length"),
     "model": ("preset", "lora_weights", "head_kernel", "head_bias", "pooling"),
-    "devices": ("mode", "num_workers", "group_size", "strategy", "max_tokens_per_batch"),
+    "devices": (
+        *("mode", "address", "num_workers", "group_size", "strategy", "max_tokens_per_batch"),
+    ),
     "precision": ("dtype", "quantization"),
     "deadline": (
         *("time_limit", "on_deadline", "min_sequence_length", "fallback_probabilities"),
@@ -122,6 +134,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 METAVARS = {
+    "address": "ADDRESS",
     "time_limit": "8h45m",
     "device": "NAME",
     "fallback_probabilities": "A,B,C",
@@ -136,7 +149,8 @@ METAVARS = {
 HELP_WIDTH, HELP_INDENT = 96, 26
 
 PREPARE_HELP = {
-    "preset": "KerasHub preset directory with float weights",
+    "preset": "KerasHub preset directory with float weights, or a checkpoint of Hugging Face "
+    "transformers, which is converted",
     "output": "the directory to make: a KerasHub preset, for --preset of a run",
     "quantization": "int8, int4, or none to merge LoRA only (default: int8)",
     "lora_weights": HELP["lora_weights"],
@@ -253,7 +267,8 @@ def parse_arguments(argv: Sequence[str]) -> RunConfig:
         "--config",
         type=Path,
         metavar="FILE.toml",
-        help="a file of the same names, as TOML; flags win (default: none)",
+        help="a file of the same names, as TOML; flags win. Its [task] table names other columns, "
+        "text, labels and kind of head than the contest's (default: none)",
     )
     others.add_argument("--version", action="version", version=f"arena-runner {__version__}")
     others.add_argument("-h", "--help", action="help", help="show this and end")
@@ -284,11 +299,17 @@ def parse_prepare_arguments(argv: Sequence[str]) -> PrepareConfig:
         allow_abbrev=False,
     )
     _add_flags(parser, PREPARE_HELP, folders=("preset", "output"))
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE.toml", help="of a run, for its [task] alone"
+    )
     flags = parser.read(argv)
+    config_file = flags.pop("config", None)
     if missing := [flag(name) for name in ("preset", "output") if name not in flags]:
         raise ConfigError(f"prepare needs {' and '.join(missing)}; --help lists the flags")
     if "sequence_length" in flags:
         flags["sequence_length"] = parse_count("sequence_length", flags["sequence_length"])
+    if config_file is not None:
+        flags["task"] = read_task(config_file)
     return PrepareConfig(**flags)
 
 
@@ -428,7 +449,7 @@ class _Failure:
             facts = {"exit_code": code, "error": type(error).__name__} | (
                 told if code == EXIT_FAILED else {}
             )
-            event = Event("end", message.removeprefix("error: "), "error", facts)
+            event = LogEvent("end", message.removeprefix("error: "), "error", facts)
             message = event.as_json()
         print(message, file=sys.stderr)
         return code

@@ -1,4 +1,5 @@
-"""Ray itself: started for one run alone and closed to others, asked what devices it found, ended.
+"""Ray itself: started for one run alone and closed to others, or joined where it runs already;
+asked what devices it found; ended, or left as it was.
 
 Does not know what runs on it. docs/security.md says what listens where.
 """
@@ -10,12 +11,14 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+import ray.exceptions
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
@@ -28,8 +31,13 @@ MAX_SOCKET_PATH_BYTES = 103
 LOCK = "arena-runner.lock"
 # Of Ray's processes, those without which no worker can be reached or started.
 NEEDED = (ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER)
+# Seconds in which a cluster must take a connection: Ray itself would try for minutes.
+ANSWERS_WITHIN_S = 5.0
+# Of the driver's environment, what reaches the workers on the nodes of a cluster too.
+HANDED_ON = ("XLA_", "JAX_", "NCCL_", "ARENA_")
 
 _folder: tuple[Path, int] | None = None
+_has_joined = False
 
 
 def start_ray(num_cpus: int, *, verbose: bool) -> None:
@@ -83,6 +91,82 @@ def start_ray(num_cpus: int, *, verbose: bool) -> None:
         )
 
 
+def join_ray(address: str, *, verbose: bool) -> None:
+    """Become a driver of a Ray cluster that runs already; `stop_ray` leaves it as it was.
+
+    The code of `runner` and `sharding` goes with the run: nodes need what pyproject.toml depends
+    on, and nothing of ours. Tokens are Ray's own matter: RAY_AUTH_MODE and its token file.
+
+    Raises:
+        ConfigError: there is no cluster, it lets nobody in without its token, its versions are
+            others, or this machine is not one of its nodes.
+    """
+    global _has_joined
+    _check_address(address)
+    here = Path(__file__).resolve().parent
+    try:
+        with _signals_as_they_are():
+            ray.init(
+                address=address,
+                log_to_driver=verbose,
+                logging_level=logging.INFO if verbose else logging.CRITICAL,
+                configure_logging=verbose,
+                runtime_env={
+                    "py_modules": [str(here), str(here.parent / "sharding")],
+                    "env_vars": {
+                        name: value
+                        for name, value in os.environ.items()
+                        if name.startswith(HANDED_ON)
+                    },
+                },
+            )
+    except Exception as error:
+        # What it raises has no common class, and none of it is about what we asked for.
+        ray.shutdown()
+        raise ConfigError(_why_not_joined(address, error)) from error
+    _has_joined = True
+    atexit.register(stop_ray)
+
+
+def _check_address(address: str) -> None:
+    """Raise ConfigError where nothing answers, before Ray tries for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if "/" in address or not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(
+            "--address must be HOST:PORT of a Ray cluster (`ray start --head` prints it), or auto "
+            f"for the one that this machine is a node of. Received: --address {address}"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWERS_WITHIN_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"No Ray cluster answers there: {error.strerror or error}. Expected: the address that "
+            f"`ray status` or `ray start --head` prints. Received: --address {address}"
+        ) from None
+
+
+def _why_not_joined(address: str, error: Exception) -> str:
+    """Return what Ray's error means, in a line."""
+    said = " ".join(str(error).split())
+    if "ersion mismatch" in said or "The cluster was started with" in said:
+        return (
+            "The cluster and this process must have the same Ray and Python; install the cluster's "
+            f"here, or these there. Received: {said}"
+        )
+    if isinstance(error, ray.exceptions.AuthenticationError):
+        return (
+            f"The cluster at {address} asks for its token: set RAY_AUTH_MODE=token, and "
+            "RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN, as on its nodes; a cluster without one wants "
+            f"RAY_AUTH_MODE=disabled. ({first_line(error)})"
+        )
+    return (
+        f"This machine cannot join the cluster at {address}; it must be one of its nodes "
+        f"(`ray start --address`). {type(error).__name__}: {said}"
+    )
+
+
 def _switch_off_figures() -> None:
     """Start no servers of Ray's own figures: they ask for no token. There is no port 65536.
 
@@ -114,8 +198,12 @@ def check_ray() -> None:
 
 
 def stop_ray() -> None:
-    """End the Ray that `start_ray` started, if it did, and remove what it left on disk."""
-    global _folder
+    """End the Ray that `start_ray` started, if it did, and remove what it left on disk; or leave
+    the cluster that `join_ray` joined, which ends this run's actors there and nothing else."""
+    global _folder, _has_joined
+    if _has_joined:
+        _has_joined = False
+        ray.shutdown()
     if _folder is None:
         return
     # Its processes write logs to their end.

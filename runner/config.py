@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import ConfigError
+from runner.task import CONTEST, Task, make_task
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("data-parallel", "model-parallel", "single"),
     "strategy": ("auto", "tensor", "pipeline"),
-    "pooling": ("padded-mean", "mean", "last"),
+    "pooling": ("padded-mean", "mean", "last", "first", "pooler"),
     "text_format": ("raw", "turns"),
     "dtype": ("auto", "float32", "float16", "bfloat16"),
     "quantization": ("none", "int8", "int4"),
@@ -38,11 +39,27 @@ DEFAULT_GROUP_SIZE = 2
 SWITCHES = ("plan", "calibrate", "verbose")
 # Of the sequence length, what is always left of a row where no --min-sequence-length is named.
 FLOOR_DIVISOR = 4
-CLASSES = 3
+# Of the demo model's head.
+DEMO_CLASSES = 3
+# Of float32, in which the head's numbers are kept.
+MOST_VALUE = 3.4e38
 # Of int32, in which lengths go to the model.
 MOST_COUNT = 2**31 - 1
 LAST_PORT = 65535
 AUTO_COUNTS = ("num_workers", "max_tokens_per_batch")
+
+
+class DefaultLength(int):
+    """A sequence length that nobody asked for: a preset may bring its own (`job.settle`)."""
+
+
+class DefaultPooling(str):
+    """A pooling that nobody asked for, as `DefaultLength`."""
+
+    __slots__ = ()
+
+
+DEFAULT_LENGTH, DEFAULT_POOLING = DefaultLength(512), DefaultPooling("padded-mean")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +79,8 @@ class RunConfig:
     lora_weights: Path | None = None
     head_kernel: Path | None = None
     head_bias: Path | None = None
-    pooling: str = "padded-mean"
-    sequence_length: int = 512
+    pooling: str = DEFAULT_POOLING
+    sequence_length: int = DEFAULT_LENGTH
     text_format: str = "raw"
     num_workers: int | None = None
     group_size: int | None = None
@@ -85,7 +102,9 @@ class RunConfig:
     log_dir: Path | None = None
     log_format: str = "text"
     metrics_port: int | None = None
+    address: str | None = None
     verbose: bool = False
+    task: Task = CONTEST
 
     def __post_init__(self) -> None:
         _convert_values(self)
@@ -99,12 +118,15 @@ class RunConfig:
                 "--mode single is one process; use --mode data-parallel for several workers. "
                 f"Received: --num-workers {self.num_workers}"
             )
+        self._check_address()
         self._check_groups()
         self._check_model_files()
+        self._check_task()
         self._check_plan()
-        if self.output.suffix.lower() in (".parquet", ".json", ".jsonl"):
+        if self.output.suffix.lower() == ".json":
             raise ConfigError(
-                f"A submission is written as CSV; name it so. Received: --output {self.output}"
+                "--output is written as CSV, Parquet or JSON lines: name it .csv, .parquet or "
+                f".jsonl. Received: --output {self.output}"
             )
         if self.time_limit is not None and not self.time_limit > 0:
             raise ConfigError(
@@ -112,8 +134,9 @@ class RunConfig:
                 f"{self.time_limit:g}"
             )
         self._check_fallback()
-        written = (self.output, self.report_path, self.rows_path, self.journal_path)
-        named = [path for path in (self.input, self.log_folder, *written) if path is not None]
+        beside = (self.rows_path, self.page_path, self.trace_path)
+        written = (self.output, self.report_path, *beside, self.journal_path, self.log_folder)
+        named = [path for path in (self.input, *written) if path is not None]
         if len({path.resolve() for path in named}) != len(named):
             raise ConfigError(
                 "--input, --output, --journal, --report and --log-dir must be different files. "
@@ -131,8 +154,17 @@ class RunConfig:
     @property
     def rows_path(self) -> Path:
         """The table of how each row was made, beside the report."""
-        stem = self.report_path.name.removesuffix(".json").removesuffix(".report")
-        return self.report_path.with_name(stem + ".rows.csv")
+        return self._beside_report(".rows.csv")
+
+    @property
+    def page_path(self) -> Path:
+        """The report as a page, beside it."""
+        return self.report_path.with_name(self.report_path.name.removesuffix(".json") + ".html")
+
+    @property
+    def trace_path(self) -> Path:
+        """What each worker did when, for Perfetto, beside the report."""
+        return self._beside_report(".trace.json")
 
     @property
     def journal_path(self) -> Path:
@@ -156,19 +188,46 @@ class RunConfig:
     def uses_demo_model(self) -> bool:
         return self.preset is None
 
+    def _beside_report(self, ending: str) -> Path:
+        stem = self.report_path.name.removesuffix(".json").removesuffix(".report")
+        return self.report_path.with_name(stem + ending)
+
     def _check_fallback(self) -> None:
         values = self.fallback_probabilities
         if values is None:
             return
-        if (
-            len(values) != CLASSES
-            or not all(0 <= value <= 1 for value in values)
-            or abs(sum(values) - 1) > 1e-6
-        ):
+        head, count = self.task.head, len(self.task.label_columns)
+        least, most = (-MOST_VALUE, MOST_VALUE) if head == "regression" else (0, 1)
+        if head == "none":
             raise ConfigError(
-                f"--fallback-probabilities must be {CLASSES} numbers from 0 to 1 that sum to one. "
+                "--fallback-probabilities is for a head; without one, rows that have no answer of "
+                "the model get the mean of those that have. Received: [task] head none"
+            )
+        if (
+            len(values) != count
+            or not all(least <= value <= most for value in values)
+            or (head == "softmax" and abs(sum(values) - 1) > 1e-6)
+        ):
+            expected = {
+                "softmax": "numbers from 0 to 1 that sum to one",
+                "sigmoid": "numbers from 0 to 1",
+            }.get(head, "finite numbers")
+            raise ConfigError(
+                f"--fallback-probabilities must be {count} {expected}. "
                 f"Received: --fallback-probabilities {','.join(f'{value:g}' for value in values)}"
             )
+
+    def _check_address(self) -> None:
+        for name, value, why in (
+            ("mode", "single", "is this process alone; the other modes use a cluster"),
+            ("plan", True, "looks at this machine; --device NAME --num-workers N asks of others"),
+        ):
+            if self.address is not None and getattr(self, name) == value:
+                said = "" if value is True else f" {value}"
+                raise ConfigError(
+                    f"{flag(name)}{said} {why}. Received: {flag(name)}{said} --address "
+                    f"{self.address}"
+                )
 
     def _check_groups(self) -> None:
         if self.mode != "model-parallel":
@@ -199,13 +258,39 @@ class RunConfig:
                     f"{' and '.join(stray)} needs --preset DIR: without it the demo model runs."
                 )
             return
-        # Config and tokenizer are enough for a plan.
-        needs_head = self.calibrate or not self.plan
+        if self.task.head == "none":
+            if stray := [flag(name) for name, path in head.items() if path is not None]:
+                raise ConfigError(
+                    "[task] head none writes the pooled hidden states and takes no head. "
+                    f"Received: {' and '.join(stray)}"
+                )
+            return
+        # Whether the preset brings a head of its own is found where it is read.
         missing = [flag(name) for name, path in head.items() if path is None]
-        if needs_head and missing:
+        if len(missing) == 1:
             raise ConfigError(
-                f"--preset needs a head: --head-kernel FILE.npy of shape (hidden, classes) and "
-                f"--head-bias FILE.npy of shape (classes,). Missing: {' and '.join(missing)}"
+                f"--head-kernel FILE.npy of shape (hidden, classes) and --head-bias FILE.npy of "
+                f"shape (classes,) go together. Missing: {missing[0]}"
+            )
+
+    def _check_task(self) -> None:
+        """What the demo's files and the flags ask of a task."""
+        task = self.task
+        if self.preset is None and task.head != "none" and len(task.label_columns) != DEMO_CLASSES:
+            raise ConfigError(
+                f"[task] needs --preset and a head of its own: that of the demo model has "
+                f"{DEMO_CLASSES} classes. Received: {len(task.label_columns)} labels"
+            )
+        if self.input is None and (missing := _not_in_the_demo(task)):
+            raise ConfigError(
+                f"[task] needs --input FILE: the demo set has no column {missing[0]}. "
+                f"It has {', '.join(CONTEST.input_columns)}"
+            )
+        if self.extra_passes == "swap" and not task.swap:
+            raise ConfigError(
+                "--extra-passes swap needs two text columns that may be exchanged: swap, and "
+                "swap_labels where labels change places with them, in [task]. "
+                "Received: --extra-passes swap and a task without"
             )
 
     def _check_plan(self) -> None:
@@ -236,9 +321,10 @@ class PrepareConfig:
     head_kernel: Path | None = None
     head_bias: Path | None = None
     input: Path | None = None
-    pooling: str = "padded-mean"
-    sequence_length: int = 512
+    pooling: str = DEFAULT_POOLING
+    sequence_length: int = DEFAULT_LENGTH
     text_format: str = "raw"
+    task: Task = CONTEST
 
     def __post_init__(self) -> None:
         _check_values(self)
@@ -246,6 +332,11 @@ class PrepareConfig:
             raise ConfigError(
                 "--head-kernel and --head-bias go together. Received: "
                 f"{'--head-kernel' if self.head_kernel else '--head-bias'} alone"
+            )
+        if self.head_kernel is not None and self.task.head == "none":
+            raise ConfigError(
+                "[task] head none writes the pooled hidden states and takes no head. "
+                f"Received: --head-kernel {self.head_kernel}"
             )
 
 
@@ -266,7 +357,7 @@ def _convert_values(config: "RunConfig | PrepareConfig") -> None:
 def _converted(field: "Field[Any]", value: Any) -> Any:
     name = field.name
     if name in COUNTS:
-        return parse_count(name, value)
+        return value if isinstance(value, DefaultLength) else parse_count(name, value)
     if name in PARSERS:
         return PARSERS[name](value)
     if name in PATHS:
@@ -299,6 +390,10 @@ def _check_values(config: "RunConfig | PrepareConfig") -> None:
             )
 
 
+def _not_in_the_demo(task: Task) -> list[str]:
+    return [name for name in task.input_columns if name not in CONTEST.input_columns]
+
+
 def flag(name: str) -> str:
     """Return the flag of a field: head_kernel -> --head-kernel."""
     return "--" + name.replace("_", "-")
@@ -309,14 +404,25 @@ def make_config(flags: Mapping[str, Any], config_file: Path | None = None) -> Ru
 
     Args:
         flags: field name -> value, only those that were given.
-        config_file: a flat TOML table of the flags' names, with - or _. Paths in it are relative
-            to the working directory, as on the command line.
+        config_file: a TOML table of the flags' names, with - or _, and `[task]`, for which see
+            `task.make_task`. Paths in it are relative to the working directory, as on the command
+            line.
 
     Raises:
         ConfigError: the file cannot be read, names an unknown key or a value of another type.
     """
     values = _read_toml(config_file) if config_file is not None else {}
     return RunConfig(**{**values, **flags})
+
+
+def read_task(config_file: Path) -> Task:
+    """Return the task of a run's TOML file, whatever else is in it.
+
+    Raises:
+        ConfigError: as `make_config`.
+    """
+    task: Task = _read_toml(config_file).get("task", CONTEST)
+    return task
 
 
 def parse_count(name: str, value: Any) -> int | None:
@@ -392,6 +498,7 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "time_limit": parse_time_limit,
     "fallback_probabilities": parse_fallback,
     "metrics_port": parse_port,
+    "task": make_task,
 }
 
 

@@ -1,10 +1,11 @@
-"""A CSV or Parquet file -> Examples: ids as they were spelled, text cells, the file's order.
+"""A CSV, Parquet or JSON lines file -> Examples: ids as they were spelled, cells, the file's order.
 
-Does not know what the cells mean.
+Does not know what the cells mean: a task names the columns.
 """
 
 import csv
 import io
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -13,45 +14,40 @@ from typing import Any
 
 from runner.errors import DataError, first_line, shown
 from runner.records import Examples
-
-ID_COLUMN = "id"
-TEXT_COLUMNS = ("prompt", "response_a", "response_b")
+from runner.task import CONTEST, Task
 
 
-def read_examples(
-    path: Path, *, id_column: str = ID_COLUMN, text_columns: Sequence[str] = TEXT_COLUMNS
-) -> Examples:
-    """Return all rows of a test set.
+def read_examples(path: Path, task: Task = CONTEST) -> Examples:
+    """Return all rows of a test set, of the columns that a task names.
 
     Ids stay text: numbers above 2^31, leading zeros and strings survive. Empty and missing text
-    cells are empty text. Further columns are ignored.
+    cells are empty text. Further columns are ignored. The suffix says how a file is read: .parquet
+    or .pq, .jsonl, and CSV whatever else it is.
 
     Raises:
         DataError: the file cannot be read as its suffix says, a column is missing or named twice,
             or an id is null or repeated.
     """
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
-        raise DataError(f"--input must be a CSV or Parquet file that exists. Received: {path}")
-    wanted = [id_column, *text_columns]
+        raise DataError(
+            f"--input must be a CSV, Parquet or JSON lines file that exists. Received: {path}"
+        )
+    suffix = path.suffix.lower()
     try:
-        is_parquet = path.suffix.lower() in (".parquet", ".pq")
-        table = _read_parquet(path, wanted) if is_parquet else _read_csv(path, wanted)
+        if suffix in (".parquet", ".pq"):
+            examples = _read_parquet(path, task)
+        elif suffix == ".jsonl":
+            examples = _read_json_lines(path, task)
+        else:
+            examples = _read_csv(path, task)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from None
-    _check_ids(path, id_column, table[id_column])
-    return Examples(tuple(table[id_column]), {name: tuple(table[name]) for name in text_columns})
+    _check_ids(path, task.id_column, examples.ids)
+    return examples
 
 
-def _read_csv(path: Path, wanted: Sequence[str]) -> dict[str, list[str]]:
-    data = path.read_bytes()
-    try:
-        # Surrogates pass here and are removed from the prompts, as in the notebook.
-        text = data.decode("utf-8-sig", errors="surrogatepass")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path} must be UTF-8. Received: byte 0x{data[error.start]:02x} in line {line}"
-        ) from None
+def _read_csv(path: Path, task: Task) -> Examples:
+    wanted, text = task.input_columns, _read_text(path)
     # Not pandas: it cannot pass surrogates, and reads over a quote that never closes or a row
     # that is too long unless asked in several ways.
     csv.field_size_limit(sys.maxsize)
@@ -71,27 +67,94 @@ def _read_csv(path: Path, wanted: Sequence[str]) -> dict[str, list[str]]:
                 f"Received: {len(row)} in row {number}"
             )
     # A row that ends early lacks cells: they are empty.
-    return {
-        name: [row[place] if place < len(row) else "" for row in rows]
+    cells = {
+        name: tuple(row[place] if place < len(row) else "" for row in rows)
         for name in wanted
         for place in [header.index(name)]
     }
+    return _examples(task, cells, {name: cells[name] for name in task.keep_columns})
 
 
-def _read_parquet(path: Path, wanted: Sequence[str]) -> dict[str, list[str]]:
+def _read_json_lines(path: Path, task: Task) -> Examples:
+    rows: list[dict[str, Any]] = []
+    numbers: list[int] = []
+    # Not splitlines: U+2028 and others may stand in a JSON string.
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{path} is no well-formed JSON lines file: line {number}: {first_line(error)}"
+            ) from None
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path} must have a JSON object in every line. "
+                f"Received: {shown(row)} in line {number}"
+            )
+        rows.append(row)
+        numbers.append(number)
+    if rows:
+        _check_columns(
+            path, task.input_columns, list(dict.fromkeys(key for row in rows for key in row))
+        )
+    cells = {}
+    for name in (task.id_column, *task.text_columns):
+        values = [row.get(name) for row in rows]
+        for number, value in zip(numbers, values, strict=True):
+            _check_json_cell(path, name, value, number, is_id=name == task.id_column)
+        cells[name] = tuple("" if value is None else str(value) for value in values)
+    kept = {name: [row.get(name) for row in rows] for name in (task.id_column, *task.keep_columns)}
+    return _examples(task, cells, kept)
+
+
+def _check_json_cell(path: Path, name: str, value: Any, number: int, *, is_id: bool) -> None:
+    if value is None or isinstance(value, str) or (is_id and type(value) is int):
+        return
+    raise DataError(
+        f"{path}: {name} must hold text{' or whole numbers' if is_id else ''}. "
+        f"Received: {name} = {shown(value)} in line {number}"
+    )
+
+
+def _read_text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        # Surrogates pass here and are removed from the prompts, as in the notebook.
+        return data.decode("utf-8-sig", errors="surrogatepass")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path} must be UTF-8. Received: byte 0x{data[error.start]:02x} in line {line}"
+        ) from None
+
+
+def _read_parquet(path: Path, task: Task) -> Examples:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    wanted = task.input_columns
     try:
         with pq.ParquetFile(path) as file:
             _check_columns(path, wanted, file.schema_arrow.names)
             table = file.read(columns=list(wanted))
-        return {
-            name: _cells(path, name, table.column(name), is_id=name == wanted[0]) for name in wanted
+        cells = {
+            name: tuple(_cells(path, name, table.column(name), is_id=name == task.id_column))
+            for name in (task.id_column, *task.text_columns)
         }
+        kept = {name: table.column(name) for name in task.keep_columns}
+        if pa.types.is_integer(table.column(task.id_column).type):
+            kept[task.id_column] = table.column(task.id_column)
+        return _examples(task, cells, kept)
     # Text that is no UTF-8 is a ValueError, and only seen when it is decoded.
     except (pa.ArrowException, ValueError, KeyError, OverflowError) as error:
         raise DataError(f"{path} is no readable Parquet file: {first_line(error)}") from None
+
+
+def _examples(task: Task, cells: dict[str, tuple[str, ...]], kept: dict[str, Any]) -> Examples:
+    columns = {name: cells[name] for name in task.text_columns}
+    return Examples(cells[task.id_column], columns, kept)
 
 
 def _cells(path: Path, name: str, column: Any, *, is_id: bool) -> list[str]:
@@ -126,7 +189,7 @@ def _check_columns(path: Path, wanted: Sequence[str], received: Sequence[str]) -
             )
 
 
-def _check_ids(path: Path, id_column: str, ids: list[str]) -> None:
+def _check_ids(path: Path, id_column: str, ids: Sequence[str]) -> None:
     """Rows are counted from 1, the header left out."""
     first_seen: dict[str, int] = {}
     for number, value in enumerate(ids, start=1):

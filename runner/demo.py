@@ -165,7 +165,9 @@ def train_tokenizer(
         )
 
 
-def save_model(folder: Path, vocabulary: Path, backbone: dict[str, Any], seed: int) -> None:
+def save_model(
+    folder: Path, vocabulary: Path, backbone: dict[str, Any], seed: int, classes: int = CLASSES
+) -> None:
     """Save a random preset, a LoRA file and a head in the real on-disk formats.
 
     The LoRA update and the head are large enough that every row gets its own probabilities.
@@ -188,8 +190,8 @@ def save_model(folder: Path, vocabulary: Path, backbone: dict[str, Any], seed: i
         variable.assign(rng.normal(0, scale, variable.shape).astype(np.float32))
     model.save_lora_weights(str(folder / "model.lora.h5"))
     hidden = backbone["hidden_dim"]
-    np.save(folder / "head_kernel.npy", rng.normal(0, 0.2, (hidden, CLASSES)).astype(np.float32))
-    np.save(folder / "head_bias.npy", rng.normal(0, 0.1, CLASSES).astype(np.float32))
+    np.save(folder / "head_kernel.npy", rng.normal(0, 0.2, (hidden, classes)).astype(np.float32))
+    np.save(folder / "head_bias.npy", rng.normal(0, 0.1, classes).astype(np.float32))
 
 
 def _save_model_in_process(folder: Path) -> None:

@@ -5,8 +5,9 @@ becomes of one that failed (`recovery.py`). Every answer arrives through one `ra
 worker is seen as a failed call; one that hangs is seen by the clock.
 """
 
+import os
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,14 @@ import numpy as np
 import ray
 import ray.exceptions
 
-from runner.cluster import check_ray, find_devices, private_folder, start_ray, stop_ray
+from runner.cluster import (
+    check_ray,
+    find_devices,
+    join_ray,
+    private_folder,
+    start_ray,
+    stop_ray,
+)
 from runner.errors import (
     ArenaRunnerError,
     ConfigError,
@@ -27,6 +35,7 @@ from runner.errors import (
 from runner.groups import Group, Step
 from runner.logs import keep_logs_of_ray, worker_log
 from runner.machine import cores_here
+from runner.nodes import Nodes
 from runner.progress import Progress
 from runner.records import (
     BatchResult,
@@ -39,12 +48,14 @@ from runner.records import (
     seconds_to_compile,
 )
 from runner.recovery import Recovery
+from runner.shipping import SHIP
 from runner.strategy import Strategy, gpu_dtype
+from runner.timeline import Timeline
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape
 from sharding.forecast import Pace
 from sharding.rates import Rates
-from sharding.topology import place_workers
+from sharding.topology import WorkerSlot, place_workers
 
 # A replica is given up after this many replacements that no batch explains.
 MAX_RESTARTS = 3
@@ -63,6 +74,11 @@ COMPILE_WITHIN_S = 120.0
 HANG_FACTOR = 8.0
 FIRST_BATCH_WITHIN_S = 120.0
 BATCH_WITHIN_S = 15.0
+# Under a time limit a hang may cost no more than this share of what is left of it: then a batch of
+# a worker whose pace is known gets so many times its forecast and so many seconds at least.
+HANG_SHARE, PATIENCE_FACTOR, PATIENCE_S = 0.1, 3.0, 4.0
+# A run whose nodes are all gone waits so long for another.
+NODE_COMES_WITHIN_S = 300.0
 # A look at the clock that comes so late was late for the workers too: the machine was suspended.
 LONGEST_LOOK_S = 10.0
 
@@ -82,8 +98,10 @@ class RayReplicas:
     Args:
         num_workers: actors in all, None for as many as the devices suggest.
         group_size: how many of them make one replica.
-        strategy, family: as for `Group`.
+        strategy, family, timeline: as for `Group`.
+        left_s: the seconds in which rows can still be predicted, infinite where there is no limit.
         log_folder: where workers write to, None for Ray's own logs.
+        address: of a Ray cluster to join, None to start Ray on this machine.
 
     Raises (from `open`, `start` and `run`):
         ConfigError: more workers than devices, or groups that do not fit.
@@ -101,7 +119,14 @@ class RayReplicas:
         verbose: bool,
         log_folder: Path | None,
         progress: Progress,
+        left_s: Callable[[], float],
+        timeline: Timeline,
+        address: str | None = None,
     ) -> None:
+        self._left_s = left_s
+        self._address = address
+        self._nodes: Nodes | None = None
+        self._deserted_since: float | None = None
         self._num_workers = num_workers
         self._group_size = group_size
         self._strategy = strategy
@@ -109,6 +134,7 @@ class RayReplicas:
         self._verbose = verbose
         self._log_folder = log_folder
         self._progress = progress
+        self._timeline = timeline
         self._groups: list[Group] = []
         self._created_at = time.monotonic()
         self._backlog: Backlog | None = None
@@ -129,6 +155,8 @@ class RayReplicas:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if self._nodes is not None:
+            self._nodes.close()
         # Where Ray itself has failed there is nobody to ask; its processes end all the same.
         with suppress(ray.exceptions.RayError):
             for group in self._groups:
@@ -143,8 +171,10 @@ class RayReplicas:
         return [stats for group in self._groups for stats in group.stats]
 
     def open(self, dtype: str, compilation_cache: str) -> str:
-        """Start Ray and find the devices; return what `dtype` means on them, `auto` where only a
-        worker can tell."""
+        """Start or join Ray and find the devices; return what `dtype` means on them, `auto` where
+        only a worker can tell."""
+        if self._address is not None:
+            return self._join(self._address, dtype)
         cores = cores_here()
         num_cpus = max(len(cores), self._num_workers or 1, self._group_size)
         start_ray(num_cpus, verbose=self._verbose)
@@ -165,26 +195,52 @@ class RayReplicas:
             return dtype
         return {"cpu": "float32", "tpu": "bfloat16"}.get(self.kind) or gpu_dtype() or "auto"
 
+    def _join(self, address: str, dtype: str) -> str:
+        join_ray(address, verbose=self._verbose)
+        self._nodes = Nodes(
+            num_workers=self._num_workers,
+            group_size=self._group_size,
+            is_tensor=self._strategy is not None and self._strategy.name == "tensor",
+            even_here=os.environ.get(SHIP) == "always",
+            note=self._progress.note,
+        )
+        with _ray_errors():
+            self.replicas, dtype = self._nodes.open(dtype)
+        self.kind = self._nodes.kind
+        return dtype
+
     def start(self, spec: ModelSpec) -> None:
         """Start the actors and send them to load; returns before they have."""
-        self._spec = spec
+        self._stored_bytes = spec.stored_bytes
+        if self._nodes is not None:
+            self._nodes.start(spec)
+            return
         for first in range(0, len(self._slots), self._group_size):
-            group = Group(
-                self._slots[first : first + self._group_size],
-                strategy=self._strategy,
-                family=self._family,
-                spec=spec,
-                verbose=self._verbose,
-                log_folder=self._log_folder,
-                clock=lambda: self._clock,
-            )
-            self._groups.append(group)
+            slots = self._slots[first : first + self._group_size]
             with _ray_errors():
-                self._spawn(group)
+                self._add_group(slots, [spec] * len(slots))
+
+    def _add_group(self, slots: tuple[WorkerSlot, ...], specs: Sequence[ModelSpec]) -> None:
+        group = Group(
+            slots,
+            strategy=self._strategy,
+            family=self._family,
+            specs=specs,
+            verbose=self._verbose,
+            log_folder=self._log_folder,
+            timeline=self._timeline,
+            clock=lambda: self._clock,
+        )
+        if self._nodes is not None:
+            for stats, slot in zip(group.stats, slots, strict=True):
+                stats.node = self._nodes.name(slot.node)
+        self._groups.append(group)
+        self._spawn(group)
 
     def poll(self) -> None:
         """Take what workers answered so far: keeps the progress true and finds bad files early."""
         with _ray_errors():
+            self._follow_nodes()
             for group, step in self._finished_steps(timeout_s=0):
                 if step.what == "predict":
                     group.take_result(step)  # a copy of a batch that another replica ended before
@@ -203,8 +259,8 @@ class RayReplicas:
         """
         self._backlog, self._rates = backlog, rates
         note = partial(self._progress.note, event="fault")
-        self._recovery = Recovery(backlog, self.faults, ids, note)
-        self._compiled: set[BatchShape] = set()
+        self._recovery = Recovery(backlog, self.faults, ids, note, self._timeline.event)
+        self._compiled: set[tuple[str, BatchShape]] = set()
         with _ray_errors():
             self._tokens = self._store(tokens)
             yield from self._run(backlog)
@@ -216,7 +272,7 @@ class RayReplicas:
             WorkerError: each worker that was asked died of it, or one failed or took longer than
                 `within_s`.
         """
-        slowest_s = STEP_WITHIN_S["load"] + self._spec.stored_bytes / SLOWEST_LOAD_BYTES_PER_S
+        slowest_s = STEP_WITHIN_S["load"] + self._stored_bytes / SLOWEST_LOAD_BYTES_PER_S
         within_s = min(within_s, slowest_s)
         group = next((group for group in self._groups if not group.given_up), self._groups[0])
         failure: Exception
@@ -224,7 +280,7 @@ class RayReplicas:
             for _ in range(MAX_RESTARTS + 1):
                 if self._float_actor is None:
                     self._float_actor = group.replace_by_one(self._tokens)
-                asked = self._float_actor.predict_in_float.remote(self._spec, batch)
+                asked = self._float_actor.predict_in_float.remote(group.specs[0], batch)
                 try:
                     answer: np.ndarray = _get_within(asked, within_s)
                     return answer
@@ -247,6 +303,7 @@ class RayReplicas:
                 self._expect(group)
                 group.hand_tokens(self._tokens)
         while backlog:
+            self._follow_nodes()
             for group in self._groups:
                 self._give_work(group)
             for group, step in self._finished_steps():
@@ -262,6 +319,43 @@ class RayReplicas:
             yield None
         for group in self._groups:
             group.stop_clock()
+
+    def _follow_nodes(self) -> None:
+        """Start replicas on nodes that are ready for them, and give up those whose node is gone."""
+        if self._nodes is None:
+            return
+        for ready in self._nodes.take_ready():
+            self._add_group(ready.slots, ready.specs)
+        lost = self._nodes.lost
+        for group in self._groups:
+            if not group.given_up and any(slot.node in lost for slot in group.slots):
+                self._desert(group)
+        if not self._groups or not all(group.given_up for group in self._groups):
+            self._deserted_since = None
+            return
+        self._deserted_since = self._deserted_since or time.monotonic()
+        if time.monotonic() - self._deserted_since > NODE_COMES_WITHIN_S:
+            raise WorkerError(
+                f"All nodes with workers are gone, and no other came in {NODE_COMES_WITHIN_S:.0f} "
+                "s: expected one with free devices, as `ray status` shows them."
+            )
+
+    def _desert(self, group: Group) -> None:
+        """A node is gone, and a group with it: others do its work, where there are some."""
+        assert self._nodes is not None, "this is a bug: only nodes of a cluster are lost"
+        self.faults.worker_deaths += group.loaded
+        batches = group.give_up()
+        if self._backlog is not None:
+            self._recovery.lost(group.number, batches, "its node was lost")
+        self._nodes.forget(group.number)
+        self._show(group, "lost")
+        self._timeline.event("its node was lost; it is given up", group.number)
+        names = ", ".join(dict.fromkeys(stats.node for stats in group.stats))
+        self._progress.note(
+            f"warning: {group.noun} {group.number} is gone with its node ({names})",
+            event="fault",
+            replica=group.number,
+        )
 
     def warm(self) -> set[BatchShape]:
         """Return the shapes of which some replica has a program."""
@@ -287,9 +381,8 @@ class RayReplicas:
                 # Nobody knows how much longer one takes that takes longer than the others did.
                 delay_s = max(max(starts) - waited, waited / 4)
             to_come = {*(self._backlog.shapes(group.number) if shapes is None else shapes)}
-            one_s = seconds_to_compile(
-                self.stats, is_new=shapes is not None, replicas=len(self._groups)
-            )
+            alike = sum(one.slots[0].node == group.slots[0].node for one in self._groups)
+            one_s = seconds_to_compile(self.stats, is_new=shapes is not None, replicas=alike)
             delay_s += self._rates.preparing_s(
                 to_come, used=group.used, warm=group.warm, one_s=one_s
             )
@@ -336,7 +429,11 @@ class RayReplicas:
         """Wait for calls to end and yield the steps whose last answer has come."""
         owners = {reference: group for group in self._groups for reference in group.calls}
         if not owners:
-            assert not timeout_s, "this is a bug: rows are missing and no worker has work"
+            assert not timeout_s or self._nodes is not None, (
+                "this is a bug: rows are missing and no worker has work"
+            )
+            time.sleep(timeout_s)
+            self._look_at_the_clock()
             return
         references = list(owners)
         ready, _ = ray.wait(references, num_returns=1, timeout=timeout_s)
@@ -377,7 +474,7 @@ class RayReplicas:
             group.has_tokens = True
         elif step.what == "compile":
             group.take_compiled(step)
-            self._compiled.add(step.payload)
+            self._compiled.add((group.slots[0].node, step.payload))
         group.go_on_after(step)
         if group.warm and group.has_tokens and group.ready_at is None:
             group.ready_at = time.monotonic()
@@ -494,11 +591,15 @@ class RayReplicas:
         if group.in_flight and not self._rates.is_measured(group.number):
             return  # what a batch takes is known sooner where no compiler is beside it
         shapes = self._backlog.shapes(group.number)
+        # Each node has a cache of its own.
+        node = group.slots[0].node
         elsewhere = {
             other.compiling
             for other in self._groups
-            if self._clock - other.compiling_since < COMPILE_WITHIN_S
-        } - self._compiled
+            if other.slots[0].node == node
+            and self._clock - other.compiling_since < COMPILE_WITHIN_S
+            and (node, other.compiling) not in self._compiled
+        }
         for shape in shapes:
             if shape not in group.warm and shape not in elsewhere:
                 total = len(group.warm | set(shapes))
@@ -514,7 +615,10 @@ class RayReplicas:
             explained = self._recovery.lost(group.number, batches, reason)
         if not explained:
             group.restarts += 1
-        if group.restarts <= MAX_RESTARTS:
+        again = group.restarts <= MAX_RESTARTS
+        ending = "; it is started again" if again else "; it is given up"
+        self._timeline.event(reason + ending, group.number)
+        if again:
             for stats in group.stats:
                 stats.restarts += 1
             self._progress.note(
@@ -616,12 +720,16 @@ class RayReplicas:
 
     def _limit_s(self, group: Group, step: Step) -> float:
         if step.what == "predict":
-            seconds = self._rates.seconds(group.number, step.payload.shape)
-            floor = BATCH_WITHIN_S if self._rates.knows(group.number) else FIRST_BATCH_WITHIN_S
+            is_known = self._rates.knows(group.number)
+            floor = BATCH_WITHIN_S if is_known else FIRST_BATCH_WITHIN_S
+            seconds = self._rates.seconds(group.number, step.payload.shape) * len(group.slots)
+            limit = floor + HANG_FACTOR * seconds
+            if is_known:
+                least = PATIENCE_S + PATIENCE_FACTOR * seconds
+                limit = min(limit, max(least, HANG_SHARE * self._left_s()))
             # While one compiles, a batch has half of the cores.
-            floor *= 1 if group.compiling is None else 2
-            return floor + HANG_FACTOR * seconds * max(1, len(group.slots))
-        stored = self._spec.stored_bytes if step.what == "load" else 0
+            return limit if group.compiling is None else 2 * limit
+        stored = self._stored_bytes if step.what == "load" else 0
         return STEP_WITHIN_S[step.what] + stored / SLOWEST_LOAD_BYTES_PER_S
 
     def _show(self, group: Group, state: str) -> None:

@@ -88,5 +88,5 @@ def on_one_line(error: object) -> str:
 
 def list_ids(ids: Sequence[str], rows: Sequence[int]) -> str:
     """Name rows by their ids, the first five of them: `id a, b, ...`."""
-    named = ", ".join(ids[row] for row in rows[:5])
+    named = ", ".join(on_one_line(ids[row]) for row in rows[:5])
     return f"id {named}{', ...' if len(rows) > 5 else ''}"

@@ -15,13 +15,11 @@ from runner.journal import Journal
 from runner.merge import FILLED, SWAPPED, Merger
 from runner.progress import Progress
 from runner.records import BatchResult, Examples, TokenTable
+from runner.task import CONTEST, Task
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape, Plan
 from sharding.rates import Rates
 
-SWAPPED_COLUMNS = {"response_a": "response_b", "response_b": "response_a"}
-# The classes of a pair whose responses are swapped: the winners change places, a tie stays one.
-SWAPPED_CLASSES = (1, 0, 2)
 # Rows go in so many groups, the most uncertain first; within one, rows of like length together.
 WAVES = 8
 # Seconds after which what has been improved is written again.
@@ -36,12 +34,10 @@ class Executor(Protocol):
     ) -> Generator[BatchResult | None, None, None]: ...
 
 
-def swap(examples: Examples) -> Examples:
-    """Return the examples with their two responses exchanged."""
-    return Examples(
-        examples.ids,
-        {name: examples.columns[SWAPPED_COLUMNS.get(name, name)] for name in examples.columns},
-    )
+def swap(examples: Examples, task: Task = CONTEST) -> Examples:
+    """Return the examples with the task's two columns, the contest's responses, exchanged."""
+    other, columns = task.swapped_columns, examples.columns
+    return Examples(examples.ids, {name: columns[other.get(name, name)] for name in columns})
 
 
 def rows_to_swap(merger: Merger) -> list[int]:
@@ -63,6 +59,7 @@ def predict_swapped(
     tokens: TokenTable,
     batches: Sequence[Batch],
     *,
+    labels: Sequence[int],
     merger: Merger,
     journal: Journal,
     deadline: Deadline,
@@ -76,6 +73,7 @@ def predict_swapped(
 
     Args:
         tokens: of the swapped texts. batches: of these tokens, in the order of work.
+        labels: for each label the place of the one that means the same after the exchange.
         first_index: beyond that of any batch before.
         now: seconds since the process started. write: writes the submission as it is.
 
@@ -87,7 +85,7 @@ def predict_swapped(
     results = executor.run(backlog, tokens, rates=rates, ids=merger.ids)
     for result in results:
         if result is not None:
-            averaged += _average(result, tokens, merger, journal)
+            averaged += _average(result, tokens, labels, merger, journal)
             progress.stage(
                 f"{averaged:,} rows predicted again with their responses swapped, and averaged"
             )
@@ -100,12 +98,18 @@ def predict_swapped(
     return averaged
 
 
-def _average(result: BatchResult, tokens: TokenTable, merger: Merger, journal: Journal) -> int:
-    finite = np.isfinite(result.probabilities).all(axis=1)
-    rows = [row for row, is_one in zip(result.batch.rows, finite, strict=True) if is_one]
+def _average(
+    result: BatchResult,
+    tokens: TokenTable,
+    labels: Sequence[int],
+    merger: Merger,
+    journal: Journal,
+) -> int:
+    finite = result.finite
+    rows = result.rows_where(finite)
     if not rows:
         return 0
-    back = result.probabilities[finite][:, list(SWAPPED_CLASSES)]
+    back = result.probabilities[finite][:, list(labels)]
     mean = (merger.probabilities(rows) + back) / 2
     lengths = np.minimum(tokens.lengths[rows], result.batch.shape.length).tolist()
     journal.add(rows, mean, how=SWAPPED, worker=str(result.replica), lengths=lengths)

@@ -32,7 +32,7 @@ class Fingerprint:
     def differences(self, earlier: Mapping[str, str]) -> list[str]:
         """Say in plain words what differs from the parts of an earlier run; empty: nothing does."""
         names = [name for name in {**self.parts, **earlier} if self._differs(name, earlier)]
-        if "text format" in names and "test set" in names:
+        if {"text format", "template"} & {*names} and "test set" in names:
             # Other texts follow from another format: the person need not look at the file.
             names.remove("test set")
         return [_difference(name, earlier.get(name), self.parts.get(name)) for name in names]

@@ -7,19 +7,20 @@ plan, or when to give up: `dispatch.py` decides that.
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.exceptions
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from runner.cluster import private_folder
 from runner.records import BatchResult, ModelSpec, WorkerInfo, WorkerStats
 from runner.strategy import Strategy
+from runner.timeline import COMPILING, LOADING, LOST, STARTING, Timeline
 from runner.workers import PipelineStage, Replica, TensorMember
 from sharding.batches import Batch, BatchShape
 from sharding.rates import Intervals
@@ -36,14 +37,14 @@ EXTRA_IN_PIPELINE = 2
 # start batches in the same order.
 PREDICTING_THREADS = {None: 2, "pipeline": 2, "tensor": 1}
 ACTORS = {None: Replica, "pipeline": PipelineStage, "tensor": TensorMember}
-RESOURCES = {"cpu": {"CPU": 1.0}, "gpu": {"CPU": 1.0, "GPU": 1.0}, "tpu": {"CPU": 1.0, "TPU": 1.0}}
+DEVICES = {"cpu": {}, "gpu": {"GPU": 1.0}, "tpu": {"TPU": 1.0}}
 
 
 @dataclass(slots=True, eq=False)
 class Step:
     """One thing asked of a group: the answers of those members that have a part in it.
 
-    asked_at: by the dispatcher's clock, in seconds.
+    asked_at: by the dispatcher's clock, in seconds. asked_s: by the timeline's.
     """
 
     what: str
@@ -51,6 +52,7 @@ class Step:
     answers: list[Any]
     missing: int
     asked_at: float
+    asked_s: float
 
 
 class Group:
@@ -62,6 +64,8 @@ class Group:
     Args:
         strategy: how the members hold the replica together; None where one holds it whole.
         family: the backbone's class, which names the layout rules of tensor parallelism.
+        timeline: keeps what each member did when.
+        specs: one a member; they differ in paths alone, where members are on several machines.
     """
 
     def __init__(
@@ -70,12 +74,14 @@ class Group:
         *,
         strategy: Strategy | None,
         family: str,
-        spec: ModelSpec,
+        specs: Sequence[ModelSpec],
         verbose: bool,
+        timeline: Timeline,
         log_folder: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.slots = slots
+        self._timeline = timeline
         self.stats = [WorkerStats(slot.replica, slot.member, slot.kind) for slot in slots]
         self.calls: dict[Any, tuple[Step, int]] = {}
         self.in_flight: deque[Batch] = deque()
@@ -99,14 +105,12 @@ class Group:
         self._strategy = strategy
         self._name = strategy.name if strategy else None
         self._family = family
-        self._spec = spec
+        self.specs = tuple(specs)
         # Of this machine, whatever a worker's own folder is.
         self._log_folder = str(log_folder.resolve()) if log_folder is not None else None
         self._verbose = verbose
         self._actors: list[Any] = []
-        # PACK: the members of a group come to one node where one has room for them.
-        self._resources = RESOURCES[slots[0].kind]
-        self._placement = placement_group([self._resources] * len(slots), strategy="PACK")
+        self._placement = _reserve(slots)
 
     @property
     def number(self) -> int:
@@ -139,14 +143,17 @@ class Group:
         ]
         self._ask("ping", [actor.ping.remote() for actor in self._actors])
         if self._strategy is None:
-            self._ask("load", [actor.load.remote(self._spec) for actor in self._actors])
+            self._ask("load", [self._actors[0].load.remote(self.specs[0])])
         elif self._name == "pipeline":
-            pairs = zip(self._actors, self._strategy.stages, strict=True)
-            self._ask("load", [actor.load.remote(self._spec, stage) for actor, stage in pairs])
+            parts = zip(self._actors, self.specs, self._strategy.stages, strict=True)
+            self._ask("load", [actor.load.remote(spec, stage) for actor, spec, stage in parts])
         # The members of a tensor group load when they know where to meet.
 
     def go_on_after(self, step: Step) -> None:
-        """Ask for what must follow a step of starting up."""
+        """Keep when a step of starting up was done, and ask for what must follow."""
+        if what := {"ping": STARTING, "load": LOADING}.get(step.what):
+            for slot in self.slots:
+                self._timeline.add(what, slot.replica, slot.member, step.asked_s)
         if step.what == "ping" and self._name == "tensor":
             if folder := private_folder():
                 self._meet_at(f"unix:{folder}/{secrets.token_hex(4)}")
@@ -158,8 +165,9 @@ class Group:
             self._meet_at(step.answers[0])
 
     def _meet_at(self, address: str) -> None:
-        arguments = (self._spec, address, len(self.slots), self._family)
-        self._ask("load", [actor.load.remote(*arguments) for actor in self._actors])
+        arguments = (address, len(self.slots), self._family)
+        pairs = zip(self._actors, self.specs, strict=True)
+        self._ask("load", [actor.load.remote(spec, *arguments) for actor, spec in pairs])
 
     def take_load(self, answers: list[WorkerInfo]) -> None:
         self.loaded = True
@@ -192,6 +200,12 @@ class Group:
         self._compile_times.end(self._clock())
         for stats, answer in zip(self.stats, step.answers, strict=True):
             stats.count_compiled(answer)
+            self._timeline.add(
+                *(COMPILING, stats.replica, stats.member, step.asked_s),
+                ended_s=min(step.asked_s + answer.seconds, self._timeline.now()),
+                shape=step.payload,
+                is_cached=answer.cached,
+            )
 
     def start(self, batch: Batch) -> None:
         """Send a batch on its way."""
@@ -235,10 +249,14 @@ class Group:
         work = [entry for answer in step.answers for entry in answer.work]
         for stats, entry in zip(self.stats, work, strict=True):
             stats.count(len(result.batch.rows), entry)
+        self._timeline.predicted(result.batch, self.number, work, step.asked_s)
         return result, now - began, self._compile_times.within(began, now)
 
     def drop(self, step: Step) -> None:
         """Forget a batch that failed; its other members' calls too."""
+        for slot in self.slots:
+            lane = (slot.replica, slot.member)
+            self._timeline.add(LOST, *lane, step.asked_s, batch=step.payload)
         self.in_flight.remove(step.payload)
         self.forget(step)
         self.finished_at = self._clock()
@@ -281,6 +299,7 @@ class Group:
         The members of a group cannot go on without each other, and may hang: they end together.
         """
         batches = tuple(self.in_flight)
+        self._mark_lost()
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
@@ -290,6 +309,21 @@ class Group:
         self.loaded = self.has_tokens = False
         self.compiling = None
         self._compile_times.end(self._clock())
+        return batches
+
+    def _mark_lost(self) -> None:
+        """Keep what the workers were at that no answer comes of, a batch above all."""
+        steps = sorted((step for step, _ in self.oldest()), key=lambda one: one.what != "predict")
+        for step in steps[:1]:
+            batch = step.payload if step.what == "predict" else None
+            for slot in self.slots:
+                self._timeline.add(LOST, slot.replica, slot.member, step.asked_s, batch=batch)
+
+    def give_up(self) -> tuple[Batch, ...]:
+        """End all actors for good, and leave their places to others."""
+        self.given_up = True
+        batches = self.end()
+        remove_placement_group(self._placement)
         return batches
 
     def stop_clock(self) -> None:
@@ -304,9 +338,9 @@ class Group:
         """Return the Ray actor class of a plain one, for the device of a member."""
         threads = {"compile": 1, "predict": PREDICTING_THREADS[self._name]}
         return ray.remote(concurrency_groups=threads)(plain).options(
-            num_cpus=self._resources["CPU"],
-            num_gpus=self._resources.get("GPU", 0),
-            resources={"TPU": 1} if "TPU" in self._resources else None,
+            num_cpus=self.slots[member].cpus,
+            num_gpus=int(self.slots[member].kind == "gpu"),
+            resources={"TPU": 1} if self.slots[member].kind == "tpu" else None,
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
@@ -315,6 +349,22 @@ class Group:
         )
 
     def _ask(self, what: str, calls: list[Any], payload: Any = None) -> None:
-        step = Step(what, payload, [None] * len(calls), len(calls), self._clock())
+        step = Step(
+            what, payload, [None] * len(calls), len(calls), self._clock(), self._timeline.now()
+        )
         for place, reference in enumerate(calls):
             self.calls[reference] = (step, place)
+
+
+def _reserve(slots: Sequence[WorkerSlot]) -> Any:
+    """Reserve what a group's members need: in a cluster on the nodes that were chosen, else on
+    one node where one has room for them."""
+    bundles = [{"CPU": float(slot.cpus), **DEVICES[slot.kind]} for slot in slots]
+    nodes = [slot.node for slot in slots]
+    if not all(nodes):
+        return placement_group(bundles, strategy="PACK")
+    return placement_group(
+        bundles,
+        strategy="STRICT_PACK" if len(set(nodes)) == 1 else "PACK",
+        bundle_label_selector=[{"ray.io/node-id": node} for node in nodes],
+    )

@@ -27,7 +27,7 @@ import numpy as np
 
 from runner.errors import ConfigError, JournalError
 from runner.fingerprint import Fingerprint
-from runner.merge import SUM_TOLERANCE
+from runner.merge import unsound
 from runner.submission import check_writable
 
 SCHEMA = 1
@@ -88,10 +88,12 @@ class Journal:
         *,
         ids: Sequence[str],
         classes: int,
+        head: str,
         rows: set[int],
         notes: tuple[str, ...],
     ) -> None:
         self.notes = notes
+        self._head = head
         self._path = path
         self._connection = connection
         self._ids = ids
@@ -110,10 +112,12 @@ class Journal:
         ids: Sequence[str],
         classes: int,
         resume: str,
+        head: str = "softmax",
     ) -> "Journal":
         """Go on with the journal at `path`, or start one there.
 
         Args:
+            classes: numbers a row. head: of `task.HEADS`, what they must be.
             resume: `auto` goes on where the fingerprint agrees and every row is sound, and starts
                 afresh where not; `require` goes on or raises; `never` starts afresh. A journal
                 that is not gone on with is renamed to the first free of `<name>.1`, `<name>.2`.
@@ -126,8 +130,10 @@ class Journal:
         if path.is_symlink():
             path = path.resolve()  # SQLite lays its -wal beside the file itself
         with _one_opens(path.parent):
-            connection, rows, notes = _open(path, cls._held, fingerprint, ids, classes, resume)
-        return cls(path, connection, ids=ids, classes=classes, rows=rows, notes=notes)
+            connection, rows, notes = _open(
+                path, cls._held, fingerprint, ids, classes, head, resume
+            )
+        return cls(path, connection, ids=ids, classes=classes, head=head, rows=rows, notes=notes)
 
     def __len__(self) -> int:
         """How many rows are in it."""
@@ -140,7 +146,7 @@ class Journal:
             JournalError: the disk does not give back what was written.
         """
         try:
-            return _read_rows(self._connection, self._ids, self._classes)
+            return _read_rows(self._connection, self._ids, self._classes, self._head)
         except (_Unusable, sqlite3.Error) as error:
             raise JournalError(f"The journal {self._path} cannot be read: {error}.") from error
 
@@ -235,8 +241,8 @@ class Journal:
                 f"{(len(rows), self._classes)} and a length each. "
                 f"Received: {probabilities.shape} and {len(lengths)} lengths"
             )
-        if (unsound := _unsound(probabilities)).any():
-            row = int(rows[int(unsound.argmax())])
+        if (wrong := unsound(probabilities, self._head)).any():
+            row = int(rows[int(wrong.argmax())])
             raise JournalError(
                 f"This is a bug: a row without probabilities is not done. Received: row {row} "
                 f"(id {self._ids[row]})"
@@ -302,6 +308,7 @@ def _open(
     fingerprint: Fingerprint,
     ids: Sequence[str],
     classes: int,
+    head: str,
     resume: str,
 ) -> tuple[sqlite3.Connection, set[int], tuple[str, ...]]:
     """Return what `Journal.open` needs: the open database, its rows, and notes."""
@@ -310,7 +317,7 @@ def _open(
     try:
         if _check_file(path, resume, held):
             connection = _connect(path)
-            rows = _take_up(connection, path, fingerprint, ids, classes, resume)
+            rows = _take_up(connection, path, fingerprint, ids, classes, head, resume)
             notes = (f"resuming {path}: {len(rows):,} of {len(ids):,} rows are done",)
             return connection, rows, notes
     except _Unusable as why:
@@ -333,6 +340,7 @@ def _take_up(
     fingerprint: Fingerprint,
     ids: Sequence[str],
     classes: int,
+    head: str,
     resume: str,
 ) -> set[int]:
     """Hold a journal that is there and return its rows.
@@ -347,7 +355,7 @@ def _take_up(
         if resume == "never":
             raise _Unusable("is not gone on with (--resume never)")
         _check_meta(connection, fingerprint, ids, classes)
-        done = _read_rows(connection, ids, classes)
+        done = _read_rows(connection, ids, classes, head)
         _make_durable(connection)
     for file in (path, *_sidecars(path)):
         with suppress(OSError):  # as a person has copied them; another's file stays as it is
@@ -463,7 +471,7 @@ def _check_meta(
         raise _Unusable(f"is damaged (it counts {counts[0]} rows of {counts[1]} classes)")
 
 
-def _read_rows(connection: sqlite3.Connection, ids: Sequence[str], classes: int) -> Done:
+def _read_rows(connection: sqlite3.Connection, ids: Sequence[str], classes: int, head: str) -> Done:
     """Return every row after checking it.
 
     Raises:
@@ -484,8 +492,8 @@ def _read_rows(connection: sqlite3.Connection, ids: Sequence[str], classes: int)
             raise _Unusable(f"is damaged (the checksum of row {row}, id {row_id}, does not agree)")
     blobs = b"".join(blob for _, _, blob, _, _, _ in found)
     probabilities = np.frombuffer(blobs, LITTLE_ENDIAN_FLOAT32).reshape(len(found), classes)
-    if (unsound := _unsound(probabilities)).any():
-        row, row_id = found[int(unsound.argmax())][:2]
+    if (wrong := unsound(probabilities, head)).any():
+        row, row_id = found[int(wrong.argmax())][:2]
         raise _Unusable(f"is damaged (row {row}, id {row_id}, does not hold probabilities)")
     return Done(
         np.array([entry[0] for entry in found], dtype=np.int64),
@@ -497,14 +505,6 @@ def _read_rows(connection: sqlite3.Connection, ids: Sequence[str], classes: int)
 
 def _crc(row_id: str, how: str, length: int, blob: bytes) -> int:
     return zlib.crc32(blob, zlib.crc32(f"{row_id}\0{how}\0{length}".encode()))
-
-
-def _unsound(probabilities: np.ndarray) -> np.ndarray:
-    """Say of each row, bool (rows,), whether it is no probabilities that sum to one."""
-    values = probabilities.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        sums_to_one = np.abs(values.sum(axis=1) - 1) <= SUM_TOLERANCE
-    return ~(np.isfinite(values).all(axis=1) & (values >= 0).all(axis=1) & sums_to_one)
 
 
 def _create(

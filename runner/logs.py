@@ -40,7 +40,7 @@ STDOUT, STDERR = 1, 2
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class LogEvent:
     """One thing that a run says. level: info, warning or error.
 
     fields: facts for programs; of `traceback` a file of text has the lines too.
@@ -88,7 +88,7 @@ class RunLogs:
         self._path = path
         self._takes_streams = takes_streams and _are_real_streams()
         self._workers_too = workers_too
-        self._early: list[Event] = []
+        self._early: list[LogEvent] = []
         self._lock = threading.Lock()
         self._file: TextIO | None = None
         self._saved: dict[int, int] = {}
@@ -122,7 +122,7 @@ class RunLogs:
             return
         if error is not None:
             said = {"traceback": "".join(traceback.format_exception(error))}
-            self.record(Event("end", f"{type(error).__name__}: {error}", "error", said))
+            self.record(LogEvent("end", f"{type(error).__name__}: {error}", "error", said))
         if self._file is not None:
             self._file.close()
         if isinstance(error, ArenaRunnerError):
@@ -178,7 +178,7 @@ class RunLogs:
         self._thread = threading.Thread(target=self._look_after, daemon=True, name="logs")
         self._thread.start()
 
-    def record(self, event: Event) -> None:
+    def record(self, event: LogEvent) -> None:
         """Write an event to driver.log, as soon as there is one. A full disk loses it."""
         with self._lock:
             if self._file is None:

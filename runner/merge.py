@@ -19,19 +19,27 @@ PREDICTED, SHORTENED, WIDER, SWAPPED, FILLED = (
 
 # Float32 softmax sums to one within a few units in the last place.
 SUM_TOLERANCE = 1e-4
+# What a row gets that has no answer where no other has one either.
+KNOWING_NOTHING = {"sigmoid": 0.5, "regression": 0.0, "none": 0.0}
 
 
 class Merger:
-    """Collects probabilities by row; says no to what would make a wrong submission.
+    """Collects a head's numbers by row; says no to what would make a wrong submission.
+
+    They are called probabilities, which those of the contest are.
+
+    Args:
+        classes: numbers a row. head: of `task.HEADS`, what they must be.
 
     Attributes:
         how: a word for each row on how it was made; empty where it has no answer yet.
         lengths: int64 (rows,), the tokens that each was made from.
     """
 
-    def __init__(self, ids: Sequence[str], classes: int) -> None:
+    def __init__(self, ids: Sequence[str], classes: int, head: str = "softmax") -> None:
         self.ids = ids
-        self._probabilities = np.zeros((len(ids), classes))
+        self._head = head
+        self._probabilities = np.zeros((len(ids), classes), dtype=table_dtype(head))
         self.how: list[str] = [""] * len(ids)
         self.lengths = np.zeros(len(ids), dtype=np.int64)
 
@@ -80,20 +88,24 @@ class Merger:
         return [row for row, how in enumerate(self.how) if how in ("", SHORTENED, FILLED)]
 
     def probabilities(self, rows: Sequence[int]) -> np.ndarray:
-        """Return what rows have so far, float64 (len(rows), classes)."""
+        """Return what rows have so far, (len(rows), classes)."""
         return self._probabilities[list(rows)]
 
     def mean(self) -> np.ndarray:
         """Return the mean of what was predicted, float64 (classes,), even where nothing was."""
         done = [row for row, how in enumerate(self.how) if how not in ("", FILLED)]
+        if done:
+            return self._probabilities[done].mean(axis=0, dtype=np.float64)
         classes = self._probabilities.shape[1]
-        return self._probabilities[done].mean(axis=0) if done else np.full(classes, 1 / classes)
+        return np.full(classes, KNOWING_NOTHING.get(self._head, 1 / classes))
 
     def finish(self) -> np.ndarray:
-        """Return float64 (rows, classes) that sum to one exactly, or as near as float64 can.
+        """Return the table, (rows, classes): of a softmax float64 rows that sum to one exactly, or
+        as near as float64 can; else float32, as the model said.
 
         Raises:
-            MergeError: rows are missing, not finite, negative or do not sum to one; names them.
+            MergeError: rows are missing, not finite, or not what the head's numbers must be; names
+                them.
         """
         if missing := self.missing():
             raise MergeError(f"{len(missing)} rows have no result: {self._name(missing)}")
@@ -104,13 +116,31 @@ class Merger:
                 f"{len(broken)} rows came out as NaN or infinity: {self._name(broken)}. "
                 "If the dtype is float16, try --dtype bfloat16 or float32."
             )
-        sums = table.sum(axis=1)
-        wrong = np.flatnonzero((np.abs(sums - 1) > SUM_TOLERANCE) | (table < 0).any(axis=1))
+        wrong = np.flatnonzero(unsound(table, self._head))
         if wrong.size:
             raise MergeError(
                 f"This is a bug: {wrong.size} rows are no probabilities: {self._name(wrong)}"
             )
-        return table / sums[:, None]
+        return table / table.sum(axis=1)[:, None] if self._head == "softmax" else table
 
     def _name(self, rows: Sequence[int] | np.ndarray) -> str:
         return list_ids(self.ids, [int(row) for row in rows])
+
+
+def table_dtype(head: str) -> type[np.floating]:
+    """Return the dtype in which a table of a head's numbers is kept and written: float64 where
+    rows are to sum to one, else that in which the model says them."""
+    return np.float64 if head == "softmax" else np.float32
+
+
+def unsound(table: np.ndarray, head: str) -> np.ndarray:
+    """Say of each row, bool (rows,), whether it is not what a head's numbers must be: finite, of a
+    sigmoid from 0 to 1, of a softmax probabilities that sum to one."""
+    sound = np.isfinite(table).all(axis=1)
+    if head in ("softmax", "sigmoid"):
+        sound &= (table >= 0).all(axis=1) & (table <= 1 + SUM_TOLERANCE).all(axis=1)
+    if head == "softmax":
+        with np.errstate(invalid="ignore"):
+            sums = table.sum(axis=1, dtype=np.float64)
+            sound &= np.abs(sums - 1) <= SUM_TOLERANCE
+    return ~sound

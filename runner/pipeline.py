@@ -7,8 +7,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -29,19 +31,28 @@ from runner.errors import (
 from runner.extra_passes import in_waves, predict_swapped, rows_to_swap, swap
 from runner.fingerprint import Fingerprint
 from runner.guard import Guard
-from runner.job import Job, compilation_cache, find_job
+from runner.job import Job, compilation_cache, find_job, settle
 from runner.journal import Journal
-from runner.logs import Event, RunLogs
+from runner.logs import LogEvent, RunLogs
 from runner.merge import FILLED, PREDICTED, SHORTENED, SWAPPED, WIDER, Merger
 from runner.metrics import Figures, Metrics
 from runner.presets import Preset
 from runner.progress import Progress
 from runner.prompts import render_prompts
 from runner.records import Examples, Faults, TokenTable
-from runner.report import make_report, say_summary, summarize, versions, write_report, write_rows
+from runner.report import (
+    make_report,
+    say_summary,
+    summarize,
+    versions,
+    what_happened,
+    write_report,
+    write_rows,
+)
 from runner.steering import Steering
 from runner.strategy import Strategy, choose_strategy, tokens_per_batch
-from runner.submission import LABEL_COLUMNS, check_writable, rehearse, write_submission
+from runner.submission import check_writable, rehearse, write_submission
+from runner.timeline import Event, Timeline
 from runner.tokenization import tokenize
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape, Plan, plan_batches
@@ -57,8 +68,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# What the run itself is at, in the words of its page.
+STAGES = {"read": "reading", "tokenize": "tokenizing", "merge": "merging and writing"}
+# Seconds in which the page must be drawn: no run ends later for it.
+PAGE_WITHIN_S = 60.0
 # Rows that are computed again in float32 at a time.
 ROWS_IN_FLOAT = 8
+# Numbers of a row that a message names.
+MOST_NAMED = 8
 
 
 def run(
@@ -95,10 +112,13 @@ def run(
         if metrics.url:
             progress.note(f"figures of this run: {metrics.url}", event="metrics", url=metrics.url)
         check_writable("--output", config.output)
-        check_writable("--report", config.report_path)
+        for path in (config.report_path, config.page_path, config.trace_path):
+            check_writable("--report", path)
         check_writable("--journal", config.journal_path)
         logs.check()
-        this = _Run(config, find_job(config, progress), progress, started, logs)
+        job = find_job(config, progress)
+        config = settle(config, job.preset)
+        this = _Run(config, job, progress, started, logs)
         progress.stage(f"reading {this.job.test_set.name}")
         with this.timed("read"):
             this.read()
@@ -131,7 +151,7 @@ def run(
                 this.improve(executor)
                 quantization = this.measure_quantization(executor)
         report = this.write_reports(executor, quantization)
-        logs.record(Event("end", summarize(report, config)))
+        logs.record(LogEvent("end", summarize(report, config)))
     print(say_summary(report, config), flush=True)
     return report
 
@@ -194,6 +214,7 @@ class _Run:
             0.0,
         )
         self.deadline = Deadline(config.time_limit, config.on_deadline)
+        self.timeline = Timeline(started)
         self._progress = progress
         self._logs = logs
         self._started = started
@@ -210,10 +231,14 @@ class _Run:
 
     def read(self) -> None:
         """Read the test set and render its texts."""
-        self.examples: Examples = read_examples(self.job.test_set)
+        task, width = self.config.task, self.job.width(self.config.task)
+        self.examples: Examples = read_examples(self.job.test_set, task)
         self._texts = self._render(self.examples)
-        self.merger = Merger(self.examples.ids, len(LABEL_COLUMNS))
-        self.deadline.rehearsed(rehearse(self.config.output, self.examples.ids))
+        ids, kept = self.examples.ids, self.examples.kept
+        self.merger = Merger(ids, width, task.head)
+        self.deadline.rehearsed(
+            rehearse(self.config.output, ids, task=task, width=width, kept=kept)
+        )
 
     def tokens(self, examples: Examples, executor: "Executor") -> TokenTable | None:
         """Return the token ids of all rows, made while workers start; None where time is over."""
@@ -227,7 +252,8 @@ class _Run:
         return tokenizing.result()
 
     def _render(self, examples: Examples) -> list[str]:
-        return render_prompts(examples, text_format=self.config.text_format)
+        config = self.config
+        return render_prompts(examples, text_format=config.text_format, task=config.task)
 
     def _tokenize(self, texts: list[str]) -> TokenTable:
         def count(rows: int) -> None:
@@ -260,7 +286,7 @@ class _Run:
         if config.mode == "single" or not self.examples:
             from runner.single import InProcess
 
-            return InProcess(verbose=config.verbose, progress=progress)
+            return InProcess(verbose=config.verbose, progress=progress, timeline=self.timeline)
         from runner.dispatch import RayReplicas
 
         return RayReplicas(
@@ -268,9 +294,12 @@ class _Run:
             verbose=config.verbose,
             log_folder=self._logs.folder,
             progress=progress,
+            timeline=self.timeline,
             strategy=self.strategy,
             group_size=config.members,
             family=self.job.preset.class_name,
+            left_s=lambda: self.deadline.left_s(self.now()),
+            address=config.address,
         )
 
     @contextmanager
@@ -282,8 +311,9 @@ class _Run:
             config.journal_path,
             fingerprint=self._fingerprint,
             ids=examples.ids,
-            classes=len(LABEL_COLUMNS),
+            classes=self.job.width(config.task),
             resume=config.resume,
+            head=config.task.head,
         )
         try:
             for note in journal.notes:
@@ -452,18 +482,22 @@ class _Run:
         if journal is not None:
             journal.add(missing, table, how=FILLED, worker="", lengths=none)
         self.merger.add(missing, table, how=FILLED, lengths=none, again=True)
-        what = (
-            f"{len(missing):,} rows ({list_ids(self.examples.ids, missing)}) have no answer of the "
-            f"model and get the fallback {', '.join(f'{value:.4f}' for value in values)}"
-        )
+        said = f"have no answer of the model and get the fallback {_some(values)}"
         if over:
-            self.deadline.note(self.now(), what)
-        self._progress.note(f"warning: {what}")
+            self.deadline.note(self.now(), f"{len(missing):,} rows {said}")
+        named = list_ids(self.examples.ids, missing)
+        self._progress.note(f"warning: {len(missing):,} rows ({named}) {said}")
 
     def write(self) -> None:
         """Write the submission as it is now, and note when it stood."""
         with self.timed("merge"):
-            write_submission(self.config.output, self.examples.ids, self.merger.finish())
+            write_submission(
+                self.config.output,
+                self.examples.ids,
+                self.merger.finish(),
+                task=self.config.task,
+                kept=self.examples.kept,
+            )
         self._stands_s = self.now()
 
     def rows_to_improve(self) -> list[int]:
@@ -477,7 +511,8 @@ class _Run:
         if not rows or self.deadline.is_over(began):
             return
         self._progress.stage("tokenizing rows with their responses swapped")
-        predict_s, tokens = executor.predict_s, self.tokens(swap(self.examples), executor)
+        task, predict_s = self.config.task, executor.predict_s
+        tokens = self.tokens(swap(self.examples, task), executor)
         if tokens is None:
             return
         lengths, cost = tokens.lengths, self.job.preset.shape.batch_flops
@@ -490,6 +525,7 @@ class _Run:
                 executor,
                 tokens,
                 list(batches),
+                labels=task.swapped_labels,
                 merger=self.merger,
                 journal=self.journal,
                 deadline=self.deadline,
@@ -530,7 +566,10 @@ class _Run:
             # The submission stands; a worker without memory for this costs the figure alone.
             return {"mode": mode, "measured": f"it failed: {first_line(error)}"}
         figures = compare(
-            self.merger.probabilities(batch.rows), reference, seconds=time.monotonic() - started
+            self.merger.probabilities(batch.rows),
+            reference,
+            seconds=time.monotonic() - started,
+            head=self.config.task.head,
         )
         return {"mode": mode, **figures}
 
@@ -561,10 +600,53 @@ class _Run:
         report = self.report(executor, quantization)
         try:
             write_report(self.config.report_path, report)
-            write_rows(self.config.rows_path, self.examples.ids, self.merger)
+            write_rows(self.config.rows_path, self.merger, id_column=self.config.task.id_column)
         except OSError as error:
             self._progress.note(f"warning: the submission stands; its report does not: {error}")
+        for what, path, write in (
+            ("trace", self.config.trace_path, self._write_trace),
+            ("page", self.config.page_path, self._write_page),
+        ):
+            if failure := try_to_write(what, path, partial(write, path, report)):
+                self._progress.note(f"warning: {failure}")
         return report
+
+    def _write_trace(self, path: Path, report: dict[str, Any]) -> None:
+        from runner.trace import make_trace, write_trace
+
+        timeline = self.timeline
+        events = make_trace(
+            timeline.spans,
+            timeline.stages,
+            [
+                *timeline.events,
+                *(Event(float(one["at_s"]), str(one["what"])) for one in self.deadline.events),
+            ],
+            devices={
+                (worker["replica"], worker["member"]): worker["device"]
+                for worker in report["workers"]
+            },
+            noun="group" if self.strategy else "worker",
+        )
+        write_trace(path, events)
+
+    def _write_page(self, path: Path, report: dict[str, Any]) -> None:
+        from runner.report_page import Story, write_page  # matplotlib takes half a second
+
+        values = self.merger.probabilities(range(len(self.examples)))
+        story = Story(
+            report=report,
+            spans=self.timeline.spans,
+            stages=self.timeline.stages,
+            events=self.timeline.events,
+            lengths=self._lengths if self._lengths.size else self.merger.lengths,
+            how=self.merger.how,
+            values=values,
+            # Of embeddings, the numbers by their places.
+            labels=self.config.task.label_columns or [*map(str, range(values.shape[1]))],
+            summary=what_happened(report),
+        )
+        write_page(path, story)
 
     def report(self, executor: "Executor", quantization: dict[str, Any] | None) -> dict[str, Any]:
         """Return the run's report."""
@@ -643,7 +725,8 @@ class _Run:
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         started = time.monotonic()
-        yield
+        with self.timeline.stage(STAGES.get(name, name)):
+            yield
         self.seconds[name] += time.monotonic() - started
 
     def _describe(self, executor: "Executor") -> dict[str, Any]:
@@ -666,7 +749,19 @@ class _Run:
         )
 
 
-def _in_background(work: Callable[[], T]) -> "Future[T]":
+def try_to_write(what: str, path: Path, write: Callable[[], None]) -> str | None:
+    """Write a file that no run is to fail for, or wait for long; return what went wrong."""
+    try:
+        _in_background(write, name=what).result(timeout=PAGE_WITHIN_S)
+    except Exception as error:  # whatever it is, the answers are there
+        why = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
+        with suppress(OSError):
+            path.unlink(missing_ok=True)  # an older run's would be taken for this one's
+        return f"the submission stands; its {what} does not: {why}"
+    return None
+
+
+def _in_background(work: Callable[[], T], name: str = "tokenize") -> "Future[T]":
     """Run `work` in a thread that does not keep the process alive."""
     future: Future[T] = Future()
 
@@ -676,8 +771,14 @@ def _in_background(work: Callable[[], T]) -> "Future[T]":
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=target, daemon=True, name="tokenize").start()
+    threading.Thread(target=target, daemon=True, name=name).start()
     return future
+
+
+def _some(values: np.ndarray) -> str:
+    """Name the first of a row's numbers: an embedding has thousands."""
+    named = ", ".join(f"{value:.4f}" for value in values[:MOST_NAMED])
+    return named + (", ..." if len(values) > MOST_NAMED else "")
 
 
 def _model_flops(preset: Preset, lengths: np.ndarray) -> float:

@@ -18,7 +18,7 @@ from runner.calibration import calibrate
 from runner.config import RunConfig
 from runner.dataset import read_examples
 from runner.errors import DataError
-from runner.job import cache_folder
+from runner.job import cache_folder, check_head, settle
 from runner.machine import Devices, devices_here, named_devices
 from runner.options import Option, PlanInput, all_options, command_flags, duration, pipeline_over
 from runner.plan_text import render
@@ -26,6 +26,7 @@ from runner.presets import Preset, read_preset
 from runner.progress import Progress
 from runner.prompts import render_prompts
 from runner.submission import check_writable, write_whole
+from runner.task import CONTEST
 from runner.tokenization import tokenize
 from sharding.buckets import bucket_of
 from sharding.memory import weight_item_bytes
@@ -54,13 +55,16 @@ def plan(config: RunConfig, *, started: float | None = None) -> dict[str, Any]:
         check_writable("the plan beside --output", config.plan_path)
         preset_path, input_path = _find_files(config, progress)
         preset = read_preset(preset_path, needs_weights=config.calibrate)
+        config = settle(config, preset)
+        if config.calibrate and config.preset is not None and config.task.head != "none":
+            check_head(preset, config.head_kernel, config.head_bias, config.task)
         devices = (
             named_devices(config.device, config.num_workers) if config.device else devices_here()
         )
         progress.stage(f"reading {input_path.name}")
         read_started = time.monotonic()
-        examples = read_examples(input_path)
-        texts = render_prompts(examples, text_format=config.text_format)
+        examples = read_examples(input_path, config.task)
+        texts = render_prompts(examples, text_format=config.text_format, task=config.task)
         tokenize_started = time.monotonic()
         tokens = tokenize(
             texts,
@@ -313,9 +317,11 @@ def _command(job: PlanInput, best: Option) -> list[str]:
         "dtype": best.dtype if best.dtype != auto else "auto",
         "quantization": "none" if job.preset.quantization else best.quantization,
     }
-    if config.preset is not None and config.head_kernel is None:
+    has_head = config.task.head != "none"
+    if config.preset is not None and config.head_kernel is None and has_head:
         changes |= {"head_kernel": "FILE.npy", "head_bias": "FILE.npy"}
-    return command_flags(config, **changes)
+    own_task = [] if config.task == CONTEST else ["--config", "FILE.toml"]
+    return [*own_task, *command_flags(config, **changes)]
 
 
 def _name(option: Option) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from jax._src import distributed
 
 from runner.attention import attention, choose_way, is_quantized
 from runner.matmuls import with_fast_matmuls
-from runner.records import CompileInfo
+from runner.records import CompileInfo, Head
 from sharding.batches import BatchShape
 
 
@@ -38,17 +38,35 @@ def last_token(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
     return hidden[jnp.arange(hidden.shape[0]), jnp.maximum(lengths - 1, 0)]
 
 
+def first_token(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
+    """The hidden state of each row's first token, which in an encoder has seen the whole row."""
+    return hidden[:, 0]
+
+
 # (rows, length, hidden) float32 and (rows,) token counts -> (rows, hidden). A new pooling is one
-# function and one line here, and its name in `config.CHOICES`.
+# function and one line here, its name in `config.CHOICES` and in the families it goes with.
 POOLINGS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "padded-mean": mean_over_all_positions,
     "mean": mean_over_tokens,
     "last": last_token,
+    "first": first_token,
+}
+# The one pooling that is no function of hidden states: BERT's own layer on top of its first token.
+POOLER = "pooler"
+# Of the layer between pooling and head, in a `Head` that has one.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "tanh": jnp.tanh,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
 }
 
 
-Head = tuple[np.ndarray, np.ndarray]
-
+# A head's sums (rows, labels) -> what is written of them. A new kind of head is a line here, and
+# its name in `task.HEADS`.
+OUTPUTS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "softmax": functools.partial(jax.nn.softmax, axis=-1),
+    "sigmoid": jax.nn.sigmoid,
+    "regression": lambda sums: sums,
+}
 
 # Poolings that see what becomes of the positions after a row's end.
 SEES_PADDING = ("padded-mean",)
@@ -60,10 +78,11 @@ class Predictor:
     Threads may share it: a shape compiles in one while others predict.
 
     Args:
-        model: a functional model over {"token_ids" or "hidden", "padding_mask"}, LoRA merged; its
-            weights stay where they are.
-        head: kernel (hidden, classes) and bias (classes,), or None: hidden states come out.
-        pooling: a key of `POOLINGS`.
+        model: a functional model over {"token_ids" or "hidden", "padding_mask"}, and "segment_ids"
+            in BERT, LoRA merged; its weights stay where they are.
+        head: None where hidden states are to come out.
+        pooling: a key of `POOLINGS`, or `POOLER`.
+        output: a key of `OUTPUTS`; or none, without a head: the pooled states come out.
         replicated: over a mesh of several processes, the sharding of what all of them hold whole.
         way: how to attend, a key of `attention.WAYS`; None chooses by device and checks it.
     """
@@ -74,19 +93,22 @@ class Predictor:
         head: Head | None,
         *,
         pooling: str,
+        output: str = "softmax",
         replicated: jax.sharding.Sharding | None = None,
         way: str | None = None,
     ) -> None:
         self._model = model
         self._entry = "token_ids" if "token_ids" in model.input else "hidden"
-        self._pool = POOLINGS[pooling]
+        self._pooling = pooling
+        self._dense = ACTIVATIONS[head.activation] if head is not None and head.dense else None
+        self._output = output if head is not None or output == "none" else "hidden"
         self._sees_padding = pooling in SEES_PADDING
         self.notes: tuple[str, ...] = ()
         self._replicated = replicated
         self._arguments = (
             [variable.value for variable in model.trainable_variables],
             [variable.value for variable in model.non_trainable_variables],
-            [self._on_device(np.asarray(array, np.float32)) for array in head or ()],
+            [self._on_device(np.asarray(array, np.float32)) for array in _arrays(head)],
         )
         device = next(iter(self._arguments[0][0].devices()))
         # TF32 would break the float32 equalities on a GPU.
@@ -129,8 +151,8 @@ class Predictor:
         return CompileInfo(time.perf_counter() - started, _cache_hits().count > hits)
 
     def predict(self, entry: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Return probabilities, float32 (rows, classes) that sum to one along the last dim, or
-        without a head hidden states, (rows, length, hidden).
+        """Return what `output` names, float32 (rows, classes) or pooled states (rows, hidden); or
+        before the last stage hidden states, (rows, length, hidden).
 
         Args:
             entry: token ids, int32 (rows, length), padded after each row's end; or hidden states.
@@ -165,25 +187,36 @@ class Predictor:
         entry: jax.Array,
         lengths: jax.Array,
     ) -> jax.Array:
-        hidden = self._hidden(trainable, non_trainable, entry, lengths)
-        if not head:
+        states = self._states(trainable, non_trainable, entry, lengths)
+        hidden = states["sequence_output"] if isinstance(states, dict) else states
+        if self._output == "hidden":
             return hidden
-        kernel, bias = head
-        pooled = self._pool(hidden.astype(jnp.float32), lengths)
+        if self._pooling == POOLER:
+            pooled = states["pooled_output"].astype(jnp.float32)
+        else:
+            pooled = POOLINGS[self._pooling](hidden.astype(jnp.float32), lengths)
+        if self._output == "none":
+            return pooled
+        kernel, bias, *dense = head
+        if self._dense is not None:
+            between, its_bias = dense
+            pooled = self._dense(jnp.matmul(pooled, between, precision="highest") + its_bias)
         logits = jnp.matmul(pooled, kernel, precision="highest") + bias
-        return jax.nn.softmax(logits, axis=-1)
+        return OUTPUTS[self._output](logits)
 
-    def _hidden(
+    def _states(
         self,
         trainable: list[jax.Array],
         non_trainable: list[jax.Array],
         entry: jax.Array,
         lengths: jax.Array,
-    ) -> jax.Array:
-        """Return the model's output, (rows, length, hidden)."""
+    ) -> Any:
+        """Return hidden states, (rows, length, hidden), of BERT as one of two outputs."""
 
-        def call(entry: jax.Array, mask: jax.Array) -> jax.Array:
+        def call(entry: jax.Array, mask: jax.Array) -> Any:
             inputs = {self._entry: entry, "padding_mask": mask}
+            if "segment_ids" in self._model.input:
+                inputs["segment_ids"] = jnp.zeros_like(entry)  # a row is one segment
             return self._model.stateless_call(trainable, non_trainable, inputs, training=False)[0]
 
         rows, length, *trailing = entry.shape
@@ -202,6 +235,10 @@ class Predictor:
         if self._replicated is None:
             return jax.device_put(array)
         return jax.make_array_from_callback(array.shape, self._replicated, array.__getitem__)
+
+
+def _arrays(head: Head | None) -> tuple[np.ndarray, ...]:
+    return () if head is None else (head.kernel, head.bias, *(head.dense or ()))
 
 
 @contextmanager

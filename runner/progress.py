@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from runner.logs import Event
+from runner.logs import LogEvent
 
 REDRAW_S = 0.5
 # A notebook keeps each message until its page has drawn it.
@@ -66,7 +66,7 @@ class Progress:
         started: float | None = None,
         stream: TextIO | None = None,
         log_format: str = "text",
-        record: Callable[[Event], None] = lambda event: None,
+        record: Callable[[LogEvent], None] = lambda event: None,
     ) -> None:
         self._stream = stream if stream is not None else sys.stderr
         self._is_json = log_format == "json"
@@ -121,7 +121,7 @@ class Progress:
             is_new = re.sub("[0-9,]+", "", text) != re.sub("[0-9,]+", "", self._stage)
             self._stage = text
             if is_new:
-                self._say(Event("stage", text))
+                self._say(LogEvent("stage", text))
 
     def note(self, text: str, *, event: str = "note", **fields: Any) -> None:
         """Say something that stays on the screen.
@@ -139,12 +139,12 @@ class Progress:
         with self._lock:
             if not self._is_json:
                 self.show(text)
-            self._say(Event(event, said, level, fields))
+            self._say(LogEvent(event, said, level, fields))
 
     def keep(self, error: BaseException) -> None:
         """Record the traceback of an error that is survived; the person is told in a note."""
         trace = "".join(traceback.format_exception(error))
-        self._record(Event("fault", type(error).__name__, fields={"traceback": trace}))
+        self._record(LogEvent("fault", type(error).__name__, fields={"traceback": trace}))
 
     def show(self, text: str) -> None:
         """Put a line on the screen that is not the run's own."""
@@ -221,13 +221,13 @@ class Progress:
                     self._last_recorded = now
                     self._record(self._progress_event())
 
-    def _say(self, event: Event) -> None:
+    def _say(self, event: LogEvent) -> None:
         self._record(event)
         if self._is_json:
             # Its silence is broken by progress lines alone.
             print(event.as_json(), file=self._stream, flush=True)
 
-    def _progress_event(self) -> Event:
+    def _progress_event(self) -> LogEvent:
         now = self.standing()
         fields = {
             "stage": now.stage,
@@ -241,7 +241,7 @@ class Progress:
             "workers": now.workers,
         }
         rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in fields.items()}
-        return Event("progress", self._line(), fields=rounded)
+        return LogEvent("progress", self._line(), fields=rounded)
 
     def _draw_bar(self, bar: tqdm) -> None:
         if self._rows:

@@ -5,12 +5,14 @@ import re
 
 from runner.errors import DataError, shown
 from runner.records import Examples
+from runner.task import CONTEST, Task
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-def render_prompts(examples: Examples, *, text_format: str) -> list[str]:
-    """Return one text a row, as the notebook made it.
+def render_prompts(examples: Examples, *, text_format: str, task: Task = CONTEST) -> list[str]:
+    """Return one text a row: the task's template with the row's cells in it, without surrogates,
+    which no tokenizer takes. The contest's template is the notebook's.
 
     `raw` takes the cells as they stand. `turns` decodes each cell, a JSON list of strings and
     nulls, and joins its turns by a newline; a null turn and an empty cell are empty text.
@@ -18,20 +20,20 @@ def render_prompts(examples: Examples, *, text_format: str) -> list[str]:
     Raises:
         DataError: with `turns`, a cell is no such list; names its row and column.
     """
-    columns = list(examples.columns.items())
+    columns = examples.columns
     if text_format == "turns":
-        columns = [
-            (
-                name,
-                tuple(
-                    _join_turns(cell, row, examples.ids[row], name)
-                    for row, cell in enumerate(cells)
-                ),
+        columns = {
+            name: tuple(
+                _join_turns(cell, row, examples.ids[row], name) for row, cell in enumerate(cells)
             )
-            for name, cells in columns
-        ]
-    texts = zip(*(cells for _, cells in columns), strict=True)
-    return [_SURROGATES.sub("", "\n\nPROMPT\n\n" + "\n\nRESPONSE:\n\n".join(row)) for row in texts]
+            for name, cells in columns.items()
+        }
+    pattern = "".join(
+        literal.replace("%", "%%") + ("%s" if name is not None else "")
+        for literal, name in task.pieces
+    )
+    cells = zip(*(columns[name] for _, name in task.pieces if name is not None), strict=True)
+    return [_SURROGATES.sub("", pattern % row) for row in cells]
 
 
 def _join_turns(cell: str, row: int, row_id: str, column: str) -> str:

@@ -1,6 +1,8 @@
 """Nouns shared by the stages of a run. Of ours it imports the planner's nouns alone."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +16,15 @@ COMPILING_TO_READING = 8.0
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """The test set: ids as they were spelled and one tuple of cells for each text column."""
+    """The test set: ids as they were spelled and one tuple of cells for each text column.
+
+    kept: columns that are copied to the output: text, JSON values or an Arrow column, as the file
+    has them; the id column too, where its ids are numbers there.
+    """
 
     ids: tuple[str, ...]
     columns: dict[str, tuple[str, ...]]
+    kept: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -29,12 +36,14 @@ class TokenTable:
 
     values: int32 (tokens,). offsets: int64 (rows + 1,). Two arrays, so that workers on one
     machine read one copy from shared memory. pad_id: the token that the model was trained with
-    after a row's end, which `padded-mean` sees.
+    after a row's end, which `padded-mean` sees. end_id: the token that a row keeps at its end
+    however it is cut, None where it is cut as it stands.
     """
 
     values: np.ndarray
     offsets: np.ndarray
     pad_id: int = 0
+    end_id: int | None = None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -50,34 +59,54 @@ class TokenTable:
         A row of more than `length` tokens is cut to them, as a run at that sequence length would.
         """
         starts = self.offsets[list(rows)]
-        counts = np.minimum(self.offsets[np.add(rows, 1)] - starts, length)
+        whole = self.offsets[np.add(rows, 1)] - starts
+        counts = np.minimum(whole, length)
         tokens = np.full((num_rows, length), self.pad_id, dtype=np.int32)
         lengths = np.zeros(num_rows, dtype=np.int32)
         lengths[: len(rows)] = counts
         within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
         real = np.arange(length) < lengths[:, None]
         tokens[real] = self.values[np.repeat(starts, counts) + within]
+        if self.end_id is not None:
+            tokens[: len(rows)][whole > length, -1] = self.end_id
         return tokens, lengths
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What turns pooled vectors into classes, all float32.
+
+    kernel: (hidden, classes). bias: (classes,). dense: kernel and bias of a layer before them, None
+    where there is none; activation: that layer's, a key of `predictor.ACTIVATIONS`.
+    """
+
+    kernel: np.ndarray
+    bias: np.ndarray
+    dense: tuple[np.ndarray, np.ndarray] | None = None
+    activation: str = "linear"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """All a worker needs to make a replica. Paths and names only: models do not travel.
 
+    head_kernel, head_bias: None where the preset is a classifier with a head of its own.
     quantization: what to make of a float preset while it is loaded; None where it is to stay as
-    it is on disk. stored_bytes: of its weight files.
+    it is on disk. stored_bytes: of its weight files. head: a key of `predictor.OUTPUTS`, or none:
+    then there are no head files, and a row gets its pooled states, `classes` numbers.
     """
 
     preset: str
     lora_weights: str | None
-    head_kernel: str
-    head_bias: str
+    head_kernel: str | None
+    head_bias: str | None
     classes: int
     pooling: str
     dtype: str
     quantization: str | None
     compilation_cache: str | None
     stored_bytes: int = 0
+    head: str = "softmax"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +138,15 @@ class CompileInfo:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one worker spent on one batch, and what it handed on to the next stage."""
+    """What one worker spent on one batch, and what it handed on to the next stage.
+
+    ended_at: `time.time()` on the worker's machine, 0 where nobody looked.
+    """
 
     seconds: float
     peak_rss_bytes: int
     sent_bytes: int = 0
+    ended_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +160,16 @@ class BatchResult:
     replica: int
     probabilities: np.ndarray
     work: tuple[Work, ...]
+
+    @property
+    def finite(self) -> np.ndarray:
+        """Which rows came out as numbers: bool (len(batch.rows),)."""
+        is_finite: np.ndarray = np.isfinite(self.probabilities).all(axis=1)
+        return is_finite
+
+    def rows_where(self, chosen: np.ndarray) -> list[int]:
+        """Return the batch's rows that a mask, bool (len(batch.rows),), chooses."""
+        return [row for row, is_one in zip(self.batch.rows, chosen, strict=True) if is_one]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +186,12 @@ class Activations:
 
 @dataclass(slots=True)
 class WorkerStats:
-    """One line of the report's `workers`."""
+    """One line of the report's `workers`. node: its machine's name in a cluster, else empty."""
 
     replica: int
     member: int = 0
     device: str = ""
+    node: str = ""
     rows: int = 0
     batches: int = 0
     busy_s: float = 0.0

@@ -22,15 +22,22 @@ class Recovery:
     Args:
         ids: one a row, to name rows.
         note: says a sentence to the person.
+        mark: keeps one without ids, (what, replica).
     """
 
     def __init__(
-        self, backlog: Backlog, faults: Faults, ids: Sequence[str], note: Callable[[str], None]
+        self,
+        backlog: Backlog,
+        faults: Faults,
+        ids: Sequence[str],
+        note: Callable[[str], None],
+        mark: Callable[[str, int], None] = lambda what, replica: None,
     ) -> None:
         self._backlog = backlog
         self._faults = faults
         self._ids = ids
         self._note = note
+        self._mark = mark
         self._explained = 0
         self._answered = False
 
@@ -66,6 +73,7 @@ class Recovery:
             raise WorkerError(
                 f"{self._explained} batches failed, the last one {self.name(batch)}: {said}"
             ) from error
+        self._mark(f"a batch of {_size(batch)} failed and is tried again", replica)
         self._note(f"warning: {self.name(batch)} failed on worker {replica} ({said}); tried again")
         self._setback(batch, replica, f"it ended in an error ({said})")
 
@@ -76,13 +84,14 @@ class Recovery:
         budget = self._backlog.too_large(
             batch, alike, replica, "one row alone does not fit the device's memory"
         )
+        self._mark(f"a batch of {_size(batch)} does not fit the device's memory", replica)
         if budget:
             self._note(
                 f"warning: {batch.shape.rows} rows of {batch.shape.length} tokens do not fit the "
                 f"device of worker {replica}; {budget:,} tokens a batch from now on"
             )
         elif budget is not None:
-            self._quarantined(batch, "it does not fit the device's memory")
+            self._quarantined(batch, replica, "it does not fit the device's memory")
 
     def name(self, batch: Batch) -> str:
         rows = list_ids(self._ids, batch.rows)
@@ -91,11 +100,17 @@ class Recovery:
     def _setback(self, batch: Batch, replica: int, reason: str) -> None:
         outcome = self._backlog.setback(batch, replica, reason)
         if outcome == "given up":
-            self._quarantined(batch, reason)
+            self._quarantined(batch, replica, reason)
         elif outcome == "halved":
+            self._mark(f"a batch of {_size(batch)} is halved to find the row", replica)
             self._note(f"warning: {self.name(batch)} failed again; halved to find the row")
 
-    def _quarantined(self, batch: Batch, reason: str) -> None:
+    def _quarantined(self, batch: Batch, replica: int, reason: str) -> None:
         self._faults.quarantined_rows += len(batch.rows)
+        self._mark("a row that nothing could compute is left out", replica)
         named = list_ids(self._ids, batch.rows)
         self._note(f"warning: the row of {named} is left out: {reason}; it gets the fallback")
+
+
+def _size(batch: Batch) -> str:
+    return f"{len(batch.rows)} x {batch.shape.length} tokens"

@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -114,10 +114,10 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
     write_whole(path, json.dumps(report, indent=1) + "\n", private=True)
 
 
-def write_rows(path: Path, ids: Sequence[str], merger: Merger) -> None:
+def write_rows(path: Path, merger: Merger, *, id_column: str) -> None:
     """Write how each row was made and from how many tokens, beside the report."""
     table = pd.DataFrame({"how": merger.how, "tokens": merger.lengths})
-    table.insert(0, "id", pd.Series(ids, dtype=object))
+    table.insert(0, id_column, pd.Series(merger.ids, dtype=object), allow_duplicates=True)
     write_whole(path, table.to_csv(index=False, lineterminator="\n"), private=True)
 
 
@@ -156,15 +156,19 @@ def summarize(report: dict[str, Any], config: RunConfig) -> str:
             f"{report['strategy']}: the members hold {held} MB of weights each; they stood idle "
             f"{report['group']['idle_share']:.0%} of the time"
         )
-    lines += _describe_rows(report)
-    lines += _describe_faults(report["faults"])
+    lines += what_happened(report)
     if config.uses_demo_model:
         lines.append(
             "The model is the demo preset: its weights are random, so its probabilities mean "
             "nothing. Name your own with --preset, --head-kernel and --head-bias."
         )
-    lines.append(f"Report: {config.report_path}")
+    lines.append(f"Report: {config.report_path}, and to look at: {config.page_path}")
     return "\n".join(lines)
+
+
+def what_happened(report: dict[str, Any]) -> list[str]:
+    """Return sentences on what was not as asked for, and on what was survived."""
+    return [*_describe_rows(report), *_describe_faults(report["faults"])]
 
 
 def _describe_rows(report: dict[str, Any]) -> Iterator[str]:

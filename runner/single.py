@@ -23,6 +23,7 @@ from runner.records import (
     seconds_to_compile,
 )
 from runner.recovery import Recovery
+from runner.timeline import COMPILING, LOADING, Timeline
 from runner.workers import Replica
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape
@@ -41,9 +42,11 @@ Answer = tuple[Any, Any, BaseException | None]
 class InProcess:
     """One replica on the first device JAX finds, on all cores where that is the CPU."""
 
-    def __init__(self, *, verbose: bool, progress: Progress) -> None:
+    def __init__(self, *, verbose: bool, progress: Progress, timeline: Timeline) -> None:
         self._replica = Replica(WorkerSlot(0, "auto"), verbose=verbose)
         self._progress = progress
+        self._timeline = timeline
+        self._load_asked_s = 0.0
         self._rates: Rates | None = None
         self._backlog: Backlog | None = None
         self._warm: set[BatchShape] = set()
@@ -74,6 +77,7 @@ class InProcess:
         self._progress.set_worker(0, "loading")
         self._spec = spec
         self._threads = _Threads()
+        self._load_asked_s = self._timeline.now()
         self._threads.compile(self._replica.load, spec)
 
     def poll(self) -> None:
@@ -87,8 +91,8 @@ class InProcess:
     ) -> Generator[BatchResult | None, None, None]:
         """Yield the answer to every batch, and None at least every `WAIT_S` between them."""
         self._rates, self._backlog = rates, backlog
-        note = partial(self._progress.note, event="fault")
-        recovery = Recovery(backlog, self.faults, ids, note)
+        note, mark = partial(self._progress.note, event="fault"), self._timeline.event
+        recovery = Recovery(backlog, self.faults, ids, note, mark)
         assert self._threads is not None, "this is a bug: batches come after the model"
         while self.info is None:
             if answer := self._threads.wait(WAIT_S):
@@ -145,6 +149,7 @@ class InProcess:
         if error is not None:
             raise error
         self.info = info
+        self._timeline.add(LOADING, 0, 0, self._load_asked_s)
         self.stats[0].introduce(info)
         for note in info.notes:
             self._progress.note(note)
@@ -156,6 +161,7 @@ class InProcess:
         self._warm, self._used = set(), set()
         warm = self._warm
         compiling: BatchShape | None = None
+        compiling_s = 0.0
         compile_times = Intervals()
         in_flight: deque[Batch] = deque()
         while backlog:
@@ -176,6 +182,7 @@ class InProcess:
                 if compiling is not None:
                     threads.compile(self._replica.compile, compiling)
                     compile_times.begin(time.monotonic())
+                    compiling_s = self._timeline.now()
                     if not warm:
                         self._progress.set_worker(0, f"compiling 1/{len(shapes)}")
             answer = threads.wait(WAIT_S)
@@ -188,6 +195,8 @@ class InProcess:
                     raise error
                 # Where memory was short, predicting says so of a batch that can be split.
                 stats.count_compiled(value or CompileInfo(0.0, cached=False))
+                is_cached = value is not None and value.cached
+                self._timeline.add(COMPILING, 0, 0, compiling_s, shape=asked, is_cached=is_cached)
                 warm.add(asked)
                 compiling = None
                 compile_times.end(time.monotonic())
@@ -210,6 +219,7 @@ class InProcess:
             self._used.add(asked.shape)
             recovery.answered()
             stats.count(len(asked.rows), result.work[0])
+            self._timeline.predicted(asked, 0, result.work, 0.0)
             self.predict_s = now - started
             stats.idle_s = max(0.0, self.predict_s - stats.busy_s)
             if backlog.finish(asked):

@@ -125,11 +125,11 @@ class Steering:
             JournalError: they cannot be kept.
         """
         batch = result.batch
-        finite = np.isfinite(result.probabilities).all(axis=1)
+        finite = result.finite
         cut = self._is_cut(batch)
         lengths = np.minimum(self._lengths[list(batch.rows)], batch.shape.length)
         for how, chosen in ((PREDICTED, finite & ~cut), (SHORTENED, finite & cut)):
-            rows = [row for row, is_one in zip(batch.rows, chosen, strict=True) if is_one]
+            rows = result.rows_where(chosen)
             if not rows:
                 continue
             began = time.perf_counter()
@@ -144,7 +144,7 @@ class Steering:
             self._merger.add(
                 rows, result.probabilities[chosen], how=how, lengths=lengths[chosen], again=True
             )
-        self.broken += [row for row, is_one in zip(batch.rows, ~finite, strict=True) if is_one]
+        self.broken += result.rows_where(~finite)
         self.answered += int(finite.sum())
         if not self.answered and len(self.broken) >= MOST_BROKEN_ROWS:
             raise WorkerError(

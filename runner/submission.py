@@ -1,19 +1,18 @@
 """A checked table -> a file that appears whole: written aside, flushed, renamed."""
 
-import csv
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from runner.errors import ConfigError
-
-LABEL_COLUMNS = ("winner_model_a", "winner_model_b", "winner_tie")
+from runner.formats import csv_text, format_of
+from runner.merge import table_dtype
+from runner.task import CONTEST, Task
 
 
 def check_writable(flag: str, path: Path) -> None:
@@ -40,32 +39,50 @@ def check_writable(flag: str, path: Path) -> None:
         ) from None
 
 
-def write_submission(path: Path, ids: Sequence[str], probabilities: np.ndarray) -> None:
-    """Write `id` and one column a class, in the order given.
+def write_submission(
+    path: Path,
+    ids: Sequence[str],
+    values: np.ndarray,
+    *,
+    task: Task = CONTEST,
+    kept: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the ids, the columns that are copied, and one column a label or, without labels, the
+    embeddings, in the order given and as the suffix says.
 
     Args:
-        probabilities: (rows, classes), as many classes as `LABEL_COLUMNS`.
+        values: (rows, labels), or (rows, hidden).
+        kept: as in `Examples.kept`.
     """
-    table = pd.DataFrame(probabilities, columns=list(LABEL_COLUMNS))
-    table.insert(0, "id", pd.Series(ids, dtype=object))
-    # Before Python 3.13 a lone carriage return is not quoted, and reads back as the end of a line.
-    has_returns = any("\r" in row_id for row_id in ids)
-    quoting: Literal[0, 2] = csv.QUOTE_NONNUMERIC if has_returns else csv.QUOTE_MINIMAL
-    write_whole(path, table.to_csv(index=False, lineterminator="\n", quoting=quoting))
+    kept, write = kept or {}, format_of(path)
+    # Ids that are numbers stay numbers where the format has any.
+    keys = ids if write is csv_text else kept.get(task.id_column, ids)
+    copied = {name: kept[name] for name in task.keep_columns}
+    write_whole(path, write({task.id_column: keys, **copied}, values, task.label_columns))
 
 
-def rehearse(path: Path, ids: Sequence[str]) -> float:
+def rehearse(
+    path: Path,
+    ids: Sequence[str],
+    *,
+    task: Task = CONTEST,
+    width: int = len(CONTEST.label_columns),
+    kept: Mapping[str, Any] | None = None,
+) -> float:
     """Write a table of this size beside an output file and remove it; return the seconds it took.
+
+    Args:
+        width: numbers a row. kept: as in `Examples.kept`.
 
     Raises:
         ConfigError: there is no room for it.
     """
     started = time.monotonic()
-    rehearsal = path.with_name(f".{path.name}.{os.getpid()}.rehearsal")
-    # As long as probabilities come out: 0.3333333333333333.
-    values = np.full((len(ids), len(LABEL_COLUMNS)), 1 / 3)
+    rehearsal = path.with_name(f".{path.stem}.{os.getpid()}.rehearsal{path.suffix}")
+    # As long as what comes out, and no easier to compress.
+    values = np.random.default_rng(0).random((len(ids), width), dtype=table_dtype(task.head))
     try:
-        write_submission(rehearsal, ids, values)
+        write_submission(rehearsal, ids, values, task=task, kept=kept)
     except OSError as error:
         raise ConfigError(
             f"--output needs room for {len(ids):,} rows in {path.resolve().parent}. "
@@ -76,7 +93,7 @@ def rehearse(path: Path, ids: Sequence[str]) -> float:
     return time.monotonic() - started
 
 
-def write_whole(path: Path, text: str, *, private: bool = False) -> None:
+def write_whole(path: Path, content: str | bytes, *, private: bool = False) -> None:
     """Write a file so that whoever looks sees the old one or all of the new one.
 
     Args:
@@ -88,8 +105,8 @@ def write_whole(path: Path, text: str, *, private: bool = False) -> None:
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         descriptor = os.open(aside, flags, 0o600 if private else 0o666)
-        with open(descriptor, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with open(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)

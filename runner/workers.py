@@ -25,6 +25,7 @@ from runner.records import (
     Activations,
     BatchResult,
     CompileInfo,
+    Head,
     ModelSpec,
     TokenTable,
     Work,
@@ -55,15 +56,22 @@ def prepare_process(slot: WorkerSlot, *, verbose: bool) -> None:
     if slot.kind != "auto":
         os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}[slot.kind]
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY_FRACTION)
-    if slot.cores:
-        os.environ["NPROC"] = str(len(slot.cores))
-        if hasattr(os, "sched_setaffinity"):
+    if slot.kind == "cpu" and (slot.cores or slot.node):
+        os.environ["NPROC"] = str(len(slot.cores) or slot.cpus)
+        if slot.cores and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, slot.cores)
     for module in ("tensorflow", "tensorflow_text"):
         sys.modules.setdefault(module, None)  # type: ignore[arg-type]
     if not verbose:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         warnings.filterwarnings("ignore")
+
+
+def address_here() -> str:
+    """Return the address of this machine, as the cluster knows it."""
+    import ray
+
+    return str(ray.util.get_node_ip_address())
 
 
 def _end_with_ray() -> None:
@@ -98,9 +106,7 @@ class Replica:
 
     def ping(self) -> str:
         """Return the address of this worker's machine: the process is up."""
-        import ray
-
-        return str(ray.util.get_node_ip_address())
+        return address_here()
 
     def find_device(self, dtype: str, compilation_cache: str | None) -> tuple[str, str]:
         """Start JAX; return the kind of its device and what `dtype` means there.
@@ -130,7 +136,9 @@ class Replica:
         backbone = load_backbone(
             spec.preset, spec.lora_weights, dtype=dtype, quantization=spec.quantization
         )
-        self._predictor = Predictor(backbone, _head(spec, backbone), pooling=spec.pooling)
+        self._predictor = Predictor(
+            backbone, load_head(spec, backbone), pooling=spec.pooling, output=spec.head
+        )
         return self._introduce(device, dtype, started, before)
 
     def hold_tokens(self, tokens: TokenTable) -> None:
@@ -177,7 +185,7 @@ class Replica:
         with self._clock:
             ended = time.perf_counter()
             seconds, self._last_end = ended - max(started, self._last_end), ended
-        return Work(seconds, peak_rss_bytes(), sent_bytes)
+        return Work(seconds, peak_rss_bytes(), sent_bytes, time.time())
 
     def _arrays(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         assert self._tokens is not None, "this is a bug: no tokens before the first batch"
@@ -192,6 +200,8 @@ class Replica:
         name = device.device_kind
         if self._slot.cores:
             name = f"cpu, cores {','.join(map(str, self._slot.cores))}"
+        elif self._slot.node and self._slot.kind == "cpu":
+            name = f"cpu, {self._slot.cpus} of its node's"
         return WorkerInfo(
             kind=device.platform,
             device=name,
@@ -228,8 +238,9 @@ class PipelineStage(Replica):
         stored = locate_weights(backbone, spec.preset, spec.lora_weights)
         fill(model, stored, place_whole, quantization=spec.quantization)
         is_last = stage.stop == len(backbone.transformer_layers)
-        head = _head(spec, backbone) if is_last else None
-        self._predictor = Predictor(model, head, pooling=spec.pooling)
+        head = load_head(spec, backbone) if is_last else None
+        output = spec.head if is_last else "hidden"
+        self._predictor = Predictor(model, head, pooling=spec.pooling, output=output)
         return self._introduce(device, dtype, started, before)
 
     def begin(self, batch: Batch) -> Activations:
@@ -299,7 +310,11 @@ class TensorMember(Replica):
         fill(backbone, stored, place_slices(distribution))
         notes = audit(backbone, layouts)
         self._predictor = Predictor(
-            backbone, _head(spec, backbone), pooling=spec.pooling, replicated=replicated
+            backbone,
+            load_head(spec, backbone),
+            pooling=spec.pooling,
+            output=spec.head,
+            replicated=replicated,
         )
         return self._introduce(device, dtype, started, before, notes)
 
@@ -308,13 +323,12 @@ def predict_in_float(spec: ModelSpec, tokens: np.ndarray, lengths: np.ndarray) -
     """Return float32 (rows, classes): what a float preset says of tokens int32 (rows, length)."""
     from runner.loading import float_parts
     from runner.predictor import Predictor
-    from runner.presets import read_preset
 
-    layers = read_preset(Path(spec.preset)).shape.num_layers
     values = tokens
-    for number, part in enumerate(float_parts(spec.preset, spec.lora_weights), start=1):
-        head = _head(spec, part) if number == layers else None
-        predictor = Predictor(part, head, pooling=spec.pooling, way="keras")
+    for part, is_last in float_parts(spec.preset, spec.lora_weights):
+        head = load_head(spec, part) if is_last else None
+        output = spec.head if is_last else "hidden"
+        predictor = Predictor(part, head, pooling=spec.pooling, output=output, way="keras")
         values = predictor.predict(values, lengths)
         del predictor
     return values
@@ -333,15 +347,24 @@ def _memory_errors() -> Iterator[None]:
         raise
 
 
-def _head(spec: ModelSpec, backbone: Any) -> tuple[np.ndarray, np.ndarray]:
+def load_head(spec: ModelSpec, backbone: Any) -> Head | None:
+    """Return the head that is named, else the preset's own; None where the pooled states are asked
+    for.
+
+    Raises:
+        DataError: it is damaged, or does not fit.
+    """
+    if spec.head == "none":
+        return None
+    from runner.classifiers import read_own_head
     from runner.presets import read_head
 
-    return read_head(
-        Path(spec.head_kernel),
-        Path(spec.head_bias),
-        hidden_dim=int(backbone.output.shape[-1]),
-        classes=spec.classes,
-    )
+    output = backbone.output
+    hidden = output["sequence_output"] if isinstance(output, dict) else output
+    sizes = {"hidden_dim": int(hidden.shape[-1]), "classes": spec.classes}
+    if spec.head_kernel is None or spec.head_bias is None:
+        return read_own_head(Path(spec.preset), **sizes)
+    return read_head(Path(spec.head_kernel), Path(spec.head_bias), **sizes)
 
 
 def peak_rss_bytes() -> int:
@@ -377,11 +400,11 @@ def _join_group(address: str, group_size: int, member: int) -> None:
         coordinator_bind_address=address if member == 0 else None,
         initialization_timeout=GROUP_MEETS_WITHIN_S,
     )
-    if on_one_machine and os.environ["JAX_PLATFORMS"] == "cpu":
-        _keep_gloo_on_loopback()
+    if os.environ["JAX_PLATFORMS"] == "cpu":
+        _keep_gloo_at("127.0.0.1" if on_one_machine else address_here())
 
 
-def _keep_gloo_on_loopback() -> None:
+def _keep_gloo_at(host: str) -> None:
     """Else gloo listens on the address that the machine's own name stands for, if it has one."""
     from functools import partial
 
@@ -389,7 +412,7 @@ def _keep_gloo_on_loopback() -> None:
     from jax._src.lib import _jax
 
     collectives = _jax.make_gloo_tcp_collectives(
-        distributed_client=distributed.global_state.client, hostname="127.0.0.1"
+        distributed_client=distributed.global_state.client, hostname=host
     )
     xla_bridge.register_backend_factory(
         "cpu",
@@ -413,8 +436,9 @@ def _start_jax(kind: str, compilation_cache: str | None) -> Any:
     if compilation_cache is not None:
         # XLA divides a CPU program for the threads it finds when it compiles, but JAX's cache key
         # does not hold their number: one core's program ran 1.4 times slower on two cores.
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-        name = f"cpu-{threads or os.cpu_count()}" if device.platform == "cpu" else device.platform
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        threads = os.environ.get("NPROC") or cores or os.cpu_count()
+        name = f"cpu-{threads}" if device.platform == "cpu" else device.platform
         jax.config.update("jax_compilation_cache_dir", str(Path(compilation_cache, name)))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

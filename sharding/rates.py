@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sharding.batches import BatchShape
+from sharding.times import EFFICIENCY
 
-# Part of a matmul's rate that a whole model reaches: 0.5 to 0.8 on CPUs (benchmarks/results).
-EXPECTED_MFU = 0.6
+# Until a batch says otherwise, on any device.
+EXPECTED_MFU, *_ = EFFICIENCY["cpu"]
 # A replica's speed is the mean over its last so many batches: one that slows down is known soon.
 MEMORY_BATCHES = 24.0
 # What is expected of a replica counts as so many batches, and so does one that shared the device

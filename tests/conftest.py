@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,11 +16,14 @@ import psutil
 import pytest
 
 from runner.demo import make_rows, write_test_set
+from tests.odd_texts import odd_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 TOLERANCE = 1e-5
 LENGTH = 96
+PLAIN_LENGTH = 64
+PLAIN_DECODERS = ("gemma3", "llama")
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,29 @@ def environment(cache: Path, **extra: str) -> dict[str, str]:
     for name in ("KERAS_BACKEND", "XLA_FLAGS", "NPROC"):
         env.pop(name, None)
     return env | {"XDG_CACHE_HOME": str(cache)} | extra
+
+
+def copy_project(target: Path) -> Path:
+    """Copy this repository without what git ignores, for commands that write beside it."""
+    left_out = (".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
+    return Path(shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(*left_out)))
+
+
+def make_programs(folder: Path, project: Path) -> Path:
+    """Write the commands that a reader has installed, as scripts that use this test's Python."""
+    folder.mkdir(parents=True)
+    lines = {
+        "python": '"$@"',
+        "python3": '"$@"',
+        "pip": '-m pip "$@"',
+        "ruff": '-m ruff "$@"',
+        "mypy": '-m mypy "$@"',
+        "arena-runner": f'"{project / "run.py"}" "$@"',
+    }
+    for name, line in lines.items():
+        (folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {line}\n')
+        (folder / name).chmod(0o755)
+    return folder
 
 
 def run_script(cache: Path, name: str, *arguments: object) -> None:
@@ -181,6 +208,42 @@ def reference(tmp_path_factory: pytest.TempPathFactory, cache: Path, test_set: P
     return answers
 
 
+@dataclass(frozen=True)
+class Plain:
+    """Small encoder presets and classifiers, and what plain Keras says of them and of others.
+
+    texts: of `rows`, a CSV file, as they are rendered. odd: texts that were tokenized alone.
+    """
+
+    folder: Path
+    rows: Path
+    texts: list[str]
+    odd: list[str]
+
+    def model(self, name: str) -> Path:
+        return self.folder / name
+
+    def answers(self, name: str) -> dict[str, np.ndarray]:
+        return dict(np.load(self.folder / f"{name}.npz"))
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory, cache: Path, models) -> Plain:
+    """Answers to a few rows at `PLAIN_LENGTH` tokens by eager Keras calls (plain_answers.py)."""
+    folder = tmp_path_factory.mktemp("plain")
+    rows = [("7", "a", "b", "c"), ("8", "", "", ""), ("9", "[MASK] x", "<mask> \u00dcber", "...")]
+    rows += make_rows(40, seed=5)
+    texts = ["\n\nPROMPT\n\n" + "\n\nRESPONSE:\n\n".join(row[1:]) for row in rows]
+    write_test_set(folder / "rows.csv", rows[:12])
+    odd = odd_texts(500, seed=1) + texts[:12]
+    for name, content in {"texts": texts, "odd": odd}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    files = (folder / "texts.json", folder / "odd.json")
+    others = [models[name].folder for name in PLAIN_DECODERS]
+    run_script(cache, "plain_answers.py", folder, *files, PLAIN_LENGTH, *others)
+    return Plain(folder, folder / "rows.csv", texts[:12], odd)
+
+
 @pytest.fixture(scope="session")
 def arena_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The 905 real rows where they are, else as many generated ones."""
@@ -195,11 +258,11 @@ def arena_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Started:
     """A run in the background and all its processes, found by a mark in their environment."""
 
-    def __init__(self, cache, *flags):
+    def __init__(self, cache, *flags, **extra):
         self.mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "run.py"), *map(str, flags)],
-            env=environment(cache, ARENA_TEST_MARK=self.mark),
+            env=environment(cache, ARENA_TEST_MARK=self.mark, **extra),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

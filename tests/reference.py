@@ -53,6 +53,8 @@ def main(folder: Path, test_set: Path, length: int, out: Path) -> None:
             for pooling, vector in pooled.items():
                 probabilities = keras.ops.convert_to_numpy(head(vector))[0]
                 answers.setdefault(f"{text_format} {pooling}", []).append(probabilities)
+                states = keras.ops.convert_to_numpy(vector)[0]
+                answers.setdefault(f"{text_format} {pooling} states", []).append(states)
             if text_format == "raw":
                 lengths.append(count)
     np.savez(out, lengths=lengths, **{name: np.array(rows) for name, rows in answers.items()})

@@ -239,8 +239,10 @@ class TestResume:
         assert done.returncode == 0, done.stderr
         modes = {path.name: path.stat().st_mode & 0o77 for path in tmp_path.iterdir()}
         assert modes.pop("s.csv") != 0
-        names = {"s.csv.journal", "s.csv.logs", "s.csv.report.json", "s.csv.rows.csv"}
-        assert set(modes) == names
+        assert set(modes) == {
+            *("s.csv.journal", "s.csv.logs", "s.csv.rows.csv", "s.csv.trace.json"),
+            *("s.csv.report.json", "s.csv.report.html"),
+        }
         assert set(modes.values()) == {0}
 
 

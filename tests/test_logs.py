@@ -13,7 +13,7 @@ import pytest
 from runner import logs
 from runner.config import flag
 from runner.errors import DataError, WorkerError
-from runner.logs import DRIVER_ERRORS, DRIVER_LOG, Event, RunLogs, keep_logs_of_ray
+from runner.logs import DRIVER_ERRORS, DRIVER_LOG, LogEvent, RunLogs, keep_logs_of_ray
 from runner.progress import Progress
 from tests.conftest import ROOT, environment
 from tests.fakes import write_fake_job
@@ -138,9 +138,9 @@ class TestFolder:
         (folder / "mine.txt").write_text("not of a run")
         for said in ("first", "second", "third"):
             with RunLogs(folder) as run:
-                run.record(Event("note", f"{said}, before the folder was there"))
+                run.record(LogEvent("note", f"{said}, before the folder was there"))
                 run.open(None)
-                run.record(Event("note", said))
+                run.record(LogEvent("note", said))
         assert (folder / "mine.txt").is_file()
         assert (folder / DRIVER_LOG).read_text().count("third") == 2
         before = (folder / logs.PREVIOUS / DRIVER_LOG).read_text()
@@ -213,7 +213,7 @@ class TestFolder:
 
 class TestEvents:
     def test_a_message_is_one_line(self):
-        event = Event("note", "a\n2026-11-25T00:00:00.000Z info forged", fields={"rows": 3})
+        event = LogEvent("note", "a\n2026-11-25T00:00:00.000Z info forged", fields={"rows": 3})
         assert len(event.as_text().splitlines()) == 1
         assert json.loads(event.as_json()) == {
             "time": logs._iso(event.time), "level": "info", "event": "note",

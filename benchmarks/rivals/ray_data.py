@@ -44,7 +44,7 @@ def load(job: Job) -> Round:
     values = job.options["job"] | {"options": {}}
 
     def predict() -> tuple[np.ndarray, float]:
-        ray.init(num_cpus=actors, include_dashboard=False, log_to_driver=False)
+        ray.init("local", num_cpus=actors, include_dashboard=False, log_to_driver=False)
         ray.data.DataContext.get_current().enable_progress_bars = False
         rows = len(job.tokens)
         columns = {"row": np.arange(rows), "token_ids": job.tokens, "padding_mask": job.mask}
