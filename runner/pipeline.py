@@ -90,7 +90,7 @@ def run(
     Args:
         started: `time.monotonic()` of the process' start, for `seconds.total` and the limit.
         on_signals_taken: called when Ray has replaced the process' signal handlers.
-        owns_process: whether this process is the command's, whose standard error may be taken.
+        owns_process: whether this process is the command's, whose streams may be taken.
 
     Raises:
         ConfigError, DataError: the person's to mend; nothing was written.
@@ -100,7 +100,7 @@ def run(
     """
     started = time.monotonic() if started is None else started
     with (
-        RunLogs(config.log_folder, takes_stderr=owns_process, workers_too=config.verbose) as logs,
+        RunLogs(config.log_folder, takes_streams=owns_process, workers_too=config.verbose) as logs,
         Progress(
             started=started,
             stream=logs.terminal,
@@ -124,7 +124,11 @@ def run(
             this.read()
         if not this.examples:
             progress.note(f"warning: {this.job.test_set} has no rows; the submission is a header.")
-        logs.open(None if config.log_format == "json" else progress.show)
+        is_json = config.log_format == "json"
+        logs.open(
+            None if is_json else progress.show,
+            leaves_stdout=config.mode == "single" and not is_json,
+        )
         with (
             this.open_executor() as executor,
             Guard(this.last_call(is_starting=True), lambda: this.end_without(executor)) as guard,
