@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -117,6 +118,14 @@ def cli(cache: Path):
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def flags_there_are(cli) -> set[str]:
+    """Every flag that the command and `prepare` know."""
+    # So wide that no flag is broken over two lines.
+    printed = cli("--help", COLUMNS="999").stdout + cli("prepare", "--help", COLUMNS="999").stdout
+    return set(re.findall(r"--[a-z][a-z-]+", printed))
 
 
 @pytest.fixture

@@ -9,8 +9,6 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from runner.cli import HELP
-from runner.config import flag
 from runner.demo import ensure_demo, make_rows, write_test_set
 from runner.progress import Progress
 from tests.conftest import ROOT, environment, make_programs
@@ -33,10 +31,10 @@ def test_it_is_whole_and_holds_no_outputs(notebook):
         ast.parse(re.sub(r"(?m)^( *)!.*$", r"\1pass", cell.source))
 
 
-def test_its_flags_are_the_commands(notebook):
+def test_its_flags_are_the_commands(notebook, flags_there_are):
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     asked = re.sub(r"!pip .*", "", code)
-    assert set(re.findall(r"--[a-z][a-z-]+", asked)) <= {flag(name) for name in HELP}
+    assert set(re.findall(r"--[a-z][a-z-]+", asked)) <= flags_there_are
 
 
 @pytest.fixture
