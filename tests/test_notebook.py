@@ -4,6 +4,8 @@ import ast
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -11,7 +13,7 @@ import pytest
 
 from runner.demo import ensure_demo, make_rows, write_test_set
 from runner.progress import Progress
-from tests.conftest import ROOT, environment, make_programs
+from tests.conftest import ROOT, copy_project, environment, make_programs
 
 NOTEBOOK = ROOT / "examples" / "kaggle.ipynb"
 ROWS = 24
@@ -52,6 +54,14 @@ def demo(tmp_path, cache, cli) -> Path:
     return folder
 
 
+def build_wheel(folder: Path, source: Path) -> None:
+    """What `pip wheel` leaves of this project, without what it needs."""
+    offline = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder)
+    command = [sys.executable, "-m", "pip", "wheel", *offline, copy_project(source)]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("prepared", [True, False], ids=["int8 a card", "pipeline"])
@@ -64,10 +74,18 @@ def test_it_runs_from_the_plan_to_the_submission(notebook, demo, cli, cache, tmp
         flags = ("--preset", preset, "--lora-weights", lora, "--output", demo / "arena-gemma2-int8")
         done = cli("prepare", *map(str, flags), timeout=600)
         assert done.returncode == 0, done.stderr
+        build_wheel(demo / "arena-runner-wheels", tmp_path / "source")
     work = tmp_path / "working"
     work.mkdir()
     programs = make_programs(tmp_path / "bin", ROOT)
-    env = environment(cache, ARENA_DEMO=str(demo), PATH=f"{programs}:{os.environ['PATH']}")
+    env = environment(
+        cache,
+        ARENA_DEMO=str(demo),
+        PATH=f"{programs}:{os.environ['PATH']}",
+        # Where there are wheels, ours alone is installed, into a folder aside.
+        PIP_NO_DEPS="1",
+        PIP_TARGET=str(tmp_path / "installed"),
+    )
     client = NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(work)}}
     )
@@ -77,4 +95,5 @@ def test_it_runs_from_the_plan_to_the_submission(notebook, demo, cli, cache, tmp
     assert f"{ROWS} rows -> submission.csv" in printed["run"]
     mode = "data-parallel" if prepared else "model-parallel"
     assert f"--mode {mode}" in printed["job"]
+    assert (tmp_path / "installed" / "runner" / "cli.py").is_file() == prepared
     assert (work / "submission.csv").read_text().count("\n") == ROWS + 1
