@@ -38,6 +38,7 @@ HANDED_ON = ("XLA_", "JAX_", "NCCL_", "ARENA_")
 
 _folder: tuple[Path, int] | None = None
 _has_joined = False
+_print_of_ray = ray._private.worker.print_to_stdstream
 
 
 def start_ray(num_cpus: int, *, verbose: bool) -> None:
@@ -104,6 +105,9 @@ def join_ray(address: str, *, verbose: bool) -> None:
     global _has_joined
     _check_address(address)
     here = Path(__file__).resolve().parent
+    if not verbose:
+        # Ray shows the last words of a lost node's raylet, whatever it was told of logs.
+        ray._private.worker.print_to_stdstream = lambda *said, **how: None
     try:
         with _signals_as_they_are():
             ray.init(
@@ -213,6 +217,7 @@ def stop_ray() -> None:
     if _has_joined:
         _has_joined = False
         ray.shutdown()
+        ray._private.worker.print_to_stdstream = _print_of_ray
     if _folder is None:
         return
     # Its processes write logs to their end.

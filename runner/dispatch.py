@@ -329,6 +329,7 @@ class RayReplicas:
         lost = self._nodes.lost
         for group in self._groups:
             if not group.given_up and any(slot.node in lost for slot in group.slots):
+                self.faults.worker_deaths += group.loaded
                 self._desert(group)
         if not self._groups or not all(group.given_up for group in self._groups):
             self._deserted_since = None
@@ -343,7 +344,6 @@ class RayReplicas:
     def _desert(self, group: Group) -> None:
         """A node is gone, and a group with it: others do its work, where there are some."""
         assert self._nodes is not None, "this is a bug: only nodes of a cluster are lost"
-        self.faults.worker_deaths += group.loaded
         batches = group.give_up()
         if self._backlog is not None:
             self._recovery.lost(group.number, batches, "its node was lost")
@@ -609,6 +609,9 @@ class RayReplicas:
 
     def _bury(self, group: Group, reason: str, cause: Exception | None = None) -> None:
         """Take back the batches of a group that lost a worker and replace it, if it may be."""
+        if self._nodes is not None and self._nodes.has_lost(slot.node for slot in group.slots):
+            self._desert(group)
+            return
         batches = group.end()
         explained = False
         if self._backlog is not None:

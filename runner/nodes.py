@@ -11,7 +11,7 @@ import platform
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
@@ -162,6 +162,11 @@ class Nodes:
             while True:
                 found.append(self._ready.get_nowait())
         return found
+
+    def has_lost(self, nodes: Iterable[str]) -> bool:
+        """Ask now whether one of these nodes is gone: a worker there has died."""
+        alive = {one["NodeID"] for one in ray.nodes() if one["Alive"]}
+        return not alive.issuperset(nodes)
 
     def forget(self, replica: int) -> None:
         """A replica lost its node: its workers may be placed elsewhere."""
@@ -363,7 +368,7 @@ class Nodes:
             self._answers(under_way.popleft(), WRITES_WITHIN_S)
         return self._ask(begun, "finish", parcel)
 
-    def _hire(self, nodes: Any) -> None:
+    def _hire(self, nodes: Iterable[str]) -> None:
         """Start a keeper on each node and learn what the node is."""
         nodes = list(nodes)
         for node in nodes:
