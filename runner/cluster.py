@@ -20,7 +20,7 @@ from pathlib import Path
 import ray
 import ray.exceptions
 from ray._private import ray_constants
-from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
 
 from runner.errors import ConfigError, WorkerError, first_line
 
@@ -140,6 +140,15 @@ def _check_address(address: str) -> None:
         )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWERS_WITHIN_S).close()
+        # As a driver Ray would say no more than that there is no cluster.
+        GcsClient(address=address).internal_kv_keys(b"", None)
+    except ray.exceptions.AuthenticationError as error:
+        raise ConfigError(_why_not_joined(address, error)) from None
+    except ray.exceptions.RayError as error:
+        raise ConfigError(
+            f"What answers there is no Ray cluster: {first_line(error)}. Received: --address "
+            f"{address}"
+        ) from None
     except OSError as error:
         raise ConfigError(
             f"No Ray cluster answers there: {error.strerror or error}. Expected: the address that "
@@ -155,7 +164,7 @@ def _why_not_joined(address: str, error: Exception) -> str:
             "The cluster and this process must have the same Ray and Python; install the cluster's "
             f"here, or these there. Received: {said}"
         )
-    if isinstance(error, ray.exceptions.AuthenticationError):
+    if isinstance(error, ray.exceptions.AuthenticationError) or "nauthenticated" in said:
         return (
             f"The cluster at {address} asks for its token: set RAY_AUTH_MODE=token, and "
             "RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN, as on its nodes; a cluster without one wants "

@@ -32,6 +32,8 @@ LOOK_EVERY_S = 2.0
 # Seconds in which a node must have started a process with the run's code, and in which it must
 # have looked for files or written a piece of one.
 ANSWERS_WITHIN_S, WRITES_WITHIN_S = 120.0, 300.0
+# Seconds in which the head must say which nodes there are; Ray ends a driver without one in 60.
+HEAD_ANSWERS_WITHIN_S = 40.0
 # Seconds in which what an earlier run held must be free again.
 ROOM_WITHIN_S = 10.0
 # Seconds between looks whether the run has ended meanwhile.
@@ -122,6 +124,8 @@ class Nodes:
         self._ready: SimpleQueue[Ready] = SimpleQueue()
         self._stop = threading.Event()
         self._failure: Exception | None = None
+        # Since when the head is asked which nodes there are, None where it has answered.
+        self._asking_since: float | None = None
         self._parcels: tuple[Parcel, ...] = ()
         self._first: tuple[WorkerSlot, ...] = ()
         self._thread: threading.Thread | None = None
@@ -147,6 +151,12 @@ class Nodes:
         """Return the replicas that became ready to be started since the last call."""
         if self._failure is not None:
             raise self._failure
+        since = self._asking_since
+        if since is not None and time.monotonic() - since > HEAD_ANSWERS_WITHIN_S:
+            raise WorkerError(
+                f"The cluster's head has not answered for {HEAD_ANSWERS_WITHIN_S:.0f} s: was it "
+                "stopped, or is the network down? `ray status` asks it too."
+            )
         found = []
         with suppress(Empty):
             while True:
@@ -215,20 +225,22 @@ class Nodes:
 
     def _alive(self) -> dict[str, Node]:
         """Return what each node of the cluster has free."""
+        self._asking_since = time.monotonic()
         free = ray._private.state.available_resources_per_node()
+        alive = [one for one in ray.nodes() if one["Alive"]]
+        self._asking_since = None
         found = {}
-        names = Counter(one["NodeName"] for one in ray.nodes() if one["Alive"])
-        for one in ray.nodes():
-            if one["Alive"]:
-                name, number = one["NodeName"], one["NodeID"]
-                # Several on one machine share its address, which is their name.
-                self._names[number] = name if names[name] < 2 else f"{name} ({number[:8]})"
-                resources = free.get(number, {})
-                found[number] = Node(
-                    number,
-                    cpus=int(resources.get("CPU", 0)),
-                    devices=int(resources.get(self.kind.upper(), 0)) if self.kind != "cpu" else 0,
-                )
+        names = Counter(one["NodeName"] for one in alive)
+        for one in alive:
+            name, number = one["NodeName"], one["NodeID"]
+            # Several on one machine share its address, which is their name.
+            self._names[number] = name if names[name] < 2 else f"{name} ({number[:8]})"
+            resources = free.get(number, {})
+            found[number] = Node(
+                number,
+                cpus=int(resources.get("CPU", 0)),
+                devices=int(resources.get(self.kind.upper(), 0)) if self.kind != "cpu" else 0,
+            )
         return dict(sorted(found.items(), key=lambda pair: (self._names[pair[0]], pair[0])))
 
     def _place(

@@ -1,11 +1,11 @@
-"""python plain_answers.py DIR TEXTS.json ODD.json LENGTH [MODEL_DIR...]
+"""python plain_answers.py DIR TEXTS.json ODD.json LENGTH MODEL_DIR...
 
-Makes small encoder presets in DIR and says what plain Keras answers for them, and for other models
-that are there: eager calls, every row padded to the full length, one row at a time, KerasHub's own
-preprocessors. Shares no code with the runner, and is run as a process of its own.
+Makes small encoder presets in DIR where there are none, and says what plain Keras answers for the
+models that are named: `predict` with one row at a time, each padded to the full length, after
+KerasHub's own preprocessors. Shares no code with the runner, and is run as a process of its own.
 
-Of each model NAME it leaves DIR/NAME.npz: a table of probabilities for each pooling; for a whole
-classifier, what its `predict` says; the tokens of all odd texts.
+It leaves DIR/NAME.npz for each model, a table of probabilities for each pooling or what a whole
+classifier says; and DIR/NAME.tokens.npz for each encoder, its tokens of all odd texts.
 """
 
 import json
@@ -26,6 +26,7 @@ ENCODER = {
     "intermediate_dim": 96,
     "max_sequence_length": 128,
 }
+ENCODERS = ("bert", "bert_accents", "roberta", "deberta")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -134,50 +135,53 @@ def preprocessor_of(preset: str, length: int):
     return lambda texts: layer(texts)[0]
 
 
-def answer(folder: Path, texts: list[str], odd: list[str], length: int) -> dict[str, np.ndarray]:
+def tokens_of(preset: str, texts: list[str], length: int) -> dict[str, np.ndarray]:
+    batch = preprocessor_of(preset, length)(texts)
+    return {name: np.asarray(batch[name]) for name in ("token_ids", "padding_mask")}
+
+
+def answer(folder: Path, texts: list[str], length: int) -> dict[str, np.ndarray]:
+    """Return what `predict` says of one row at a time."""
     preset = str(folder / "preset")
-    preprocess = preprocessor_of(preset, length)
-    answers: dict[str, list[np.ndarray]] = {}
-    if (folder / "kernel.npy").is_file():
-        backbone = M.Backbone.from_preset(preset, dtype="float32")
-        if (folder / "model.lora.h5").is_file():
-            backbone.load_lora_weights(str(folder / "model.lora.h5"))
-        kernel, bias = np.load(folder / "kernel.npy"), np.load(folder / "bias.npy")
-        for text in texts:
-            batch = {name: np.asarray(array) for name, array in preprocess([text]).items()}
-            output = backbone(batch, training=False)
-            output = output if isinstance(output, dict) else {"sequence_output": output}
-            outputs = {name: np.asarray(array)[0] for name, array in output.items()}
-            hidden = outputs["sequence_output"]
-            real = batch["padding_mask"][0].astype(bool)
-            pooled = {
-                "padded-mean": hidden.mean(axis=0),
-                "mean": hidden[real].mean(axis=0),
-                "last": hidden[real][-1],
-                "first": hidden[0],
-            }
-            if "pooled_output" in outputs:
-                pooled["pooler"] = outputs["pooled_output"]
-            for pooling, vector in pooled.items():
-                logits = vector @ kernel + bias
-                answers.setdefault(pooling, []).append(np.asarray(keras.ops.softmax(logits)))
-    else:
+    if not (folder / "kernel.npy").is_file():
         classifier = M.TextClassifier.from_preset(preset)
-        classifier.preprocessor.sequence_length = 40
-        answers["predict"] = classifier.predict(texts, batch_size=4, verbose=0)
-    batch = preprocess(odd)
-    for name in ("token_ids", "padding_mask"):
-        answers[name] = np.asarray(batch[name])
+        return {"predict": classifier.predict(texts, batch_size=1, verbose=0)}
+    backbone = M.Backbone.from_preset(preset, dtype="float32")
+    if (folder / "model.lora.h5").is_file():
+        backbone.load_lora_weights(str(folder / "model.lora.h5"))
+    kernel, bias = np.load(folder / "kernel.npy"), np.load(folder / "bias.npy")
+    batch = preprocessor_of(preset, length)(texts)
+    batch = {name: np.asarray(array, np.int32) for name, array in batch.items()}
+    output = backbone.predict(batch, batch_size=1, verbose=0)
+    output = output if isinstance(output, dict) else {"sequence_output": output}
+    answers: dict[str, list[np.ndarray]] = {}
+    for row in range(len(texts)):
+        hidden = output["sequence_output"][row]
+        real = batch["padding_mask"][row].astype(bool)
+        pooled = {
+            "padded-mean": hidden.mean(axis=0),
+            "mean": hidden[real].mean(axis=0),
+            "last": hidden[real][-1],
+            "first": hidden[0],
+        }
+        if "pooled_output" in output:
+            pooled["pooler"] = output["pooled_output"][row]
+        for pooling, vector in pooled.items():
+            exponents = np.exp(vector @ kernel + bias)
+            answers.setdefault(pooling, []).append(exponents / exponents.sum())
     return {name: np.array(rows) for name, rows in answers.items()}
 
 
-def main(target: Path, texts_file: Path, odd_file: Path, length: int, others: list[Path]) -> None:
+def main(target: Path, texts_file: Path, odd_file: Path, length: int, asked: list[Path]) -> None:
     texts = json.loads(texts_file.read_text())
-    odd = json.loads(odd_file.read_text())
-    save_encoders(target, texts)
-    made = sorted(path for path in target.iterdir() if path.is_dir())
-    for folder in (*made, *others):
-        np.savez(target / f"{folder.name}.npz", **answer(folder, texts[:12], odd, length))
+    if not (target / "deberta.spm").is_file():
+        save_encoders(target, texts)
+        odd = json.loads(odd_file.read_text())
+        for name in ENCODERS:
+            preset = str(target / name / "preset")
+            np.savez(target / f"{name}.tokens.npz", **tokens_of(preset, odd, length))
+    for folder in asked:
+        np.savez(target / f"{folder.name}.npz", **answer(folder, texts[:12], length))
 
 
 if __name__ == "__main__":

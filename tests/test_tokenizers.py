@@ -27,7 +27,7 @@ def test_odd_texts_as_the_presets_preprocessor(plain, name):
     table = tokenize(plain.odd, files, sequence_length=PLAIN_LENGTH)
     rows = tuple(range(len(plain.odd)))
     tokens, lengths = table.batch_arrays(rows, len(rows), PLAIN_LENGTH)
-    expected = plain.answers(name)
+    expected = plain.tokens(name)
     for text, ours, theirs in zip(plain.odd, tokens, expected["token_ids"], strict=True):
         assert ours.tolist() == theirs.tolist(), repr(text)
     # KerasHub's mask also hides a padding token that the text itself spells.
