@@ -247,7 +247,7 @@ def forecasts(
     at, expected = np.array(pairs, dtype=float).T
     axes.axhspan(0.9 * truth_s, 1.1 * truth_s, color=MARKS[PADDING], alpha=0.5, linewidth=0)
     axes.axhline(truth_s, color=MARKS["ink"], linewidth=0.8, linestyle=(0, (4, 3)))
-    _label_line(axes, truth_s, "truth, and 10 % around it")
+    _label_line(axes, truth_s, "truth, and 10 % around it", is_below=True)
     axes.plot(at, expected, color=MARKS["accent"], linewidth=1.4, marker=".", markersize=4)
     top = max(float(expected.max()), 1.1 * truth_s)
     low = min(float(expected.min()), 0.9 * truth_s)
@@ -410,13 +410,16 @@ def _mark_faults(axes: Axes, faults_s: Sequence[float]) -> None:
         axes.axvline(at_s, color=MARKS["warn"], linewidth=0.8)
 
 
-def _label_line(axes: Axes, at: float, text: str, *, color: str = MARKS["ink"]) -> None:
+def _label_line(
+    axes: Axes, at: float, text: str, *, color: str = MARKS["ink"], is_below: bool = False
+) -> None:
     axes.annotate(
         text,
         (0, at),  # there the run has just started, and nothing else is drawn
         xycoords=("axes fraction", "data"),
-        xytext=(4, 3),
+        xytext=(4, -3 if is_below else 3),
         textcoords="offset points",
+        va="top" if is_below else "bottom",
         color=color,
         fontsize=8,
     )

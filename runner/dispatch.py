@@ -160,7 +160,7 @@ class RayReplicas:
         # Where Ray itself has failed there is nobody to ask; its processes end all the same.
         with suppress(ray.exceptions.RayError):
             for group in self._groups:
-                group.end()
+                group.end(is_over=True)
         folder = private_folder()
         if kind is not None and folder is not None and self._log_folder is not None:
             keep_logs_of_ray(folder / "r" / "session_latest" / "logs", self._log_folder)

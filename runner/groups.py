@@ -293,13 +293,16 @@ class Group:
             elif step is predicting[0]:
                 yield step, max(step.asked_at, self.finished_at)
 
-    def end(self) -> tuple[Batch, ...]:
+    def end(self, *, is_over: bool = False) -> tuple[Batch, ...]:
         """End all actors and return the batches in flight, the oldest first.
 
         The members of a group cannot go on without each other, and may hang: they end together.
+
+        Args:
+            is_over: whether the run is; a worker that was still starting is then no fault.
         """
         batches = tuple(self.in_flight)
-        self._mark_lost()
+        self._mark_lost(is_over)
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
@@ -311,13 +314,19 @@ class Group:
         self._compile_times.end(self._clock())
         return batches
 
-    def _mark_lost(self) -> None:
+    def _mark_lost(self, is_over: bool) -> None:
         """Keep what the workers were at that no answer comes of, a batch above all."""
         steps = sorted((step for step, _ in self.oldest()), key=lambda one: one.what != "predict")
         for step in steps[:1]:
             batch = step.payload if step.what == "predict" else None
+            what = {"ping": STARTING, "load": LOADING, "compile": COMPILING}.get(step.what, LOST)
+            shape = step.payload if step.what == "compile" else None
             for slot in self.slots:
-                self._timeline.add(LOST, slot.replica, slot.member, step.asked_s, batch=batch)
+                lane = (slot.replica, slot.member, step.asked_s)
+                if is_over and what != LOST:
+                    self._timeline.add(what, *lane, shape=shape)
+                else:
+                    self._timeline.add(LOST, *lane, batch=batch)
 
     def give_up(self) -> tuple[Batch, ...]:
         """End all actors for good, and leave their places to others."""

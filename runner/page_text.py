@@ -33,7 +33,7 @@ PARTS = {
     COMPILING: "making or reading the program of a shape, with no batch beside it",
     LOADING: "reading weights and merging LoRA",
     STARTING: "before the worker's process was up: the driver reads, Ray starts",
-    LOST: "batches that failed, or whose worker died or hung",
+    LOST: "batches that failed, whose worker died or hung, or for which no time was left",
     ENDING: "after the last answer: merging, checking, writing",
 }
 HOW_TO_READ_THROUGHPUT = (

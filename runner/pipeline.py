@@ -72,6 +72,8 @@ T = TypeVar("T")
 STAGES = {"read": "reading", "tokenize": "tokenizing", "merge": "merging and writing"}
 # Seconds in which the page must be drawn: no run ends later for it.
 PAGE_WITHIN_S = 60.0
+# Values that a page's charts are drawn from.
+MOST_VALUES = 5_000_000
 # Rows that are computed again in float32 at a time.
 ROWS_IN_FLOAT = 8
 # Numbers of a row that a message names.
@@ -633,17 +635,20 @@ class _Run:
     def _write_page(self, path: Path, report: dict[str, Any]) -> None:
         from runner.report_page import Story, write_page  # matplotlib takes half a second
 
-        values = self.merger.probabilities(range(len(self.examples)))
+        own = [row for row, how in enumerate(self.merger.how) if how not in ("", FILLED)]
+        columns = self.merger.probabilities([]).shape[1]
+        # Embeddings have thousands of columns: some rows say what they look like.
+        every = max(1, len(own) * columns // MOST_VALUES)
         story = Story(
             report=report,
             spans=self.timeline.spans,
             stages=self.timeline.stages,
             events=self.timeline.events,
             lengths=self._lengths if self._lengths.size else self.merger.lengths,
-            how=self.merger.how,
-            values=values,
+            values=self.merger.probabilities(own[::every]),
+            every=every,
             # Of embeddings, the numbers by their places.
-            labels=self.config.task.label_columns or [*map(str, range(values.shape[1]))],
+            labels=self.config.task.label_columns or [*map(str, range(columns))],
             summary=what_happened(report),
         )
         write_page(path, story)

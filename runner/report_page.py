@@ -14,7 +14,6 @@ import numpy as np
 
 from runner import charts, lanes, page_text
 from runner.lanes import PARTS, Lane
-from runner.merge import FILLED
 from runner.submission import write_whole
 from runner.timeline import COMPILING, PREDICTING, Event, Span, Stage
 
@@ -29,8 +28,8 @@ class Story:
     """All that a page tells.
 
     report: see `report.py`. spans, stages, events: see `timeline.py`. lengths: int64 (rows,), the
-    tokens of each row. how: a word for each row on how it was made. values: float64 (rows,
-    columns), in the order of `labels`. summary: sentences on what was not as asked for.
+    tokens of each row. values: (rows, columns), the model's own answers, in the order of `labels`,
+    those of one row in `every`. summary: sentences on what was not as asked for.
     """
 
     report: dict[str, Any]
@@ -38,8 +37,8 @@ class Story:
     stages: Sequence[Stage]
     events: Sequence[Event]
     lengths: np.ndarray
-    how: Sequence[str]
     values: np.ndarray
+    every: int
     labels: Sequence[str]
     summary: Sequence[str]
 
@@ -51,11 +50,6 @@ class Story:
     @property
     def noun(self) -> str:
         return "group" if self.report["strategy"] else "worker"
-
-    @property
-    def predicted(self) -> np.ndarray:
-        """What the model itself said, float64 (rows that have an answer of it, columns)."""
-        return self.values[[how not in ("", FILLED) for how in self.how]]
 
 
 def write_page(path: Path, story: Story) -> None:
@@ -98,7 +92,7 @@ def _header(story: Story) -> Iterator[str]:
     report = story.report
     yield f"<header><h1>{escape(page_text.title(report))}</h1>"
     yield f"<p>{escape(page_text.subtitle(report))}</p></header>"
-    doubts = page_text.doubts(story.predicted, story.labels, report)
+    doubts = page_text.doubts(story.values, story.labels, report)
     for sentence in doubts:
         yield f'<p class="doubt">{escape(sentence)}</p>'
     tiles = page_text.tiles(report)
@@ -239,7 +233,7 @@ def _lengths(story: Story) -> Iterator[str]:
 
 
 def _answers(story: Story) -> Iterator[str]:
-    values = story.predicted
+    values = story.values
     if not values.size:
         return
     if page_text.are_shares_of_one(values):
@@ -258,6 +252,8 @@ def _answers(story: Story) -> Iterator[str]:
             lambda figure: charts.scores(figure, story.labels, values),
         )
         said = page_text.HOW_TO_READ_SCORES
+    if story.every > 1:
+        said += f" Drawn from one row in {story.every}."
     yield _section("What was predicted", said, svg)
 
 

@@ -24,8 +24,8 @@ def make_story(**changes: Any) -> Story:
         "stages": [Stage("reading", 0.5, 1.5), Stage("tokenizing", 2, 4), Stage("merging", 58, 59)],
         "events": [Event(30.0, "its worker died; it is started again", 1)],
         "lengths": lengths,
-        "how": ["predicted"] * (ROWS - 2) + ["filled"] * 2,
-        "values": values,
+        "values": values[:-2],
+        "every": 1,
         "labels": LABELS,
         "summary": ["1 worker deaths were survived; 1 batches in flight were computed again."],
     }

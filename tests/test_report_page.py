@@ -321,7 +321,7 @@ class TestPage:
         report["rows"] = dict.fromkeys(report["rows"], 0)
         report["deadline"] = {"limit_s": None, "finished_s": 1.0, "slack_s": None, "events": []}
         nothing = {"spans": [], "events": [], "summary": []}
-        none = make_story(report=report, **nothing, lengths=np.zeros(0, np.int64), how=[],
+        none = make_story(report=report, **nothing, lengths=np.zeros(0, np.int64),
                           values=np.zeros((0, 3)))  # fmt: skip
         page = Page(make_page(none))
         assert page.tags.count("svg") == 0
@@ -335,6 +335,13 @@ class TestPage:
         values = np.random.default_rng(0).normal(size=(240, 1))
         page = Page(make_page(make_story(values=values, labels=("score",))))
         assert "predicted value" in "".join(page.text)
+
+    def test_embeddings(self):
+        values = np.random.default_rng(0).normal(size=(100, 2304)).astype(np.float32)
+        labels = [*map(str, range(2304))]
+        html = make_page(make_story(values=values, labels=labels, every=10))
+        assert "Drawn from one row in 10." in html
+        assert len(html) < 300_000
 
     def test_it_is_the_owners_alone(self, tmp_path):
         write_page(tmp_path / "p.html", make_story())
