@@ -21,10 +21,11 @@ from keras.src.backend.common import global_state
 
 from benchmarks.shapes import SHAPES
 from runner import attention
+from runner.families import model_shape
 from runner.predictor import Predictor, matmul_rate, resolve_dtype
 from runner.quantization import quantize_layer
+from runner.records import Head
 from sharding.batches import BatchShape
-from sharding.costs import model_shape
 
 LENGTHS = (512, 1024, 2048)
 TOKENS = {"cpu": (2048,), "gpu": (8192, 16384, 32768), "tpu": (8192, 16384, 32768)}
@@ -42,7 +43,7 @@ def measure(shape_name: str) -> None:
     shape = model_shape("GemmaBackbone", config)
     print(f"{device.device_kind}, {dtype}, matmul {limit / 1e12:,.2f} TFLOP/s", flush=True)
     backbone = build(config, dtype)
-    head = (
+    head = Head(
         np.full((config["hidden_dim"], CLASSES), 0.01, np.float32),
         np.zeros(CLASSES, np.float32),
     )

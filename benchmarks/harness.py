@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import isnan
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -116,6 +117,8 @@ class Running:
     def time(self) -> None:
         """Do one round that counts."""
         _, seconds = self.predict()
+        if isnan(seconds["steady_s"]):
+            sys.exit(f"{self.contender.name} compiled for most of its time: take more --rows.")
         self.measured.steady_s.append(seconds["steady_s"])
         self.measured.total_s.append(seconds["total_s"])
 

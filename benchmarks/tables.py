@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.harness import ROOT, Contender, Measured, ratio
 from benchmarks.rivals.ours import COPIES
-from sharding.costs import model_shape
+from runner.families import model_shape
 
 PACKAGES = ("jax", "keras", "keras-hub", "numpy", "ray", "tensorflow", "torch", "transformers")
 # Whose speed the others' is a multiple of, by pooling.
@@ -179,12 +179,12 @@ def as_markdown(facts: dict[str, Any], table: list[str], picture: str) -> str:
 {facts["model_gflop"]:,.0f} GFLOP for the real tokens. Large float32 matmul on the same cores, \
 GFLOP/s: {peaks}; MFU is against the largest, float32's also where a contender rounds.
 
-Medians of {facts["rounds"]} alternating rounds. "Steady" is predicting alone, of ours a share of \
-a run over {COPIES} copies of the rows, its workers' start within; "x ours" how many times as long \
-as our two workers with the same pooling; "load" and "first compile" stand apart (rivals compile \
+Medians of {facts["rounds"]} alternating rounds. "Steady" is predicting alone, of ours the part of \
+a run over {COPIES} copies of the rows after all was compiled; "x ours" how many times as long as \
+our two workers with the same pooling; "load" and "first compile" stand apart (rivals compile \
 while they load); "start to end" is a whole round: of our contenders a run of the command over all \
 copies, from start to submission, of the others predicting once. "Peak" is the proportional set \
-size of all processes of a contender; "journal" what keeping rows on disk took of the steady time. \
+size of all processes of a contender; "journal" what keeping rows on disk took of predicting. \
 Options: {tuned}.
 
 {chr(10).join(table)}

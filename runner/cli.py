@@ -58,13 +58,17 @@ HELP = {
     "input": "CSV, Parquet or JSON lines (.jsonl) with id, prompt, response_a, response_b, or the "
     "columns that [task] in --config names (default: the demo set)",
     "output": "where the submission is written: .csv, .parquet or .jsonl (default: submission.csv)",
-    "preset": "KerasHub preset directory (default: the demo preset, random weights)",
+    "preset": "KerasHub preset directory, of a backbone or of a whole TextClassifier with its own "
+    "head (default: the demo preset, random weights)",
     "lora_weights": "*.lora.h5 saved from that backbone; merged into its kernels (default: none)",
-    "head_kernel": ".npy of shape (hidden, classes) (needed with --preset, if [task] has a head)",
+    "head_kernel": ".npy of shape (hidden, classes) (needed with --preset, if [task] has a head "
+    "and the preset none)",
     "head_bias": ".npy of shape (classes,) (needed with --head-kernel)",
     "pooling": "hidden states -> one vector; padded-mean is the notebook's mean over all "
-    "positions, padding included (default: padded-mean)",
-    "sequence_length": "tokens a row is cut to; use the length of training (default: 512 tokens)",
+    "positions, padding included; first and pooler are for encoders (default: padded-mean, or "
+    "that of a TextClassifier's own head)",
+    "sequence_length": "tokens a row is cut to; use the length of training (default: 512 tokens, "
+    "or that of a TextClassifier's own preprocessor)",
     "text_format": "raw: cells as they stand; turns: JSON lists decoded, turns joined by a newline "
     "(default: raw)",
     "num_workers": "one replica and one device each (default: auto, every GPU or TPU, on a CPU two "
@@ -145,7 +149,8 @@ METAVARS = {
 HELP_WIDTH, HELP_INDENT = 96, 26
 
 PREPARE_HELP = {
-    "preset": "KerasHub preset directory with float weights",
+    "preset": "KerasHub preset directory with float weights, or a checkpoint of Hugging Face "
+    "transformers, which is converted",
     "output": "the directory to make: a KerasHub preset, for --preset of a run",
     "quantization": "int8, int4, or none to merge LoRA only (default: int8)",
     "lora_weights": HELP["lora_weights"],

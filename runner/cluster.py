@@ -81,7 +81,7 @@ def start_ray(num_cpus: int, *, verbose: bool) -> None:
         # What it raises has no common class; nothing but Ray ran in there.
         raise WorkerError(
             f"Ray did not start: {type(error).__name__}: {first_line(error)}. Is there memory and "
-            f"room in {_folder[0].parent}? --verbose shows its logs."
+            f"room in {_folder[0].parent}? Its logs lie in ray/, in the folder of logs."
         ) from error
     address = ray.util.get_node_ip_address()
     if not ipaddress.ip_address(address).is_loopback:

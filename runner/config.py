@@ -18,7 +18,7 @@ from runner.task import CONTEST, Task, make_task
 CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("data-parallel", "model-parallel", "single"),
     "strategy": ("auto", "tensor", "pipeline"),
-    "pooling": ("padded-mean", "mean", "last"),
+    "pooling": ("padded-mean", "mean", "last", "first", "pooler"),
     "text_format": ("raw", "turns"),
     "dtype": ("auto", "float32", "float16", "bfloat16"),
     "quantization": ("none", "int8", "int4"),
@@ -49,6 +49,19 @@ LAST_PORT = 65535
 AUTO_COUNTS = ("num_workers", "max_tokens_per_batch")
 
 
+class DefaultLength(int):
+    """A sequence length that nobody asked for: a preset may bring its own (`job.settle`)."""
+
+
+class DefaultPooling(str):
+    """A pooling that nobody asked for, as `DefaultLength`."""
+
+    __slots__ = ()
+
+
+DEFAULT_LENGTH, DEFAULT_POOLING = DefaultLength(512), DefaultPooling("padded-mean")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """What a person asked for. `None` means: the demo's file, or decided from the devices.
@@ -66,8 +79,8 @@ class RunConfig:
     lora_weights: Path | None = None
     head_kernel: Path | None = None
     head_bias: Path | None = None
-    pooling: str = "padded-mean"
-    sequence_length: int = 512
+    pooling: str = DEFAULT_POOLING
+    sequence_length: int = DEFAULT_LENGTH
     text_format: str = "raw"
     num_workers: int | None = None
     group_size: int | None = None
@@ -252,13 +265,12 @@ class RunConfig:
                     f"Received: {' and '.join(stray)}"
                 )
             return
-        # Config and tokenizer are enough for a plan.
-        needs_head = self.calibrate or not self.plan
+        # Whether the preset brings a head of its own is found where it is read.
         missing = [flag(name) for name, path in head.items() if path is None]
-        if needs_head and missing:
+        if len(missing) == 1:
             raise ConfigError(
-                f"--preset needs a head: --head-kernel FILE.npy of shape (hidden, classes) and "
-                f"--head-bias FILE.npy of shape (classes,). Missing: {' and '.join(missing)}"
+                f"--head-kernel FILE.npy of shape (hidden, classes) and --head-bias FILE.npy of "
+                f"shape (classes,) go together. Missing: {missing[0]}"
             )
 
     def _check_task(self) -> None:
@@ -309,8 +321,8 @@ class PrepareConfig:
     head_kernel: Path | None = None
     head_bias: Path | None = None
     input: Path | None = None
-    pooling: str = "padded-mean"
-    sequence_length: int = 512
+    pooling: str = DEFAULT_POOLING
+    sequence_length: int = DEFAULT_LENGTH
     text_format: str = "raw"
     task: Task = CONTEST
 
@@ -345,7 +357,7 @@ def _convert_values(config: "RunConfig | PrepareConfig") -> None:
 def _converted(field: "Field[Any]", value: Any) -> Any:
     name = field.name
     if name in COUNTS:
-        return parse_count(name, value)
+        return value if isinstance(value, DefaultLength) else parse_count(name, value)
     if name in PARSERS:
         return PARSERS[name](value)
     if name in PATHS:

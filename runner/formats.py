@@ -80,7 +80,7 @@ def json_lines(columns: Mapping[str, Any], values: np.ndarray, names: Sequence[s
 
 
 def _csv_of_embeddings(cells: Mapping[str, Sequence[str]], values: np.ndarray) -> str:
-    """As pandas writes them, eight times as fast: it takes half a minute for 25,000 of 768."""
+    """Not by pandas, which takes 11 s of a core for 25,000 embeddings of 768; this takes 2."""
     lines: list[str] = []
     end = "\r\n"  # of which both characters are quoted
     writer = csv.writer(SimpleNamespace(write=lines.append), lineterminator=end)

@@ -5,10 +5,11 @@ Everything here is found before anything starts. Does not know rows, devices or 
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
-from runner.config import RunConfig
+from runner.config import DefaultLength, DefaultPooling, PrepareConfig, RunConfig
 from runner.errors import ConfigError
 from runner.fingerprint import Fingerprint, fingerprint
 from runner.presets import Preset, check_lora, read_head, read_preset
@@ -20,13 +21,15 @@ from runner.task import CONTEST, Task
 # Packages whose versions may change an answer.
 ANSWERS_DEPEND_ON = ("jax", "keras", "keras-hub")
 
+Config = TypeVar("Config", RunConfig, PrepareConfig)
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """The files of a run, the demo's where the person named none, and the preset's facts.
 
-    head_kernel, head_bias: None where the task has no head. quantization: what workers have to
-    make of the preset's weights while they load them.
+    head_kernel, head_bias: None where the task has no head, or the preset's own is used.
+    quantization: what workers have to make of the preset's weights while they load them.
     """
 
     test_set: Path
@@ -57,6 +60,14 @@ class Job:
             head=config.task.head,
         )
 
+    def head_files(self, task: Task) -> tuple[Path, ...]:
+        """Return the files that make pooled vectors into answers."""
+        if task.head == "none":
+            return ()
+        if self.head_kernel is not None and self.head_bias is not None:
+            return self.head_kernel, self.head_bias
+        return self.preset.classifier.files if self.preset.classifier is not None else ()
+
     def fingerprint(
         self, config: RunConfig, dtype: str, ids: Sequence[str], texts: Sequence[str]
     ) -> Fingerprint:
@@ -77,7 +88,7 @@ class Job:
             texts=texts,
             preset_files=self.preset.small_files,
             weight_files=self.preset.weight_files,
-            head_files=[path for path in (self.head_kernel, self.head_bias) if path is not None],
+            head_files=self.head_files(config.task),
             lora_file=self.lora_weights,
         )
 
@@ -111,12 +122,7 @@ def find_job(config: RunConfig, progress: Progress) -> Job:
     if config.task.head == "none":
         files = {name: files[name] for name in files if not name.startswith("head")}  # the demo's
     else:
-        read_head(
-            files["head_kernel"],
-            files["head_bias"],
-            hidden_dim=preset.shape.hidden_dim,
-            classes=len(config.task.label_columns),
-        )
+        check_head(preset, files.get("head_kernel"), files.get("head_bias"), config.task)
     return Job(
         test_set=files["input"],
         preset=preset,
@@ -125,6 +131,71 @@ def find_job(config: RunConfig, progress: Progress) -> Job:
         head_bias=files.get("head_bias"),
         quantization=_quantization_to_do(config, preset),
     )
+
+
+def check_head(preset: Preset, kernel: Path | None, bias: Path | None, task: Task) -> None:
+    """Check the head that is named, or else the preset's own.
+
+    Raises:
+        ConfigError: there is neither, or the preset's own gives other answers than the task wants.
+        DataError: it is damaged, or does not fit.
+    """
+    hidden_dim, classes = preset.shape.hidden_dim, len(task.label_columns)
+    if kernel is not None and bias is not None:
+        read_head(kernel, bias, hidden_dim=hidden_dim, classes=classes)
+    elif preset.classifier is not None:
+        if preset.classifier.activation not in ("linear", task.head):
+            raise ConfigError(
+                f"{preset.path} ends in {preset.classifier.activation}, so [task] must have that "
+                f"head. Received: head = {task.head!r}"
+            )
+        preset.classifier.head(hidden_dim=hidden_dim, classes=classes)
+    else:
+        raise ConfigError(
+            "--preset needs a head: --head-kernel FILE.npy of shape (hidden, classes) and "
+            "--head-bias FILE.npy of shape (classes,), or a preset that is a whole TextClassifier. "
+            f"Received: --preset {preset.path} alone"
+        )
+
+
+def settle(config: Config, preset: Preset) -> Config:
+    """Return the config with what the preset decides where the person did not: a classifier's own
+    pooling and its preprocessor's sequence length, and no more positions than a backbone has.
+
+    Raises:
+        ConfigError: what the person asked for does not go with the preset.
+    """
+    pooling, length = config.pooling, config.sequence_length
+    uses_own = config.head_kernel is None and config.task.head != "none"
+    own = preset.classifier if uses_own else None
+    if own is not None:
+        if isinstance(pooling, DefaultPooling):
+            pooling = own.pooling
+        elif pooling != own.pooling:
+            raise ConfigError(
+                f"{preset.path} brings the head of a {own.known.class_name}, which was trained "
+                f"with --pooling {own.pooling}; leave the flag out, or name a head of your own. "
+                f"Received: --pooling {pooling}"
+            )
+    if pooling not in preset.family.poolings:
+        raise ConfigError(
+            f"{preset.class_name} goes with --pooling {', '.join(preset.family.poolings)}. "
+            f"Received: --pooling {pooling}"
+        )
+    if isinstance(length, DefaultLength):
+        length = (own and preset.tokenizer.sequence_length) or length
+        length = min(length, preset.max_positions or length)
+    elif preset.max_positions is not None and length > preset.max_positions:
+        raise ConfigError(
+            f"{preset.path} has embeddings for {preset.max_positions} positions. "
+            f"Received: --sequence-length {length}"
+        )
+    if preset.tokenizer.is_segment and length < 2:
+        raise ConfigError(
+            f"{preset.class_name} has a start and an end token in every row, so --sequence-length "
+            f"must be at least 2. Received: --sequence-length {length}"
+        )
+    return replace(config, pooling=pooling, sequence_length=length)
 
 
 def _settings_of(config: RunConfig) -> dict[str, object]:

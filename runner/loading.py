@@ -22,6 +22,7 @@ from keras.src.backend.common import global_state
 from keras.src.saving import saving_lib
 
 from runner.errors import DataError, first_line
+from runner.families import FAMILIES
 from runner.quantization import policies_of, quantize_layer
 from runner.weights import StoredWeight, find_weights
 
@@ -61,7 +62,7 @@ def build_backbone(preset: str, *, dtype: str) -> keras.Model:
     finally:
         # Else the next scope that ends, inside the first trace, would fill them at random.
         global_state.set_global_attribute("uninitialized_variables", [])
-    if set(backbone.input) != {"token_ids", "padding_mask"}:
+    if set(backbone.input) - {"segment_ids"} != {"token_ids", "padding_mask"}:
         raise DataError(
             f"{preset} must be a text backbone that takes token_ids and padding_mask. "
             f"Received: inputs {sorted(backbone.input)}"
@@ -73,7 +74,8 @@ def cut_stage(backbone: keras.Model, start: int, stop: int) -> keras.Model:
     """Return the part of a backbone's graph that computes decoder layers `start` to `stop`.
 
     It takes token_ids, or hidden where layers come before it, and padding_mask. The first part has
-    the embedding, the last the final norm. No layer is copied: the parts share the backbone's.
+    the embedding, the last the final norm, and all outputs where a backbone has several. No layer
+    is copied: the parts share the backbone's.
 
     Raises:
         DataError: the backbone is no chain of decoder layers.
@@ -91,19 +93,22 @@ def cut_stage(backbone: keras.Model, start: int, stop: int) -> keras.Model:
     return keras.Model(inputs, output)
 
 
-def float_parts(preset: str, lora_weights: str | None) -> Iterator[keras.Model]:
-    """Yield a float preset's decoder layers in float32, as `cut_stage` cuts them, one at a time:
-    the weights of each are gone when the next comes.
+def float_parts(preset: str, lora_weights: str | None) -> Iterator[tuple[keras.Model, bool]]:
+    """Yield a float preset's layers in float32, as `cut_stage` cuts them, one at a time, and
+    whether it is the last: the weights of each are gone when the next comes. A backbone that
+    cannot be cut comes whole.
 
     Raises:
         DataError: as `build_backbone` and `locate_weights`.
     """
     backbone = build_backbone(preset, dtype="float32")
     stored = locate_weights(backbone, preset, lora_weights)
-    for number in range(len(backbone.transformer_layers)):
-        part = cut_stage(backbone, number, number + 1)
+    has_stages = FAMILIES[type(backbone).__name__].has_stages
+    layers = len(backbone.transformer_layers) if has_stages else 1
+    for number in range(layers):
+        part = cut_stage(backbone, number, number + 1) if has_stages else backbone
         fill(part, stored, place_whole)
-        yield part
+        yield part, number + 1 == layers
         for variable in part.variables:
             variable._value = None
 

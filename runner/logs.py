@@ -3,7 +3,7 @@
 The folder, for its owner alone:
 
     driver.log        what the run said, with the time, and the traceback of what ended it
-    driver.err        what libraries wrote to the driver's standard error
+    driver.err        what libraries wrote to the driver's standard error and output
     worker-R-M.log    what the processes of member M of replica R wrote, one life after the other
     ray/              where a run failed: the logs of Ray's own processes
     previous/         the same, of the run before
@@ -36,7 +36,7 @@ MOST_BYTES = 4 << 20
 MOST_RAY_BYTES, MOST_RAY_FILES = 256 << 10, 40
 # Seconds between looks at what was written.
 LOOK_S = 0.3
-STDERR = 2
+STDOUT, STDERR = 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +73,8 @@ class RunLogs:
     """The folder of a run and the way to the terminal. A context manager.
 
     Args:
-        takes_stderr: whether this process is the command's own: what libraries write to its
-            standard error then goes to the folder, and is shown from there.
+        takes_streams: whether this process is the command's own: what libraries write to its
+            standard error and output then goes to the folder, and is shown from there.
         workers_too: whether what workers write is to be echoed.
 
     Attributes:
@@ -83,22 +83,22 @@ class RunLogs:
     """
 
     def __init__(
-        self, path: Path, *, takes_stderr: bool = False, workers_too: bool = False
+        self, path: Path, *, takes_streams: bool = False, workers_too: bool = False
     ) -> None:
         self._path = path
-        self._takes_stderr = takes_stderr and _is_real_stderr()
+        self._takes_streams = takes_streams and _are_real_streams()
         self._workers_too = workers_too
         self._early: list[LogEvent] = []
         self._lock = threading.Lock()
         self._file: TextIO | None = None
-        self._saved: int | None = None
+        self._saved: dict[int, int] = {}
         self._seen: dict[str, int] = {}
         self._echo: Callable[[str], None] | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.folder: Path | None = None
         self.terminal: TextIO = sys.stderr
-        if self._takes_stderr:
+        if self._takes_streams:
             self.terminal = open(  # noqa: SIM115
                 os.dup(STDERR), "w", buffering=1, encoding=sys.stderr.encoding, errors="replace"
             )
@@ -113,7 +113,7 @@ class RunLogs:
         trace: TracebackType | None,
     ) -> None:
         self.release()
-        if self._takes_stderr:
+        if self._takes_streams:
             self.terminal.close()
         if self.folder is None:
             return
@@ -142,11 +142,12 @@ class RunLogs:
                 f"Received: {self._path}"
             )
 
-    def open(self, echo: Callable[[str], None] | None) -> None:
+    def open(self, echo: Callable[[str], None] | None, *, leaves_stdout: bool = False) -> None:
         """Make the folder, after the person's files were found to be good.
 
         Args:
             echo: shows a line that a library wrote; None where nothing else may be on the terminal.
+            leaves_stdout: for a debugger, which asks there.
 
         Raises:
             ConfigError: it cannot be made.
@@ -158,7 +159,7 @@ class RunLogs:
                 _append_to(self._path / DRIVER_LOG), "w", buffering=1, encoding="utf-8",
                 errors="backslashreplace",
             )  # fmt: skip
-            errors = _append_to(self._path / DRIVER_ERRORS) if self._takes_stderr else None
+            errors = _append_to(self._path / DRIVER_ERRORS) if self._takes_streams else None
         except OSError as error:
             raise ConfigError(
                 "--log-dir must name a folder that exists or can be made. Received: "
@@ -169,9 +170,10 @@ class RunLogs:
         for event in early:
             self.record(event)
         if errors is not None:
-            sys.stderr.flush()
-            self._saved = os.dup(STDERR)
-            os.dup2(errors, STDERR)
+            _flush()
+            for number in (STDERR,) if leaves_stdout else (STDOUT, STDERR):
+                self._saved[number] = os.dup(number)
+                os.dup2(errors, number)
             os.close(errors)
         self._thread = threading.Thread(target=self._look_after, daemon=True, name="logs")
         self._thread.start()
@@ -189,16 +191,17 @@ class RunLogs:
                 self._file = None
 
     def release(self) -> None:
-        """Give standard error back, and show what was written until now."""
+        """Give the streams back, and show what was written until now."""
         self._stop.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=5)
             self._thread = None
-        if self._saved is not None:
-            sys.stderr.flush()
-            os.dup2(self._saved, STDERR)
-            os.close(self._saved)
-            self._saved = None
+        if self._saved:
+            _flush()
+            for number, saved in self._saved.items():
+                os.dup2(saved, number)
+                os.close(saved)
+            self._saved = {}
             self._look()
             _remove_if_empty(self._path / DRIVER_ERRORS)
 
@@ -260,12 +263,12 @@ def write_to_folder(folder: str | None, replica: int, member: int) -> None:
         descriptor = _append_to(Path(folder, worker_log(replica, member)))
     except OSError:
         return
-    for number, stream in ((1, sys.stdout), (STDERR, sys.stderr)):
-        stream.flush()
+    _flush()
+    for number in (STDOUT, STDERR):
         os.dup2(descriptor, number)
     os.close(descriptor)
     # Ray's own streams may hold back what is written until a process ends, killed ones never.
-    sys.stdout = open(1, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
+    sys.stdout = open(STDOUT, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
     sys.stderr = open(STDERR, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
     print(f"{_iso(time.time())} worker {replica}, member {member}: process {os.getpid()} starts")
 
@@ -314,8 +317,13 @@ def _files_of_a_run(folder: Path) -> list[Path]:
     return sorted(path for name in names for path in folder.glob(f"{name}*"))
 
 
-def _is_real_stderr() -> bool:
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def _are_real_streams() -> bool:
     try:
-        return sys.stderr.fileno() == STDERR
+        return (sys.stdout.fileno(), sys.stderr.fileno()) == (STDOUT, STDERR)
     except (AttributeError, OSError, ValueError):
         return False

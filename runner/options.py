@@ -11,6 +11,7 @@ import numpy as np
 
 from runner.config import RunConfig, flag
 from runner.errors import ConfigError
+from runner.families import strategies
 from runner.machine import Devices
 from runner.pipeline import plan_run
 from runner.presets import Preset
@@ -109,9 +110,9 @@ class PlanInput:
         """The way that the config names."""
         strategy = self.config.strategy
         if self.config.mode == "model-parallel" and strategy in (None, "auto"):
-            strategy = (
-                "pipeline" if self.config.members <= self.preset.shape.num_layers else "tensor"
-            )
+            is_short = self.config.members > self.preset.shape.num_layers
+            has_tensor = "tensor" in strategies(self.preset.class_name)
+            strategy = "tensor" if is_short and has_tensor else "pipeline"
         quantization = self.preset.quantization or self.config.quantization
         return self.config.mode, strategy, self.dtype, quantization
 
@@ -377,6 +378,8 @@ def _impossible(
     """Return why a way does not exist, whatever the memory."""
     shape, devices = job.preset.shape, job.devices
     if mode == "model-parallel":
+        if strategy not in strategies(job.preset.class_name):
+            return f"{job.preset.class_name} is not held by several workers in this way"
         if devices.kind != "cpu" and devices.count < members:
             return f"needs {members} devices, there is {devices.count}"
         if strategy == "pipeline" and members > shape.num_layers:

@@ -7,9 +7,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -30,7 +31,7 @@ from runner.errors import (
 from runner.extra_passes import in_waves, predict_swapped, rows_to_swap, swap
 from runner.fingerprint import Fingerprint
 from runner.guard import Guard
-from runner.job import Job, compilation_cache, find_job
+from runner.job import Job, compilation_cache, find_job, settle
 from runner.journal import Journal
 from runner.logs import LogEvent, RunLogs
 from runner.merge import FILLED, PREDICTED, SHORTENED, SWAPPED, WIDER, Merger
@@ -89,7 +90,7 @@ def run(
     Args:
         started: `time.monotonic()` of the process' start, for `seconds.total` and the limit.
         on_signals_taken: called when Ray has replaced the process' signal handlers.
-        owns_process: whether this process is the command's, whose standard error may be taken.
+        owns_process: whether this process is the command's, whose streams may be taken.
 
     Raises:
         ConfigError, DataError: the person's to mend; nothing was written.
@@ -99,7 +100,7 @@ def run(
     """
     started = time.monotonic() if started is None else started
     with (
-        RunLogs(config.log_folder, takes_stderr=owns_process, workers_too=config.verbose) as logs,
+        RunLogs(config.log_folder, takes_streams=owns_process, workers_too=config.verbose) as logs,
         Progress(
             started=started,
             stream=logs.terminal,
@@ -115,13 +116,19 @@ def run(
             check_writable("--report", path)
         check_writable("--journal", config.journal_path)
         logs.check()
-        this = _Run(config, find_job(config, progress), progress, started, logs)
+        job = find_job(config, progress)
+        config = settle(config, job.preset)
+        this = _Run(config, job, progress, started, logs)
         progress.stage(f"reading {this.job.test_set.name}")
         with this.timed("read"):
             this.read()
         if not this.examples:
             progress.note(f"warning: {this.job.test_set} has no rows; the submission is a header.")
-        logs.open(None if config.log_format == "json" else progress.show)
+        is_json = config.log_format == "json"
+        logs.open(
+            None if is_json else progress.show,
+            leaves_stdout=config.mode == "single" and not is_json,
+        )
         with (
             this.open_executor() as executor,
             Guard(this.last_call(is_starting=True), lambda: this.end_without(executor)) as guard,
@@ -596,12 +603,15 @@ class _Run:
             write_rows(self.config.rows_path, self.merger, id_column=self.config.task.id_column)
         except OSError as error:
             self._progress.note(f"warning: the submission stands; its report does not: {error}")
-        for what, write in (("trace", self._write_trace), ("page", self._write_page)):
-            if failure := try_to_write(what, partial(write, report)):
+        for what, path, write in (
+            ("trace", self.config.trace_path, self._write_trace),
+            ("page", self.config.page_path, self._write_page),
+        ):
+            if failure := try_to_write(what, path, partial(write, path, report)):
                 self._progress.note(f"warning: {failure}")
         return report
 
-    def _write_trace(self, report: dict[str, Any]) -> None:
+    def _write_trace(self, path: Path, report: dict[str, Any]) -> None:
         from runner.trace import make_trace, write_trace
 
         timeline = self.timeline
@@ -618,9 +628,9 @@ class _Run:
             },
             noun="group" if self.strategy else "worker",
         )
-        write_trace(self.config.trace_path, events)
+        write_trace(path, events)
 
-    def _write_page(self, report: dict[str, Any]) -> None:
+    def _write_page(self, path: Path, report: dict[str, Any]) -> None:
         from runner.report_page import Story, write_page  # matplotlib takes half a second
 
         values = self.merger.probabilities(range(len(self.examples)))
@@ -636,7 +646,7 @@ class _Run:
             labels=self.config.task.label_columns or [*map(str, range(values.shape[1]))],
             summary=what_happened(report),
         )
-        write_page(self.config.page_path, story)
+        write_page(path, story)
 
     def report(self, executor: "Executor", quantization: dict[str, Any] | None) -> dict[str, Any]:
         """Return the run's report."""
@@ -715,7 +725,7 @@ class _Run:
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         started = time.monotonic()
-        with self.timeline.stage(STAGES[name]):
+        with self.timeline.stage(STAGES.get(name, name)):
             yield
         self.seconds[name] += time.monotonic() - started
 
@@ -739,12 +749,14 @@ class _Run:
         )
 
 
-def try_to_write(what: str, write: Callable[[], None]) -> str | None:
-    """Write something that no run is to fail for, or wait for long; return what went wrong."""
+def try_to_write(what: str, path: Path, write: Callable[[], None]) -> str | None:
+    """Write a file that no run is to fail for, or wait for long; return what went wrong."""
     try:
         _in_background(write, name=what).result(timeout=PAGE_WITHIN_S)
     except Exception as error:  # whatever it is, the answers are there
         why = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
+        with suppress(OSError):
+            path.unlink(missing_ok=True)  # an older run's would be taken for this one's
         return f"the submission stands; its {what} does not: {why}"
     return None
 

@@ -18,7 +18,7 @@ from runner.calibration import calibrate
 from runner.config import RunConfig
 from runner.dataset import read_examples
 from runner.errors import DataError
-from runner.job import cache_folder
+from runner.job import cache_folder, check_head, settle
 from runner.machine import Devices, devices_here, named_devices
 from runner.options import Option, PlanInput, all_options, command_flags, duration, pipeline_over
 from runner.plan_text import render
@@ -55,6 +55,9 @@ def plan(config: RunConfig, *, started: float | None = None) -> dict[str, Any]:
         check_writable("the plan beside --output", config.plan_path)
         preset_path, input_path = _find_files(config, progress)
         preset = read_preset(preset_path, needs_weights=config.calibrate)
+        config = settle(config, preset)
+        if config.calibrate and config.preset is not None and config.task.head != "none":
+            check_head(preset, config.head_kernel, config.head_bias, config.task)
         devices = (
             named_devices(config.device, config.num_workers) if config.device else devices_here()
         )

@@ -18,7 +18,7 @@ from jax._src import distributed
 
 from runner.attention import attention, choose_way, is_quantized
 from runner.matmuls import with_fast_matmuls
-from runner.records import CompileInfo
+from runner.records import CompileInfo, Head
 from sharding.batches import BatchShape
 
 
@@ -38,12 +38,25 @@ def last_token(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
     return hidden[jnp.arange(hidden.shape[0]), jnp.maximum(lengths - 1, 0)]
 
 
+def first_token(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
+    """The hidden state of each row's first token, which in an encoder has seen the whole row."""
+    return hidden[:, 0]
+
+
 # (rows, length, hidden) float32 and (rows,) token counts -> (rows, hidden). A new pooling is one
-# function and one line here, and its name in `config.CHOICES`.
+# function and one line here, its name in `config.CHOICES` and in the families it goes with.
 POOLINGS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "padded-mean": mean_over_all_positions,
     "mean": mean_over_tokens,
     "last": last_token,
+    "first": first_token,
+}
+# The one pooling that is no function of hidden states: BERT's own layer on top of its first token.
+POOLER = "pooler"
+# Of the layer between pooling and head, in a `Head` that has one.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "tanh": jnp.tanh,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
 }
 
 
@@ -55,9 +68,6 @@ OUTPUTS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "regression": lambda sums: sums,
 }
 
-Head = tuple[np.ndarray, np.ndarray]
-
-
 # Poolings that see what becomes of the positions after a row's end.
 SEES_PADDING = ("padded-mean",)
 
@@ -68,10 +78,10 @@ class Predictor:
     Threads may share it: a shape compiles in one while others predict.
 
     Args:
-        model: a functional model over {"token_ids" or "hidden", "padding_mask"}, LoRA merged; its
-            weights stay where they are.
-        head: kernel (hidden, classes) and bias (classes,), or None: hidden states come out.
-        pooling: a key of `POOLINGS`.
+        model: a functional model over {"token_ids" or "hidden", "padding_mask"}, and "segment_ids"
+            in BERT, LoRA merged; its weights stay where they are.
+        head: None where hidden states are to come out.
+        pooling: a key of `POOLINGS`, or `POOLER`.
         output: a key of `OUTPUTS`; or none, without a head: the pooled states come out.
         replicated: over a mesh of several processes, the sharding of what all of them hold whole.
         way: how to attend, a key of `attention.WAYS`; None chooses by device and checks it.
@@ -89,7 +99,8 @@ class Predictor:
     ) -> None:
         self._model = model
         self._entry = "token_ids" if "token_ids" in model.input else "hidden"
-        self._pool = POOLINGS[pooling]
+        self._pooling = pooling
+        self._dense = ACTIVATIONS[head.activation] if head is not None and head.dense else None
         self._output = output if head is not None or output == "none" else "hidden"
         self._sees_padding = pooling in SEES_PADDING
         self.notes: tuple[str, ...] = ()
@@ -97,7 +108,7 @@ class Predictor:
         self._arguments = (
             [variable.value for variable in model.trainable_variables],
             [variable.value for variable in model.non_trainable_variables],
-            [self._on_device(np.asarray(array, np.float32)) for array in head or ()],
+            [self._on_device(np.asarray(array, np.float32)) for array in _arrays(head)],
         )
         device = next(iter(self._arguments[0][0].devices()))
         # TF32 would break the float32 equalities on a GPU.
@@ -176,27 +187,36 @@ class Predictor:
         entry: jax.Array,
         lengths: jax.Array,
     ) -> jax.Array:
-        hidden = self._hidden(trainable, non_trainable, entry, lengths)
+        states = self._states(trainable, non_trainable, entry, lengths)
+        hidden = states["sequence_output"] if isinstance(states, dict) else states
         if self._output == "hidden":
             return hidden
-        pooled = self._pool(hidden.astype(jnp.float32), lengths)
+        if self._pooling == POOLER:
+            pooled = states["pooled_output"].astype(jnp.float32)
+        else:
+            pooled = POOLINGS[self._pooling](hidden.astype(jnp.float32), lengths)
         if self._output == "none":
             return pooled
-        kernel, bias = head
+        kernel, bias, *dense = head
+        if self._dense is not None:
+            between, its_bias = dense
+            pooled = self._dense(jnp.matmul(pooled, between, precision="highest") + its_bias)
         logits = jnp.matmul(pooled, kernel, precision="highest") + bias
         return OUTPUTS[self._output](logits)
 
-    def _hidden(
+    def _states(
         self,
         trainable: list[jax.Array],
         non_trainable: list[jax.Array],
         entry: jax.Array,
         lengths: jax.Array,
-    ) -> jax.Array:
-        """Return the model's output, (rows, length, hidden)."""
+    ) -> Any:
+        """Return hidden states, (rows, length, hidden), of BERT as one of two outputs."""
 
-        def call(entry: jax.Array, mask: jax.Array) -> jax.Array:
+        def call(entry: jax.Array, mask: jax.Array) -> Any:
             inputs = {self._entry: entry, "padding_mask": mask}
+            if "segment_ids" in self._model.input:
+                inputs["segment_ids"] = jnp.zeros_like(entry)  # a row is one segment
             return self._model.stateless_call(trainable, non_trainable, inputs, training=False)[0]
 
         rows, length, *trailing = entry.shape
@@ -215,6 +235,10 @@ class Predictor:
         if self._replicated is None:
             return jax.device_put(array)
         return jax.make_array_from_callback(array.shape, self._replicated, array.__getitem__)
+
+
+def _arrays(head: Head | None) -> tuple[np.ndarray, ...]:
+    return () if head is None else (head.kernel, head.bias, *(head.dense or ()))
 
 
 @contextmanager

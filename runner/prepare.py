@@ -1,7 +1,8 @@
 """A float preset and a LoRA file -> a preset directory that is merged and quantized, made once.
 
 The directory is an ordinary KerasHub preset, and appears under its name when it is whole. All is
-done in this process, on the CPU, one layer in float at a time.
+done in this process, on the CPU, one layer in float at a time. A checkpoint of Hugging Face
+transformers is converted to a preset before.
 """
 
 import json
@@ -10,20 +11,23 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from runner.accuracy import compare, describe, reference_batch
+from runner.classifiers import TASK, TASK_WEIGHTS
 from runner.config import PrepareConfig
 from runner.errors import ConfigError
-from runner.presets import ACCURACY_FILE, Preset, check_lora, read_head, read_preset
+from runner.job import check_head, settle
+from runner.presets import ACCURACY_FILE, Preset, check_lora, checkpoint_type, read_preset
 from runner.progress import Progress
 from runner.records import Examples, ModelSpec
 from runner.task import Task
 
 # Beside the weights and the backbone's own config.
-COPIED = ("tokenizer.json", "preprocessor.json", "assets")
+COPIED = ("tokenizer.json", "preprocessor.json", "assets", TASK, TASK_WEIGHTS)
 
 
 def prepare(config: PrepareConfig, *, started: float | None = None) -> Preset:
@@ -33,7 +37,11 @@ def prepare(config: PrepareConfig, *, started: float | None = None) -> Preset:
         ConfigError, DataError: the person's to mend; nothing was written.
     """
     started = time.monotonic() if started is None else started
+    _check_output(config.output)
+    if os.path.isdir(config.preset) and checkpoint_type(config.preset):
+        return _convert(config, started)
     preset = _check(config)
+    config = settle(config, preset)
     spec = ModelSpec(
         preset=str(preset.path.resolve()),
         lora_weights=str(config.lora_weights.resolve()) if config.lora_weights else None,
@@ -46,7 +54,8 @@ def prepare(config: PrepareConfig, *, started: float | None = None) -> Preset:
         compilation_cache=None,
         head=config.task.head,
     )
-    has_head = config.head_kernel is not None or config.task.head == "none"
+    named = config.head_kernel or preset.classifier
+    has_head = named is not None or config.task.head == "none"
     with Progress(started=started) as progress, _appears_whole(config.output) as folder:
         progress.stage(f"loading {preset.path}")
         backbone = _load(spec)
@@ -79,13 +88,44 @@ def prepare(config: PrepareConfig, *, started: float | None = None) -> Preset:
     return made
 
 
-def _check(config: PrepareConfig) -> Preset:
-    """Find what can be found before the work."""
-    output = config.output
+def _convert(config: PrepareConfig, started: float) -> Preset:
+    """Make a preset of a checkpoint, and go on from it where more is asked for."""
+    is_all = config.quantization == "none" and config.lora_weights is None
+    made = config.output
+    if not is_all:
+        made = made.with_name(f".{made.name}.{os.getpid()}.converted")
+    _start_keras()
+    from runner.checkpoints import convert
+
+    try:
+        with Progress(started=started) as progress, _appears_whole(made) as folder:
+            progress.stage(f"converting {config.preset}")
+            dtype = "float32" if config.dtype == "auto" else config.dtype
+            convert(config.preset, folder, dtype=dtype)
+        if not is_all:
+            return prepare(replace(config, preset=made), started=started)
+        preset = read_preset(made)
+        size = sum(path.stat().st_size for path in preset.weight_files)
+        print(
+            f"{made}: {size / 1e6:,.0f} MB of weights of a {preset.class_name} in {dtype}; "
+            f"{time.monotonic() - started:.1f} s",
+            flush=True,
+        )
+        return preset
+    finally:
+        if not is_all:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _check_output(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output must be a new or an empty folder. Received: {output}")
     if not output.resolve().parent.is_dir():
         raise ConfigError(f"--output must lie in a folder that exists. Received: {output}")
+
+
+def _check(config: PrepareConfig) -> Preset:
+    """Find what can be found before the work."""
     preset = read_preset(config.preset)
     if preset.quantization is not None:
         raise ConfigError(
@@ -94,21 +134,21 @@ def _check(config: PrepareConfig) -> Preset:
         )
     if config.lora_weights is not None:
         check_lora(config.lora_weights, preset.shape)
-    if config.head_kernel is not None and config.head_bias is not None:
-        read_head(
-            config.head_kernel,
-            config.head_bias,
-            hidden_dim=preset.shape.hidden_dim,
-            classes=len(config.task.label_columns),
-        )
+    named = config.head_kernel or preset.classifier
+    if named is not None and config.task.head != "none" and config.quantization != "none":
+        check_head(preset, config.head_kernel, config.head_bias, config.task)  # to measure with
     return preset
 
 
-def _load(spec: ModelSpec) -> Any:
+def _start_keras() -> None:
     from runner.workers import prepare_process
     from sharding.topology import WorkerSlot
 
     prepare_process(WorkerSlot(0, "cpu"), verbose=False)
+
+
+def _load(spec: ModelSpec) -> Any:
+    _start_keras()
     from runner.loading import load_backbone
 
     return load_backbone(

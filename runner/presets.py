@@ -4,56 +4,28 @@ A wrong file is found here, in the driver, before any worker starts. Needs neith
 `loading.py` makes the model itself.
 """
 
-import json
 import math
 import os
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
 
+from runner.classifiers import TASK_WEIGHTS, TextClassifier, read_classifier
 from runner.errors import DataError, first_line, shown
-from sharding.costs import ModelShape, model_shape
+from runner.families import FAMILIES, Family, family_of_checkpoint, model_shape
+from runner.json_files import read_json, settings_of
+from runner.records import Head
+from runner.tokenizer_files import TokenizerFiles, read_tokenizer
+from sharding.costs import ModelShape
 
-
-@dataclass(frozen=True, slots=True)
-class SpecialTokens:
-    """The tokens that a KerasHub preprocessor adds to a text.
-
-    start: None where the family has none. pad: None where it is the id 0, whatever its token.
-    others: further tokens that are looked for in the text, by byte-level BPE alone.
-    """
-
-    start: str | None
-    end: str
-    pad: str | None = None
-    others: tuple[str, ...] = ()
-
-
-# Tokenizer class -> its tokens, as KerasHub's classes pass them to `_add_special_token`.
-SENTENCEPIECE_TOKENIZERS = {
-    "GemmaTokenizer": SpecialTokens("<bos>", "<eos>", "<pad>"),
-    "Gemma3Tokenizer": SpecialTokens("<bos>", "<eos>", "<pad>"),
-    "LlamaTokenizer": SpecialTokens("<s>", "</s>"),
-    "MistralTokenizer": SpecialTokens("<s>", "</s>"),
-}
-BYTE_PAIR_TOKENIZERS = {
-    "Llama3Tokenizer": SpecialTokens(
-        "<|begin_of_text|>",
-        "<|end_of_text|>",
-        others=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    ),
-    "QwenTokenizer": SpecialTokens(None, "<|endoftext|>"),
-    "Qwen3Tokenizer": SpecialTokens(None, "<|im_end|>", "<|endoftext|>"),
-}
-TOKENIZERS = SENTENCEPIECE_TOKENIZERS | BYTE_PAIR_TOKENIZERS
-# Keys of a tokenizer's config that change tokens where they are set, and are not followed here.
-UNFOLLOWED_OPTIONS = (
-    *("sequence_length", "add_bos", "add_eos"),
-    *("bos_token", "eos_token", "misc_special_tokens"),
+# Of a shape, what must be positive.
+SIZES = (
+    *("vocabulary_size", "num_layers", "hidden_dim", "num_query_heads", "num_key_value_heads"),
+    *("head_dim", "intermediate_dim"),
 )
 QUANTIZED_POLICIES = ("QuantizedDTypePolicy", "Int4DTypePolicy")
 # Version 3 is for names that are not Latin-1: a plain array has none.
@@ -61,7 +33,6 @@ NPY_HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
-ASSETS = Path("assets", "tokenizer")
 WEIGHTS = "model.weights.h5"
 # Beside the weights of a prepared preset: how far they lie from float32.
 ACCURACY_FILE = "quantization.json"
@@ -71,36 +42,11 @@ SHARDED_WEIGHTS_INDEX = "model.weights.json"
 
 
 @dataclass(frozen=True, slots=True)
-class BytePairOptions:
-    """What byte-level BPE needs beside its vocabulary.
-
-    unsplittable_tokens: strings that become one token wherever a text holds them.
-    """
-
-    merges: Path
-    unsplittable_tokens: tuple[str, ...]
-    add_prefix_space: bool
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizerFiles:
-    """How a preset turns text into tokens."""
-
-    class_name: str
-    vocabulary: Path
-    start_token: str | None
-    end_token: str
-    pad_token: str | None
-    add_start: bool
-    add_end: bool
-    byte_pairs: BytePairOptions | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Preset:
     """A KerasHub preset directory whose files are all there.
 
-    quantization: of its weights on disk, int8 or int4, or None.
+    quantization: of its weights on disk, int8 or int4, or None. max_positions: the longest row it
+    can take, None for no limit. classifier: the head of a whole `TextClassifier`, where it is one.
     """
 
     path: Path
@@ -109,12 +55,18 @@ class Preset:
     tokenizer: TokenizerFiles
     weight_files: tuple[Path, ...]
     quantization: str | None = None
+    max_positions: int | None = None
+    classifier: TextClassifier | None = None
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.class_name]
 
     @property
     def accuracy(self) -> dict[str, Any]:
         """What was measured when a quantized preset was prepared, as `accuracy.compare` has it."""
         try:
-            figures = _read_json(self.path / ACCURACY_FILE)
+            figures = read_json(self.path / ACCURACY_FILE)
         except DataError:
             figures = {}
         numbers = ("reference_rows", "max_abs_difference", "mean_abs_difference", "changed_argmax")
@@ -145,35 +97,67 @@ def read_preset(path: Path, *, needs_weights: bool = True) -> Preset:
         needs_weights: False takes a directory whose weights are not there, or not all.
 
     Raises:
-        DataError: a file is missing or unreadable, or the class is no text decoder backbone.
+        DataError: a file is missing or unreadable, or the class is no text backbone.
     """
     if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         raise DataError(f"--preset must be a KerasHub preset directory. Received: {path}")
-    config = _read_json(path / "config.json")
+    if model_type := checkpoint_type(path):
+        raise DataError(
+            f"{path} is a Hugging Face checkpoint, not a KerasHub preset. Convert it once: "
+            f"python run.py prepare --preset {path} --output DIR --quantization none; then run "
+            f"with --preset DIR. Received: model_type={model_type!r}"
+        )
+    config = read_json(path / "config.json")
     module, class_name = str(config.get("module")), str(config.get("class_name"))
     if not module.startswith(("keras_hub.", "keras_nlp.")):
         raise DataError(
             f"{path / 'config.json'} must describe a backbone of keras_hub or keras_nlp. "
             f"Received: module={module!r}, class_name={class_name!r}"
         )
-    settings = _settings(path / "config.json", config)
+    settings = settings_of(path / "config.json", config)
     try:
         shape = model_shape(class_name, settings)
     except (ValueError, OverflowError) as error:
         raise DataError(f"{path} is no preset this runner can use. {first_line(error)}") from None
     quantization = _quantization(path, settings.get("dtype"))
-    tokenizer = _read_tokenizer(path)
+    tokenizer = read_tokenizer(path)
     if needs_weights:
         weight_files = _weight_files(path)
         _check_size(path / "config.json", shape, weight_files)
     else:
-        weight_files = tuple(sorted(path.glob("*.weights.h5")))
-    return Preset(path, class_name, shape, tokenizer, weight_files, quantization)
+        weight_files = tuple(sorted({*path.glob("*.weights.h5")} - {path / TASK_WEIGHTS}))
+    positions = settings.get("max_sequence_length") if FAMILIES[class_name].has_positions else None
+    return Preset(
+        *(path, class_name, shape, tokenizer, weight_files, quantization),
+        max_positions=positions if type(positions) is int else None,
+        classifier=read_classifier(path, class_name),
+    )
+
+
+def checkpoint_type(path: Path) -> str | None:
+    """Return the model type of a checkpoint of Hugging Face transformers, None for other folders.
+
+    Raises:
+        DataError: it is one that KerasHub does not convert to a backbone that loads here.
+    """
+    config = read_json(path / "config.json")
+    if "class_name" in config or "model_type" not in config:
+        return None
+    model_type = str(config["model_type"])
+    if family_of_checkpoint(model_type) is None:
+        known = sorted(name for family in FAMILIES.values() for name in family.checkpoints)
+        raise DataError(
+            f"{path} is a Hugging Face checkpoint that KerasHub does not convert to a backbone of "
+            f"this runner. Expected a model_type of {', '.join(known)}. "
+            f"Received: model_type={shown(model_type)}"
+        )
+    return model_type
 
 
 def _check_size(config: Path, shape: ModelShape, weight_files: tuple[Path, ...]) -> None:
     """Refuse a garbled size before a worker builds a million layers of it."""
-    for name, value in asdict(shape).items():
+    for name in SIZES:
+        value = getattr(shape, name)
         if value < 1:
             raise DataError(
                 f"{config} must describe a backbone of positive sizes. Received: {name}={value}"
@@ -191,7 +175,9 @@ def _quantization(path: Path, policies: Any) -> str | None:
     """Return the quantization that a config's dtype policies name, None where they are float."""
     if not isinstance(policies, dict) or policies.get("class_name") != "DTypePolicyMap":
         return None
-    named = _settings(path / "config.json", _settings(path / "config.json", policies), "policy_map")
+    named = settings_of(
+        path / "config.json", settings_of(path / "config.json", policies), "policy_map"
+    )
     modes = {
         str(policy["config"].get("mode", "")).partition("/")[0]
         for policy in named.values()
@@ -249,10 +235,8 @@ def check_lora(path: Path, shape: ModelShape) -> int:
     return rank
 
 
-def read_head(
-    kernel_path: Path, bias_path: Path, *, hidden_dim: int, classes: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the head's kernel, float32 (hidden, classes), and bias, float32 (classes,).
+def read_head(kernel_path: Path, bias_path: Path, *, hidden_dim: int, classes: int) -> Head:
+    """Return the head of two .npy files.
 
     Raises:
         DataError: a file is missing, needs unpickling, or does not fit the backbone.
@@ -269,7 +253,7 @@ def read_head(
             f"--head-bias must have shape (classes,) = {(classes,)} to fit the head kernel. "
             f"Received: {bias_path} of shape {bias.shape}"
         )
-    return kernel, bias
+    return Head(kernel, bias)
 
 
 def _read_array(name: str, path: Path) -> np.ndarray:
@@ -311,69 +295,13 @@ def _check_claims(file: BinaryIO) -> None:
     file.seek(0)
 
 
-def _read_tokenizer(path: Path) -> TokenizerFiles:
-    tokenizer = _read_json(path / "tokenizer.json")
-    class_name = str(tokenizer.get("class_name"))
-    if class_name not in TOKENIZERS:
-        raise DataError(
-            f"{path / 'tokenizer.json'} must name one of {', '.join(sorted(TOKENIZERS))}. "
-            f"Received: class_name={class_name!r}"
-        )
-    tokens, config = TOKENIZERS[class_name], _settings(path / "tokenizer.json", tokenizer)
-    for key in UNFOLLOWED_OPTIONS:
-        if config.get(key):
-            raise DataError(
-                f"{path / 'tokenizer.json'} must not set {key}, which this runner does not follow. "
-                f"Received: {key}={shown(config[key])}"
-            )
-    byte_pairs = None
-    if class_name in BYTE_PAIR_TOKENIZERS:
-        unsplittable = config.get("unsplittable_tokens")
-        if unsplittable is None:
-            added = (tokens.start, tokens.end, tokens.pad, *tokens.others)
-            unsplittable = [token for token in added if token is not None]
-        if not isinstance(unsplittable, list) or not all(
-            isinstance(token, str) and token for token in unsplittable
-        ):
-            raise DataError(
-                f"{path / 'tokenizer.json'} must give unsplittable_tokens as a list of tokens. "
-                f"Received: {shown(unsplittable)}"
-            )
-        byte_pairs = BytePairOptions(
-            merges=_asset(path, "merges.txt"),
-            unsplittable_tokens=tuple(unsplittable),
-            add_prefix_space=bool(config.get("add_prefix_space", False)),
-        )
-    options: dict[str, Any] = {}
-    preprocessor = path / "preprocessor.json"
-    if preprocessor.is_file():
-        options = _settings(preprocessor, _read_json(preprocessor))
-    return TokenizerFiles(
-        class_name=class_name,
-        vocabulary=_asset(path, "vocabulary.json" if byte_pairs else "vocabulary.spm"),
-        start_token=tokens.start,
-        end_token=tokens.end,
-        pad_token=tokens.pad,
-        add_start=tokens.start is not None and bool(options.get("add_start_token", True)),
-        add_end=bool(options.get("add_end_token", True)),
-        byte_pairs=byte_pairs,
-    )
-
-
-def _asset(path: Path, name: str) -> Path:
-    asset = path / ASSETS / name
-    if not asset.is_file():
-        raise DataError(f"The preset lacks a file of its tokenizer. Expected: {asset}")
-    return asset
-
-
 def _weight_files(path: Path) -> tuple[Path, ...]:
     files = [path / WEIGHTS]
     if not files[0].is_file():
         index = path / SHARDED_WEIGHTS_INDEX
         if not index.is_file():
             raise DataError(f"The preset has no weights. Expected: {files[0]} or {index}")
-        weight_map = _settings(index, _read_json(index), "weight_map")
+        weight_map = settings_of(index, read_json(index), "weight_map")
         names = [
             name
             for value in weight_map.values()
@@ -394,25 +322,3 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
                 "the preset came from."
             ) from None
     return tuple(files)
-
-
-def _settings(path: Path, content: dict[str, Any], key: str = "config") -> dict[str, Any]:
-    """Return the object under a key of a JSON file's object; missing or null is empty."""
-    settings = content.get(key)
-    if settings is None:
-        return {}
-    if not isinstance(settings, dict):
-        raise DataError(f"{path} must hold an object as {key}. Received: {shown(settings)}")
-    return settings
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise DataError(f"The preset lacks a file. Expected: {path}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no readable JSON: {first_line(error)}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path} must hold a JSON object. Received: {type(content).__name__}")
-    return content

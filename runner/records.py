@@ -36,12 +36,14 @@ class TokenTable:
 
     values: int32 (tokens,). offsets: int64 (rows + 1,). Two arrays, so that workers on one
     machine read one copy from shared memory. pad_id: the token that the model was trained with
-    after a row's end, which `padded-mean` sees.
+    after a row's end, which `padded-mean` sees. end_id: the token that a row keeps at its end
+    however it is cut, None where it is cut as it stands.
     """
 
     values: np.ndarray
     offsets: np.ndarray
     pad_id: int = 0
+    end_id: int | None = None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -57,20 +59,38 @@ class TokenTable:
         A row of more than `length` tokens is cut to them, as a run at that sequence length would.
         """
         starts = self.offsets[list(rows)]
-        counts = np.minimum(self.offsets[np.add(rows, 1)] - starts, length)
+        whole = self.offsets[np.add(rows, 1)] - starts
+        counts = np.minimum(whole, length)
         tokens = np.full((num_rows, length), self.pad_id, dtype=np.int32)
         lengths = np.zeros(num_rows, dtype=np.int32)
         lengths[: len(rows)] = counts
         within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
         real = np.arange(length) < lengths[:, None]
         tokens[real] = self.values[np.repeat(starts, counts) + within]
+        if self.end_id is not None:
+            tokens[: len(rows)][whole > length, -1] = self.end_id
         return tokens, lengths
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What turns pooled vectors into classes, all float32.
+
+    kernel: (hidden, classes). bias: (classes,). dense: kernel and bias of a layer before them, None
+    where there is none; activation: that layer's, a key of `predictor.ACTIVATIONS`.
+    """
+
+    kernel: np.ndarray
+    bias: np.ndarray
+    dense: tuple[np.ndarray, np.ndarray] | None = None
+    activation: str = "linear"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """All a worker needs to make a replica. Paths and names only: models do not travel.
 
+    head_kernel, head_bias: None where the preset is a classifier with a head of its own.
     quantization: what to make of a float preset while it is loaded; None where it is to stay as
     it is on disk. stored_bytes: of its weight files. head: a key of `predictor.OUTPUTS`, or none:
     then there are no head files, and a row gets its pooled states, `classes` numbers.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from runner.config import RunConfig
 from runner.errors import ConfigError
+from runner.families import strategies
 from runner.machine import ask_nvidia_smi
 from runner.presets import Preset
 from sharding.costs import ModelShape
@@ -34,11 +35,13 @@ def choose_strategy(config: RunConfig, preset: Preset) -> Strategy | None:
     any link as long as there are more batches than members, and a large test set has those.
 
     Raises:
-        ConfigError: more members than layers, or a stage that no device can hold.
+        ConfigError: more members than layers, a stage that no device can hold, or a family that
+            is not held in this way.
     """
     if config.mode != "model-parallel":
         return None
     shape, members = preset.shape, config.members
+    known = strategies(preset.class_name)
     memory = device_memory_bytes()
     # What auto will be is the devices' to say: 16 bits on GPUs.
     item_bytes = ITEM_BYTES.get(config.dtype, 2 if memory else 4)
@@ -50,11 +53,18 @@ def choose_strategy(config: RunConfig, preset: Preset) -> Strategy | None:
     }
     name, asked = config.strategy or "auto", "as asked for"
     if name == "auto":
-        name = "pipeline" if members <= shape.num_layers else "tensor"
+        name = "pipeline" if members <= shape.num_layers or "tensor" not in known else "tensor"
         asked = (
             "it moves less and a large test set keeps every stage busy"
             if name == "pipeline"
             else f"{shape.num_layers} layers cannot be cut into {members} stages"
+        )
+    if name not in known:
+        raise ConfigError(
+            f"{preset.class_name} goes with "
+            + (f"--strategy {' or '.join(known)} or " if known else "")
+            + "--mode data-parallel or single, a whole replica a device. "
+            f"Received: --mode model-parallel --strategy {config.strategy or 'auto'}"
         )
     if name == "tensor" and quantization != "none":
         raise ConfigError(

@@ -25,6 +25,7 @@ from runner.records import (
     Activations,
     BatchResult,
     CompileInfo,
+    Head,
     ModelSpec,
     TokenTable,
     Work,
@@ -322,13 +323,11 @@ def predict_in_float(spec: ModelSpec, tokens: np.ndarray, lengths: np.ndarray) -
     """Return float32 (rows, classes): what a float preset says of tokens int32 (rows, length)."""
     from runner.loading import float_parts
     from runner.predictor import Predictor
-    from runner.presets import read_preset
 
-    layers = read_preset(Path(spec.preset)).shape.num_layers
     values = tokens
-    for number, part in enumerate(float_parts(spec.preset, spec.lora_weights), start=1):
-        head = load_head(spec, part) if number == layers else None
-        output = spec.head if number == layers else "hidden"
+    for part, is_last in float_parts(spec.preset, spec.lora_weights):
+        head = load_head(spec, part) if is_last else None
+        output = spec.head if is_last else "hidden"
         predictor = Predictor(part, head, pooling=spec.pooling, output=output, way="keras")
         values = predictor.predict(values, lengths)
         del predictor
@@ -348,18 +347,24 @@ def _memory_errors() -> Iterator[None]:
         raise
 
 
-def load_head(spec: ModelSpec, backbone: Any) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return kernel and bias, or None where the pooled states are asked for."""
-    if spec.head_kernel is None or spec.head_bias is None:
+def load_head(spec: ModelSpec, backbone: Any) -> Head | None:
+    """Return the head that is named, else the preset's own; None where the pooled states are asked
+    for.
+
+    Raises:
+        DataError: it is damaged, or does not fit.
+    """
+    if spec.head == "none":
         return None
+    from runner.classifiers import read_own_head
     from runner.presets import read_head
 
-    return read_head(
-        Path(spec.head_kernel),
-        Path(spec.head_bias),
-        hidden_dim=int(backbone.output.shape[-1]),
-        classes=spec.classes,
-    )
+    output = backbone.output
+    hidden = output["sequence_output"] if isinstance(output, dict) else output
+    sizes = {"hidden_dim": int(hidden.shape[-1]), "classes": spec.classes}
+    if spec.head_kernel is None or spec.head_bias is None:
+        return read_own_head(Path(spec.preset), **sizes)
+    return read_head(Path(spec.head_kernel), Path(spec.head_bias), **sizes)
 
 
 def peak_rss_bytes() -> int:

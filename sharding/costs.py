@@ -1,9 +1,10 @@
 """A backbone's config -> its dimensions, and from them FLOPs and bytes.
 
-Knows the names of KerasHub's config keys, and nothing of Keras itself.
+Knows the names of KerasHub's config keys, and nothing of Keras itself. Which family is read how,
+and what else is known of it, is one table: `runner/families.py`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,12 @@ TYPICAL_FLOPS_PER_S = {"cpu": 1e11, "gpu": 2e13, "tpu": 1e14}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """The dimensions of a decoder that decide what it costs.
+    """The dimensions of a backbone that decide what it costs.
 
-    `intermediate_dim` is the width of one of the two gated feed-forward projections.
+    intermediate_dim: the width of the feed-forward part, where it is gated of one of its two
+    projections. is_gated: two projections up and one down, as decoders have, else one and one.
+    is_causal: a token sees those before it alone. relative_positions: of DeBERTa, the embedded
+    distances that every query and every key is compared with.
     """
 
     vocabulary_size: int
@@ -30,6 +34,9 @@ class ModelShape:
     num_key_value_heads: int
     head_dim: int
     intermediate_dim: int
+    is_gated: bool = True
+    is_causal: bool = True
+    relative_positions: int = 0
 
     @property
     def layer_parameters(self) -> int:
@@ -37,23 +44,35 @@ class ModelShape:
         attention = (
             2 * self.hidden_dim * self.head_dim * (self.num_query_heads + self.num_key_value_heads)
         )
-        return attention + 3 * self.hidden_dim * self.intermediate_dim
+        return attention + (2 + self.is_gated) * self.hidden_dim * self.intermediate_dim
 
     @property
     def flops_per_token(self) -> int:
-        """Matmul FLOPs of one token without attention scores: two for each parameter."""
-        return 2 * self.num_layers * self.layer_parameters
+        """Matmul FLOPs of one token without attention scores: two for each parameter.
+
+        DeBERTa compares its key and its query with every distance, too (He et al. 2021,
+        https://arxiv.org/abs/2006.03654, section 3.1).
+        """
+        distances = 2 * self.relative_positions * self.num_query_heads * self.head_dim
+        return 2 * self.num_layers * (self.layer_parameters + distances)
 
     def attention_flops(self, length: int) -> int:
-        """FLOPs of causal scores and values for one row of `length` tokens.
+        """FLOPs of scores and values for one row of `length` tokens.
 
         Four for each query head, head dim and pair of positions, of which causality leaves half.
         """
-        return 2 * self.num_layers * self.num_query_heads * self.head_dim * length * length
+        pairs = (2 if self.is_causal else 4) * length * length
+        return self.num_layers * self.num_query_heads * self.head_dim * pairs
 
     def batch_flops(self, shape: BatchShape) -> int:
-        """FLOPs of a padded batch, the cost by which shards are cut."""
-        return shape.tokens * self.flops_per_token + shape.rows * self.attention_flops(shape.length)
+        """FLOPs of a padded batch, the cost by which shards are cut.
+
+        KerasHub's DeBERTa projects the embedded distances to queries and keys for each row anew.
+        """
+        heads_dim = self.num_query_heads * self.head_dim
+        distances = 4 * self.num_layers * self.relative_positions * self.hidden_dim * heads_dim
+        a_row = self.attention_flops(shape.length) + distances
+        return shape.tokens * self.flops_per_token + shape.rows * a_row
 
     def weight_bytes(self, item_bytes: float) -> float:
         """Bytes of all weights, norms left out."""
@@ -73,7 +92,8 @@ class ModelShape:
         """Bytes of hidden states and their norms, queries, keys and values, both feed-forward
         projections and their product."""
         heads = self.num_query_heads + 2 * self.num_key_value_heads
-        values = 6 * self.hidden_dim + 2 * heads * self.head_dim + 3 * self.intermediate_dim
+        projected = (2 + self.is_gated) * self.intermediate_dim
+        values = 6 * self.hidden_dim + 2 * heads * self.head_dim + projected
         return values * item_bytes
 
     def compile_flops(self, kind: str, replicas: int) -> float:
@@ -81,17 +101,37 @@ class ModelShape:
         return self.num_layers * COMPILE_S_PER_LAYER * TYPICAL_FLOPS_PER_S[kind] * replicas
 
 
-def _gemma(config: Mapping[str, Any]) -> ModelShape:
-    # KerasHub's Gemma names the two gated projections together: each has half the width.
-    return _shape(config, head_dim=config["head_dim"], intermediate=config["intermediate_dim"] // 2)
+def gated_halves(config: Mapping[str, Any]) -> ModelShape:
+    """Read Gemma 1 and 2, whose intermediate_dim names the two gated projections together."""
+    return _decoder(
+        config, head_dim=config["head_dim"], intermediate=config["intermediate_dim"] // 2
+    )
 
 
-def _llama(config: Mapping[str, Any]) -> ModelShape:
+def gated(config: Mapping[str, Any]) -> ModelShape:
+    """Read Gemma 3 and Qwen 3, which name their head dim, and the others, which may."""
     head_dim = config.get("head_dim") or config["hidden_dim"] // config["num_query_heads"]
-    return _shape(config, head_dim=head_dim, intermediate=config["intermediate_dim"])
+    return _decoder(config, head_dim=head_dim, intermediate=config["intermediate_dim"])
 
 
-def _shape(config: Mapping[str, Any], *, head_dim: int, intermediate: int) -> ModelShape:
+def encoder(config: Mapping[str, Any]) -> ModelShape:
+    """Read BERT, RoBERTa and DeBERTa v3, which alone has a bucket_size."""
+    heads = int(config["num_heads"])
+    return ModelShape(
+        vocabulary_size=int(config["vocabulary_size"]),
+        num_layers=int(config["num_layers"]),
+        hidden_dim=int(config["hidden_dim"]),
+        num_query_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=int(config["hidden_dim"]) // heads,
+        intermediate_dim=int(config["intermediate_dim"]),
+        is_gated=False,
+        is_causal=False,
+        relative_positions=2 * int(config.get("bucket_size", 0)),
+    )
+
+
+def _decoder(config: Mapping[str, Any], *, head_dim: int, intermediate: int) -> ModelShape:
     return ModelShape(
         vocabulary_size=int(config["vocabulary_size"]),
         num_layers=int(config["num_layers"]),
@@ -101,42 +141,3 @@ def _shape(config: Mapping[str, Any], *, head_dim: int, intermediate: int) -> Mo
         head_dim=int(head_dim),
         intermediate_dim=int(intermediate),
     )
-
-
-# KerasHub class name -> how its config is read. A new decoder family is one line here. Only Gemma 1
-# and 2 double the feed-forward width; Gemma 3 and Qwen 3 name their head dim, the others may.
-FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelShape]] = {
-    "GemmaBackbone": _gemma,
-    "Gemma3Backbone": _llama,
-    "LlamaBackbone": _llama,
-    "Llama3Backbone": _llama,
-    "MistralBackbone": _llama,
-    "QwenBackbone": _llama,
-    "Qwen3Backbone": _llama,
-}
-# Config keys of Gemma 3 that add inputs (images) or outputs (a pooled vector) to the backbone.
-MORE_THAN_TEXT = ("vision_encoder", "is_embedding_model")
-
-
-def model_shape(class_name: str, config: Mapping[str, Any]) -> ModelShape:
-    """Return the dimensions of the backbone that a KerasHub config.json describes.
-
-    Raises:
-        ValueError: the class is no decoder listed in `FAMILIES`, a key is missing, or the
-            backbone takes images or returns a pooled vector.
-    """
-    if class_name not in FAMILIES:
-        raise ValueError(
-            f"Expected a text decoder backbone, one of {', '.join(sorted(FAMILIES))}. "
-            f"Received: class_name={class_name!r}"
-        )
-    for key in MORE_THAN_TEXT:
-        if config.get(key):
-            raise ValueError(
-                f"Expected a {class_name} from token ids to hidden states alone, as in the presets "
-                f"whose name ends in _text. Received: a config with {key}"
-            )
-    try:
-        return FAMILIES[class_name](config)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"The config of {class_name} lacks or garbles {error}.") from error

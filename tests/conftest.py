@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +18,13 @@ import psutil
 import pytest
 
 from runner.demo import make_rows, write_test_set
+from tests.odd_texts import odd_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 TOLERANCE = 1e-5
 LENGTH = 96
+PLAIN_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,14 @@ def cli(cache: Path):
     return run
 
 
+@pytest.fixture(scope="session")
+def flags_there_are(cli) -> set[str]:
+    """Every flag that the command and `prepare` know."""
+    # So wide that no flag is broken over two lines.
+    printed = cli("--help", COLUMNS="999").stdout + cli("prepare", "--help", COLUMNS="999").stdout
+    return set(re.findall(r"--[a-z][a-z-]+", printed))
+
+
 @pytest.fixture
 def predict(cli, tmp_path: Path):
     """Run the command to its end and return what it left."""
@@ -203,6 +215,53 @@ def reference(tmp_path_factory: pytest.TempPathFactory, cache: Path, test_set: P
         return done[name]
 
     return answers
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Small encoder presets and classifiers, and what plain Keras says of them and of others.
+
+    texts: of `rows`, a CSV file, as they are rendered. odd: texts that were tokenized alone.
+    """
+
+    folder: Path
+    rows: Path
+    texts: list[str]
+    odd: list[str]
+    answer: Callable[[list[str]], None]
+
+    def model(self, name: str) -> Path:
+        return self.folder / name
+
+    def tokens(self, name: str) -> dict[str, np.ndarray]:
+        return dict(np.load(self.folder / f"{name}.tokens.npz"))
+
+    def answers(self, name: str) -> dict[str, np.ndarray]:
+        path = self.folder / f"{name}.npz"
+        if not path.is_file():
+            self.answer([name])
+        return dict(np.load(path))
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory, cache: Path, models) -> Plain:
+    """Answers to a few rows at `PLAIN_LENGTH` tokens by Keras alone (plain_answers.py)."""
+    folder = tmp_path_factory.mktemp("plain")
+    rows = [("7", "a", "b", "c"), ("8", "", "", ""), ("9", "[MASK] x", "<mask> \u00dcber", "...")]
+    rows += make_rows(40, seed=5)
+    texts = ["\n\nPROMPT\n\n" + "\n\nRESPONSE:\n\n".join(row[1:]) for row in rows]
+    write_test_set(folder / "rows.csv", rows[:12])
+    odd = odd_texts(500, seed=1) + texts[:12]
+    for name, content in {"texts": texts, "odd": odd}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+    def answer(names: list[str]) -> None:
+        asked = [models[name].folder if name in models else folder / name for name in names]
+        files = (folder / "texts.json", folder / "odd.json")
+        run_script(cache, "plain_answers.py", folder, *files, PLAIN_LENGTH, *asked)
+
+    answer(["bert", "bert_classifier", "gemma3", "llama"])  # what the default tests ask for
+    return Plain(folder, folder / "rows.csv", texts[:12], odd, answer)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.harness import Contender, Measured, ratio
+from benchmarks.rivals.ours import steady_seconds
 from benchmarks.shapes import SHAPES
 from benchmarks.tables import as_table, describe_lengths, model_flops, summarize
 from benchmarks.throughput import TUNED, contenders, parse_arguments, write_rows
@@ -100,3 +101,22 @@ def test_one_device_is_measured_without_ray(cache):
     assert {(row["weights"], row["length"]) for row in facts["measured"]} == {
         (weights, length) for weights in ("float32", "int8") for length in (512, 1024, 2048)
     }
+
+
+def test_the_steady_state_is_what_comes_after_the_last_compile():
+    def span(worker, start_s, end_s, **args):
+        return {"ph": "X", "pid": worker, "tid": 0, "ts": start_s * 1e6,
+                "dur": (end_s - start_s) * 1e6, "args": args}  # fmt: skip
+
+    shape = {"padded_rows": 2, "length": 10}
+    events = [
+        span(1, 0, 4, from_cache=True),
+        *(span(1, at, at + 4, batch=at, **shape) for at in (0, 4, 8)),
+        span(2, 0, 6, from_cache=False),  # half of worker 1's second batch is done then
+        *(span(2, at, at + 2, batch=at, **shape) for at in (6, 8, 10)),
+        span(2, 12, 20, batch=9, is_copy=True, **shape),
+    ]
+    # Of six equal batches four and a half come in the six seconds from 6 to 12.
+    assert steady_seconds(events, lambda shape: shape.tokens) == pytest.approx(6 * 6 / 4.5)
+    late = [*events, span(1, 0, 11.9, from_cache=False)]
+    assert np.isnan(steady_seconds(late, lambda shape: shape.tokens))

@@ -19,13 +19,11 @@ import numpy as np
 import pytest
 
 from benchmarks.shapes import SHAPES
-from runner.cli import HELP, PREPARE_HELP
-from runner.config import flag
+from runner.config import make_config
 from runner.demo import ensure_demo, make_rows, train_tokenizer, write_test_set
 from runner.progress import Progress
 from tests.conftest import ROOT, copy_project, environment, make_programs
 from tests.pages import (
-    Block,
     Command,
     inline_code,
     links,
@@ -34,13 +32,14 @@ from tests.pages import (
     stray_commands,
 )
 
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 ROWS = 12
 LONGEST_S = 600
 # Commands that no test runs, with the reason beside each in its page.
-NOT_RUN = {"docs/clusters.md": 3, "docs/performance.md": 3}
-FLAGS = {flag(name) for name in {**HELP, **PREPARE_HELP}} | {"--config", "--verbose", "--help"}
+NOT_RUN = {"docs/clusters.md": 3, "docs/models.md": 3, "docs/performance.md": 3}
+# The first line of a block that is a file: `# run.toml`.
+TOML_NAME = re.compile(r"# ([\w-]+\.toml)")
 FOLDERS = "runner|sharding|tests|benchmarks|docs|examples"
 
 
@@ -144,25 +143,28 @@ def names_with(*languages: str) -> list[str]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", names_with("console", "python"))
 def test_every_command_and_script_runs(reader, name):
-    """In the order of the page, in one folder; its TOML files are written where they are shown."""
+    """In the order of the page, in one folder; a TOML block with a name is written to that file."""
     folder, run = reader(model=True)
     for block in read_blocks(ROOT / name):
         if block.language == "console":
             for command in read_commands(block):
                 if command.why_not_run is None:
                     run(command.text, command.where)
-        elif block.language == "toml":
-            _write_named(folder, block)
+        elif block.language == "toml" and (named := TOML_NAME.fullmatch(block.lines[0])):
+            (folder / named[1]).write_text("\n".join(block.lines) + "\n")
         elif block.language == "python":
             (folder / "script.py").write_text("\n".join(block.lines) + "\n")
             run("python script.py", str(block))
 
 
-def _write_named(folder: Path, block: Block) -> None:
-    """A block that begins with `# NAME.toml` is that file."""
-    named = re.fullmatch(r"# ([\w-]+\.toml)", block.lines[0])
-    assert named, f"{block}: a TOML block begins with its file's name, such as `# run.toml`"
-    (folder / named[1]).write_text("\n".join(block.lines) + "\n")
+@pytest.mark.parametrize("name", names_with("toml"))
+def test_toml_is_what_the_config_takes(name, tmp_path):
+    for block in read_blocks(ROOT / name):
+        if block.language == "toml":
+            (tmp_path / "run.toml").write_text("\n".join(block.lines))
+            # A plan needs no head; what is named is not the demo's.
+            named = {"preset": tmp_path, "input": tmp_path / "rows.csv"}
+            make_config({"plan": True, **named}, tmp_path / "run.toml")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -176,7 +178,7 @@ def test_the_commands_that_are_not_run_are_these():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_flags_files_and_targets_in_the_text_exist(name):
+def test_flags_files_and_targets_in_the_text_exist(name, flags_there_are):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     wrong = []
     for line, code in inline_code(ROOT / name):
@@ -184,13 +186,10 @@ def test_flags_files_and_targets_in_the_text_exist(name):
         if words[0] == "make" and len(words) == 2 and words[1] not in targets:
             wrong.append((line, code))
         of_others = words[0] in ("pip", "ray", "pytest") or "benchmarks/" in code
-        if not of_others and set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", code)) - FLAGS:
+        if not of_others and set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", code)) - flags_there_are:
             wrong.append((line, code))
         path = words[1] if words[0] == "python" and len(words) > 1 else words[0]
-        in_the_tree = re.fullmatch(
-            r"(runner|sharding|tests|benchmarks|docs|examples)/[\w./-]+", path
-        )
-        if in_the_tree and not (ROOT / path).exists():
+        if re.fullmatch(rf"({FOLDERS})/[\w./-]+\.\w+", path) and not (ROOT / path).exists():
             wrong.append((line, code))
     assert wrong == []
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from runner.config import CHOICES
+from runner.families import DECODER_POOLINGS
 from tests.conftest import LENGTH, TOLERANCE
 
 FLAGS = ("--sequence-length", str(LENGTH), "--max-tokens-per-batch", "512")
@@ -31,7 +31,7 @@ def test_the_reference_tells_rows_and_poolings_apart(models, reference, test_set
     assert np.abs(answers["raw mean"] - answers["turns mean"]).max() > 0.02
 
 
-@pytest.mark.parametrize("pooling", CHOICES["pooling"])
+@pytest.mark.parametrize("pooling", DECODER_POOLINGS)
 def test_single_equals_the_notebook(models, reference, test_set, predict, pooling):
     model = models["gemma2"]
     flags = (*model.flags(), "--input", str(test_set), "--pooling", pooling, *FLAGS)

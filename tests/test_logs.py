@@ -18,7 +18,7 @@ from runner.progress import Progress
 from tests.conftest import ROOT, environment
 from tests.fakes import write_fake_job
 
-# Runs command lines with a replica that writes to the process' own standard error, past Python's.
+# Runs a command line with a replica that writes to the process' own streams, past Python's.
 NOISY = """
 import json, os, sys
 import runner.single
@@ -28,6 +28,7 @@ from tests.fakes import FakeReplica
 class Noisy(FakeReplica):
     def load(self, spec):
         os.write(2, b"W0000 a library speaks\\n")
+        print("and prints", flush=True)
         return super().load(spec)
 
     def predict(self, batch):
@@ -81,7 +82,7 @@ class TestCommand:
         (summary,) = (json.loads(line) for line in done.stdout.splitlines())
         assert summary["rows"]["predicted"] == 40
         assert "40 rows ->" in summary["message"]
-        assert (folder / DRIVER_ERRORS).read_text() == "W0000 a library speaks\n"
+        assert (folder / DRIVER_ERRORS).read_text() == "W0000 a library speaks\nand prints\n"
         assert "40 rows ->" in (folder / DRIVER_LOG).read_text()
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
@@ -89,6 +90,7 @@ class TestCommand:
     def test_text_shows_what_libraries_say(self, noisy):
         done, folder = noisy()
         assert "W0000 a library speaks\n" in done.stderr
+        assert done.stdout.startswith("and prints\n40 rows -> "), "as a debugger would"
         assert "W0000 a library speaks\n" in (folder / DRIVER_ERRORS).read_text()
 
     def test_last_words_of_a_crash_are_kept(self, noisy):

@@ -17,13 +17,15 @@ from runner.cli import main
 from runner.config import RunConfig, make_config
 from runner.demo import make_rows, train_tokenizer, write_test_set
 from runner.errors import ConfigError, DataError
+from runner.families import model_shape
+from runner.job import check_head
 from runner.machine import Devices, devices_here, named_devices
 from runner.options import PlanInput, all_options, duration
 from runner.plan_text import render
 from runner.planner import asked_option, recommend
 from runner.presets import Preset, read_preset
 from runner.records import Examples
-from sharding.costs import model_shape
+from runner.task import CONTEST
 from sharding.devices import DEVICES, recognize
 from sharding.memory import fullest_bytes, host_bytes, need
 from sharding.times import compile_seconds, predict_seconds
@@ -205,11 +207,9 @@ class TestCommand:
         assert not list(tmp_path.iterdir())
 
     def test_only_a_plan_does_without_weights_and_head(self, preset):
+        facts = read_preset(preset, needs_weights=False)
         with pytest.raises(ConfigError, match="--preset needs a head"):
-            RunConfig(preset=preset)
-        with pytest.raises(ConfigError, match="--preset needs a head"):
-            RunConfig(preset=preset, plan=True, calibrate=True)
-        RunConfig(preset=preset, plan=True)
+            check_head(facts, None, None, CONTEST)
         with pytest.raises(DataError, match="has no weights"):
             read_preset(preset)
         assert read_preset(preset, needs_weights=False).weight_files == ()

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runner.families import model_shape
 from sharding.backlog import Backlog
 from sharding.batches import BatchShape, plan_batches
 from sharding.buckets import bucket_of, choose_buckets
-from sharding.costs import model_shape
 from sharding.shards import shard_size
 from sharding.topology import place_workers
 from tests.conftest import ROOT

@@ -17,12 +17,13 @@ from runner.dataset import read_examples
 from runner.demo import make_rows
 from runner.errors import ConfigError, DataError, MergeError
 from runner.merge import Merger
-from runner.presets import BytePairOptions, TokenizerFiles, read_preset
+from runner.presets import read_preset
 from runner.progress import Progress
 from runner.prompts import render_prompts
 from runner.records import Examples, TokenTable
 from runner.submission import write_submission, write_whole
 from runner.tokenization import tokenize
+from runner.tokenizer_files import BytePairOptions, TokenizerFiles
 from tests.conftest import LENGTH, SHARED, run_script
 
 COLUMNS = ["id", "prompt", "response_a", "response_b"]

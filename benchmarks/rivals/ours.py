@@ -1,24 +1,29 @@
 """This runner, by its command line: each round is a run of its own, from start to submission.
 
-A run starts its workers anew, and until the last of them has every shape compiled the first work
-alone. Rivals that stay loaded pay for that once, before the first round. So a run gets the rows
-several times over, and its steady state is the report's `seconds.predict`, from the first batch to
-the last result, over the number of copies: what is left of the start in it is a quarter.
-All copies must give the same answers. Options: flags.
+A run starts its workers anew, and works while they compile. Rivals that stay loaded did that before
+their first round. So a run gets the rows several times over, and its steady state is what it does
+from the moment at which every worker has every shape to the last answer: the time of that, over the
+part of a copy's cost that it computed. All copies must give the same answers. Options: flags.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from benchmarks.rivals.protocol import Job, Round, serve
+from runner.families import model_shape
+from sharding.batches import BatchShape
 
 COPIES = 4
+# Of the work, what must be left when all is compiled.
+LEAST_STEADY = 0.1
 # Copies of a row may lie in batches of another shape; where a run rounds, nothing is promised.
 TOLERANCE = 1e-5
 ROUNDING = ("--dtype", "--quantization")
@@ -53,9 +58,39 @@ def load(job: Job) -> Round:
         rounds = any(flag in job.options["flags"] for flag in ROUNDING)
         if not rounds and np.ptp(copies, axis=0).max() > TOLERANCE:
             sys.exit("Copies of the same row were answered differently.")
-        return copies[0], report["seconds"]["predict"] / COPIES
+        trace = json.loads((folder / "submission.csv.trace.json").read_text())
+        return copies[0], steady_seconds(trace["traceEvents"], cost) / COPIES
 
+    config = json.loads(Path(job.preset, "config.json").read_text())
+    cost = model_shape(config["class_name"], config["config"]).batch_flops
     return predict
+
+
+def steady_seconds(events: list[dict[str, Any]], cost: Callable[[BatchShape], float]) -> float:
+    """Return the seconds that all batches take at the pace after the last shape was ready, NaN
+    where too little was left by then.
+
+    Args:
+        events: of a trace, as `runner/trace.py` makes it.
+    """
+    spans = [event for event in events if event["ph"] == "X"]
+    answered = [one for one in spans if "batch" in one["args"] and "is_copy" not in one["args"]]
+    # The last member of a pipeline answers, those of a tensor group all at once.
+    last = {one["pid"]: 0 for one in answered}
+    for one in answered:
+        last[one["pid"]] = max(last[one["pid"]], one["tid"])
+    answered = [one for one in answered if one["tid"] == last[one["pid"]]]
+    ready = max(one["ts"] + one["dur"] for one in spans if "from_cache" in one["args"])
+    end = max(one["ts"] + one["dur"] for one in answered)
+    whole = within = 0.0
+    for one in answered:
+        flops = cost(BatchShape(one["args"]["padded_rows"], one["args"]["length"]))
+        done = (one["ts"] + one["dur"] - max(one["ts"], ready)) / max(one["dur"], 1)
+        whole += flops
+        within += flops * min(1.0, max(0.0, done))
+    if within < LEAST_STEADY * whole:
+        return float("nan")
+    return (end - ready) / 1e6 * whole / within
 
 
 def write_copies(source: Path, target: Path) -> None:
