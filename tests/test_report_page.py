@@ -495,7 +495,7 @@ def test_the_browser_tells_of_a_page_that_fetches_or_fails(tmp_path):
 @pytest.mark.slow
 def test_the_demo_in_a_browser(cli, tmp_path):
     output = tmp_path / "s.csv"
-    done = cli("--mode", "data-parallel", "--num-workers", "2", "--pooling", "mean",
+    done = cli("--mode", "data-parallel", "--num-workers", "2", "--sequence-length", "128",
                "--output", str(output))  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr
