@@ -82,10 +82,11 @@ class ModelShape:
     def working_bytes_per_token(self, length: int, item_bytes: int) -> float:
         """Bytes that one token of a batch needs beside the weights, at the widest place of a layer.
 
-        Activations; attention scores in float32 of an eighth of the queries at a time, twice; and
-        half as much again for what a compiler keeps.
+        Activations; attention scores in float32, twice, of decoders for an eighth of the queries at
+        a time; and half as much again for what a compiler keeps.
         """
-        scores = 2 * 4 * self.num_query_heads * length / 8
+        part = 1 / 8 if self.is_causal else 1
+        scores = 2 * 4 * self.num_query_heads * (length + self.relative_positions) * part
         return 1.5 * (self.activation_bytes_per_token(item_bytes) + scores)
 
     def activation_bytes_per_token(self, item_bytes: int) -> int:

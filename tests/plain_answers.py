@@ -118,6 +118,11 @@ def save_encoders(folder: Path, texts: list[str]) -> None:
             variable.assign(rng.normal(0, 0.5, variable.shape))
         (folder / f"{name}_classifier").mkdir()
         classifier.save_to_preset(str(folder / f"{name}_classifier" / "preset"))
+        if name == "roberta":
+            backbone.enable_lora(4)
+            for variable in backbone.trainable_variables:
+                variable.assign(rng.normal(0, 0.2, variable.shape))
+            backbone.save_lora_weights(str(folder / name / "model.lora.h5"))
 
 
 def preprocessor_of(preset: str, length: int):

@@ -119,13 +119,21 @@ def test_modes_of_encoders_equal_plain_keras(plain, run_on, name, flags, pooling
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "quantization"), [("bert", "int8"), ("deberta", "int8")])
-def test_quantized_encoders_stay_near(plain, run_on, name, quantization):
-    flags = ("--mode", "single", "--pooling", "mean", "--quantization", quantization)
-    answer = run_on(name, *flags)
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        *(("bert", ("--quantization", mode)) for mode in ("int8", "int4")),
+        ("deberta", ("--quantization", "int8")),
+        *(("roberta", ("--dtype", dtype)) for dtype in ("float16", "bfloat16")),
+    ],
+)
+def test_narrow_encoders_stay_near(plain, run_on, name, flags):
+    answer = run_on(name, "--mode", "single", "--pooling", "mean", *flags)
     off = np.abs(answer.probabilities - plain.answers(name)["mean"]).max()
-    assert 1e-6 < off < 0.1
-    assert answer.report["quantization"]["max_abs_difference"] == pytest.approx(off, rel=0.5)
+    assert 1e-6 < off < (0.3 if "int4" in flags else 0.1)
+    if "--quantization" in flags:
+        # Of the first eight rows, and against the runner's own float32.
+        assert 1e-6 < answer.report["quantization"]["max_abs_difference"] < off + TOLERANCE
 
 
 @pytest.fixture
@@ -134,7 +142,9 @@ def run_on(plain, predict_command):
         folder = plain.model(name)
         head = ("--head-kernel", folder / "kernel.npy", "--head-bias", folder / "bias.npy")
         files = ("--preset", folder / "preset", *head, "--input", plain.rows)
-        length = ("--sequence-length", PLAIN_LENGTH)
+        length = ["--sequence-length", PLAIN_LENGTH]
+        if (folder / "model.lora.h5").is_file():
+            length += ["--lora-weights", folder / "model.lora.h5"]
         return predict_command(*map(str, (*files, *length, *flags)))
 
     return run
@@ -196,6 +206,12 @@ def test_costs_of_encoders():
     assert deberta.flops_per_token == shape.flops_per_token + 12 * 4 * 512 * 768
     one = deberta.batch_flops(BatchShape(1, 8))
     assert one - 8 * deberta.flops_per_token - deberta.attention_flops(8) == 12 * 4 * 512 * 768**2
+
+
+def test_encoders_hold_the_whole_square_of_scores():
+    shape = model_shape("BertBackbone", BERT_BASE)
+    more = shape.working_bytes_per_token(512, 2) - shape.working_bytes_per_token(0, 2)
+    assert more == 1.5 * 2 * 4 * 12 * 512
 
 
 def test_every_entry_is_whole():
