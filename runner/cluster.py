@@ -150,8 +150,8 @@ def _check_address(address: str) -> None:
         raise ConfigError(_why_not_joined(address, error)) from None
     except ray.exceptions.RayError as error:
         raise ConfigError(
-            f"What answers there is no Ray cluster: {first_line(error)}. Received: --address "
-            f"{address}"
+            f"What answers there is no Ray cluster: {first_line(error).rstrip('.')}. Received: "
+            f"--address {address}"
         ) from None
     except OSError as error:
         raise ConfigError(
@@ -172,7 +172,7 @@ def _why_not_joined(address: str, error: Exception) -> str:
         return (
             f"The cluster at {address} asks for its token: set RAY_AUTH_MODE=token, and "
             "RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN, as on its nodes; a cluster without one wants "
-            f"RAY_AUTH_MODE=disabled. ({first_line(error)})"
+            f"RAY_AUTH_MODE=disabled. Received: {first_line(error).partition('. ')[0]}"
         )
     return (
         f"This machine cannot join the cluster at {address}; it must be one of its nodes "

@@ -286,9 +286,10 @@ class Nodes:
             return
         places = sum(node.places(self.kind) for node in nodes.values())
         kind = {"cpu": "CPU", "gpu": "GPU and a CPU", "tpu": "TPU chip and a CPU"}[self.kind]
+        groups = f" and groups of {self._group_size}" if self._group_size > 1 else ""
         raise ConfigError(
-            f"Each worker needs a {kind} of its own, groups of {self._group_size}; {places} are "
-            f"free on the {len(nodes)} nodes that can take part. Received: --num-workers "
+            f"Each worker needs a {kind} of its own{groups}: {places} are free on the "
+            f"{len(nodes)} nodes that can take part. Received: --num-workers "
             f"{num_workers or 'auto'}"
         )
 

@@ -84,6 +84,8 @@ def parcels(spec: ModelSpec) -> tuple[Parcel, ...]:
     preset = read_preset(Path(spec.preset))
     # Beside the weights that are read there may be others, such as a whole task's.
     names = {*preset.small_files, *preset.weight_files, *preset.path.glob("*.json")}
+    if preset.classifier is not None:
+        names.update(preset.classifier.files)
     found = [_parcel("preset", preset.path, sorted(names), ".")]
     for field in FILES:
         path = getattr(spec, field)

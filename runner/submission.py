@@ -1,9 +1,11 @@
 """A checked table -> a file that appears whole: written aside, flushed, renamed."""
 
 import os
+import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,15 @@ from runner.formats import csv_text, format_of
 from runner.merge import table_dtype
 from runner.task import CONTEST, Task
 
+# A file aside of a killed process: its name holds the process' number. One that nobody has written
+# to for so many seconds is of no process on another machine either.
+ASIDE = re.compile(r"\.(\d+)\.(?:partial|rehearsal)")
+LEFT_AFTER_S = 120.0
+
 
 def check_writable(flag: str, path: Path) -> None:
-    """Try the folder of an output file before the work, leaving nothing behind.
+    """Try the folder of an output file before the work, leaving nothing behind, and remove what a
+    killed process left there.
 
     Raises:
         ConfigError: the folder is missing or takes no file, or the path is itself a folder.
@@ -37,6 +45,32 @@ def check_writable(flag: str, path: Path) -> None:
             f"{flag} must lie in a folder that can be written to. Received: {path} "
             f"({error.strerror or error})"
         ) from None
+    _sweep(path)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes that are gone had written aside of an output file."""
+    own = tuple(f"{dots}{path.stem}." for dots in (".", ".."))  # a rehearsal is written aside too
+    with suppress(OSError):
+        for entry in os.scandir(path.resolve().parent):
+            number = ASIDE.search(entry.name)
+            if (
+                number is not None
+                and entry.name.startswith(own)
+                and time.time() - entry.stat().st_mtime > LEFT_AFTER_S
+                and _is_gone(int(number[1]))
+            ):
+                os.unlink(entry.path)
+
+
+def _is_gone(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        pass
+    return False
 
 
 def write_submission(

@@ -1,10 +1,14 @@
-"""Texts of which tokenizers disagree: spaces, signs and scripts of all kinds, side by side."""
+"""Texts of which tokenizers disagree: spaces, signs and scripts of all kinds, side by side.
+
+But for NUL: TensorFlow Text ends a text there where it splits by a regex, KerasHub without it does
+not, and nor does the runner.
+"""
 
 import random
 
 PARTS = (
     *("the", "Quick", "BROWN", "don't", "it's", "'ll", "we'VE", "x" * 120, "1234567", "3.14"),
-    *(" ", "  ", "   ", "\n", "\n\n\n", "\t", "\r\n", "\v", "\f", "\x00", "\x85", "\x1f"),
+    *(" ", "  ", "   ", "\n", "\n\n\n", "\t", "\r\n", "\v", "\f", "\x01", "\x85", "\x1f"),
     *("\u00a0", "\u2009", "\u202f", "\u3000", "\u200b", "\ufeff", "\u00ad", "\u2028", "\u1680"),
     *(".", "...", "\u2026", "!?", "'", "$^`|~", "\u00bf", "\u2014", "\u201cq\u201d", "\u3002"),
     *("[CLS]", "[MASK]", "[PAD]x", "<s>", "<mask>", "</s>x", "<ma", "[", "<|endoftext|>"),

@@ -106,7 +106,7 @@ def save_encoders(folder: Path, texts: list[str]) -> None:
         backbone.save_to_preset(preset)
         preprocessor.save_to_preset(preset)
         hidden = backbone.hidden_dim
-        np.save(folder / name / "kernel.npy", rng.normal(0, 0.5, (hidden, 3)).astype("float32"))
+        np.save(folder / name / "kernel.npy", rng.normal(0, 0.15, (hidden, 3)).astype("float32"))
         np.save(folder / name / "bias.npy", rng.normal(0, 0.1, 3).astype("float32"))
         if name == "bert_accents":
             continue

@@ -125,6 +125,8 @@ def spec(tmp_path, monkeypatch):
 
 
 class FakePreset:
+    classifier = None
+
     def __init__(self, path, names):
         self.path = path
         self.small_files = tuple(path / name for name in names if "weights" not in name)

@@ -24,7 +24,7 @@ import pytest
 from runner.errors import ConfigError, JournalError
 from runner.fingerprint import WEIGHT_SAMPLE_BYTES, Fingerprint, fingerprint
 from runner.journal import Journal
-from runner.submission import write_whole
+from runner.submission import check_writable, write_whole
 from tests.conftest import ROOT
 
 IDS = tuple(f"{'00' if row % 2 else 'é'}{row * 7919}" for row in range(400))
@@ -584,6 +584,29 @@ def test_a_private_file(tmp_path):
     write_whole(tmp_path / "s.csv", "x")
     assert stat.S_IMODE((tmp_path / "s.csv").stat().st_mode) == 0o666
     assert files_of(tmp_path) == {"report.json": b"new", "s.csv": b"x"}
+
+
+def test_what_killed_processes_left_is_swept(tmp_path):
+    gone, old = subprocess.Popen(["true"]), time.time() - 3600
+    gone.wait()
+    for name, age in {
+        f".s.csv.{gone.pid}.partial": old,
+        f".s.{gone.pid}.rehearsal.csv": old,
+        f"..s.{gone.pid}.rehearsal.csv.{gone.pid}.partial": old,
+        f".s.csv.{os.getpid()}.partial": old,  # alive
+        f".s.csv.{gone.pid + 1}.partial.kept": time.time(),  # of another machine, being written
+        f".other.csv.{gone.pid}.partial": old,
+        f"s.csv.{gone.pid}.partial": old,  # the person's own
+    }.items():
+        (tmp_path / name).write_text("x")
+        os.utime(tmp_path / name, (age, age))
+    check_writable("--output", tmp_path / "s.csv")
+    assert set(files_of(tmp_path)) == {
+        f".s.csv.{os.getpid()}.partial",
+        f".s.csv.{gone.pid + 1}.partial.kept",
+        f".other.csv.{gone.pid}.partial",
+        f"s.csv.{gone.pid}.partial",
+    }
 
 
 def add_tens(journal):
