@@ -105,7 +105,7 @@ def test_files_that_are_missing(refuse, models, rows, tmp_path):
         changed = list(flags)
         changed[changed.index(flag) + 1] = absent
         refuse(changed, flag, absent)
-    refuse(["--preset", model.preset, "--input", rows], "--head-kernel and --head-bias")
+    refuse(["--preset", model.preset, "--input", rows], "--head-kernel", "--head-bias", "alone")
     refuse(["--head-bias", absent, "--input", rows], "--head-bias needs --preset")
 
 
@@ -184,7 +184,7 @@ def test_bad_presets(refuse, models, rows, tmp_path):
 
     refuse(
         damaged("image", lambda preset: set_class(preset, class_name="ResNetBackbone")),
-        *("text decoder backbone", "'ResNetBackbone'"),
+        *("text backbone", "'ResNetBackbone'"),
     )
     refuse(damaged("other", lambda preset: set_class(preset, module="os")), "module='os'")
     refuse(damaged("json", lambda preset: (preset / "config.json").write_text("{")), "JSON")
@@ -227,7 +227,7 @@ def test_outputs_that_cannot_be_written(refuse, models, rows, tmp_path, work):
     refuse(flags, "--output", "can be written to", output="/proc/s.csv")
     refuse([*flags, "--report", tmp_path / "absent" / "r.json"], "--report", "folder that exists")
     refuse(flags, "must be different files", output=rows)
-    refuse(flags, "as CSV", output=work / "s.parquet")
+    refuse(flags, ".jsonl", output=work / "s.json")
 
 
 def test_bad_flags(refuse, models, rows, tmp_path):
