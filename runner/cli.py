@@ -76,7 +76,8 @@ HELP = {
     "group_size": "model-parallel: workers that hold one replica together (default: 2)",
     "strategy": "model-parallel: pipeline, layers cut into stages; tensor, every large weight cut "
     "into slices; auto says which it takes and why (default: auto)",
-    "dtype": "auto: float32 on CPU, bfloat16 where the device has it, else float16 (default: auto)",
+    "dtype": "auto: float32 on CPU, bfloat16 where the device has it, else float16, beside int8 "
+    "float32 (default: auto)",
     "quantization": "weights as int8 (activations too, as they come) or int4, made layer by layer "
     "while loading, LoRA merged before; needs no flag with a prepared preset (default: none)",
     "max_tokens_per_batch": "rows x padded length of a batch (default: auto, by device)",

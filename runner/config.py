@@ -14,6 +14,7 @@ from typing import Any
 
 from runner.errors import ConfigError
 from runner.task import CONTEST, Task, make_task
+from sharding.memory import dtype_beside
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("data-parallel", "model-parallel", "single"),
@@ -122,6 +123,7 @@ class RunConfig:
         self._check_groups()
         self._check_model_files()
         self._check_task()
+        check_dtype(self.dtype, self.quantization)
         self._check_plan()
         if self.output.suffix.lower() == ".json":
             raise ConfigError(
@@ -328,6 +330,7 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         _check_values(self)
+        check_dtype(self.dtype, self.quantization)
         if (self.head_kernel is None) != (self.head_bias is None):
             raise ConfigError(
                 "--head-kernel and --head-bias go together. Received: "
@@ -369,6 +372,16 @@ def _converted(field: "Field[Any]", value: Any) -> Any:
         kind = "true or false" if name in SWITCHES else "text"
         raise ConfigError(f"{flag(name)} must be {kind}. Received: {name}={value!r}")
     return value
+
+
+def check_dtype(dtype: str, quantization: str | None) -> None:
+    """Raise ConfigError where layers of such weights cannot compute in a dtype."""
+    if dtype_beside(quantization, dtype) != dtype:
+        raise ConfigError(
+            f"{quantization} weights do not go with --dtype {dtype}, which is too small for the "
+            "sums of their products: name auto, float32 or bfloat16. "
+            f"Received: --dtype {dtype}"
+        )
 
 
 def _check_values(config: "RunConfig | PrepareConfig") -> None:

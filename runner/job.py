@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from runner.config import DefaultLength, DefaultPooling, PrepareConfig, RunConfig
+from runner.config import DefaultLength, DefaultPooling, PrepareConfig, RunConfig, check_dtype
 from runner.errors import ConfigError
 from runner.fingerprint import Fingerprint, fingerprint
 from runner.presets import Preset, check_lora, read_head, read_preset
@@ -17,6 +17,7 @@ from runner.progress import Progress
 from runner.records import ModelSpec
 from runner.report import versions
 from runner.task import CONTEST, Task
+from sharding.memory import dtype_beside
 
 # Packages whose versions may change an answer.
 ANSWERS_DEPEND_ON = ("jax", "keras", "keras-hub")
@@ -43,6 +44,11 @@ class Job:
         """Return how many numbers a row gets."""
         return task.width(self.preset.shape.hidden_dim)
 
+    def dtype(self, config: RunConfig, of_device: str) -> str:
+        """Return the dtype to compute in: what was named, or what the device likes."""
+        quantization = self.preset.quantization or config.quantization
+        return dtype_beside(quantization, of_device) if config.dtype == "auto" else of_device
+
     def spec(self, config: RunConfig, dtype: str) -> ModelSpec:
         """Return what workers need, in a dtype."""
         lora, kernel, bias = self.lora_weights, self.head_kernel, self.head_bias
@@ -58,6 +64,7 @@ class Job:
             compilation_cache=compilation_cache(),
             stored_bytes=sum(path.stat().st_size for path in self.preset.weight_files),
             head=config.task.head,
+            is_int8="int8" in (self.preset.quantization, self.quantization),
         )
 
     def head_files(self, task: Task) -> tuple[Path, ...]:
@@ -116,6 +123,7 @@ def find_job(config: RunConfig, progress: Progress) -> Job:
             named["input"] = demo.test_set
     files = {name: path for name, path in named.items() if path is not None}
     preset = read_preset(files["preset"])
+    check_dtype(config.dtype, preset.quantization)
     lora = files.get("lora_weights")
     if lora is not None:
         check_lora(lora, preset.shape)

@@ -26,6 +26,7 @@ from sharding.memory import (
     Need,
     batch_budget,
     cut_layers,
+    dtype_beside,
     host_bytes,
     need,
     value_item_bytes,
@@ -101,9 +102,11 @@ class PlanInput:
         """The preset's own, or all that can be made of float weights."""
         return (self.preset.quantization,) if self.preset.quantization else QUANTIZATIONS
 
-    @property
-    def dtype(self) -> str:
-        return self.config.dtype if self.config.dtype != "auto" else self.devices.native_dtype
+    def dtype(self, quantization: str) -> str:
+        """Return the dtype to compute in beside such weights."""
+        if self.config.dtype != "auto":
+            return self.config.dtype
+        return dtype_beside(quantization, self.devices.native_dtype)
 
     @property
     def asked(self) -> tuple[str, str | None, str, str]:
@@ -114,7 +117,7 @@ class PlanInput:
             has_tensor = "tensor" in strategies(self.preset.class_name)
             strategy = "tensor" if is_short and has_tensor else "pipeline"
         quantization = self.preset.quantization or self.config.quantization
-        return self.config.mode, strategy, self.dtype, quantization
+        return self.config.mode, strategy, self.dtype(quantization), quantization
 
     def peak(self, mode: str, dtype: str, quantization: str, workers: int) -> float | None:
         """Return the FLOP/s of large matmuls in one of so many workers, None where not known."""
@@ -393,6 +396,8 @@ def _impossible(
                 f"{split[0]} query heads, {split[1]:,} feed-forward columns and {split[2]:,} "
                 f"embeddings do not all divide by {members}"
             )
+    if dtype_beside(quantization, dtype) != dtype:
+        return f"{quantization} layers do not compute in {dtype}"
     if devices.model is not None and dtype not in devices.model.rates:
         return f"{devices.title} does not multiply {dtype}"
     return None

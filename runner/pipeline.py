@@ -137,6 +137,7 @@ def run(
         ):
             metrics.watch(lambda: this.figures(executor))
             dtype = executor.open(config.dtype, compilation_cache()) if this.examples else ""
+            dtype = this.job.dtype(config, dtype)
             on_signals_taken()
             with this.open_journal(dtype):
                 if this.merger.unfinished() or this.rows_to_improve():

@@ -8,6 +8,7 @@ import textwrap
 from typing import Any
 
 from runner.options import duration, flops_text, parameters_text
+from sharding.memory import dtype_beside
 from sharding.times import EFFICIENCY
 
 WIDTH = 100
@@ -204,16 +205,24 @@ def _command_lines(command: list[str]) -> list[str]:
 
 
 def _shown(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    """The options of the dtypes that a person would take here."""
+    """The options of the dtypes that a person would take here, weights as they are first."""
     dtypes = {plan["asked"]["dtype"], plan["device"]["auto_dtype"]}
     if plan["recommendation"]["mode"]:
         dtypes.add(plan["recommendation"]["dtype"])
-    return [
+    shown = [
         option
         for option in plan["options"]
-        if option["dtype"] in dtypes
+        if option["dtype"] in {dtype_beside(option["quantization"], dtype) for dtype in dtypes}
         and not (option["strategy"] == "tensor" and option["quantization"] != "none")
     ]
+    layouts = list(dict.fromkeys((option["mode"], option["strategy"]) for option in shown))
+    return sorted(
+        shown,
+        key=lambda option: (
+            layouts.index((option["mode"], option["strategy"])),
+            option["quantization"] != "none",
+        ),
+    )
 
 
 def _same(option: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -29,7 +29,7 @@ from runner.submission import check_writable, write_whole
 from runner.task import CONTEST
 from runner.tokenization import tokenize
 from sharding.buckets import bucket_of
-from sharding.memory import weight_item_bytes
+from sharding.memory import dtype_beside, weight_item_bytes
 
 SCHEMA = 1
 # Longer than any row: lengths before the cut are what a person wants to see.
@@ -118,7 +118,7 @@ def recommend(job: PlanInput, options: list[Option]) -> tuple[Option | None, str
         there = [
             option
             for option in fitting
-            if option.quantization == quantization and option.dtype == job.dtype
+            if option.quantization == quantization and option.dtype == job.dtype(quantization)
         ]
         if not there:
             continue
@@ -243,17 +243,18 @@ def _file_bytes(preset: Preset) -> float:
 def _reasons(job: PlanInput, best: Option, wanted: str, options: list[Option]) -> list[str]:
     """Say why `best`: what it beats, and what would be quicker at a price."""
     said = []
-    dtype = [option for option in options if option.dtype == best.dtype]
     if best.quantization != wanted:
         without = next(
-            option for option in dtype if option.quantization == wanted and not option.fits
+            option
+            for option in options
+            if (option.quantization, option.dtype) == (wanted, job.dtype(wanted))
         )
         said.append(
             f"Nothing fits with {'float' if wanted == 'none' else wanted} weights "
             f"({_label(without)} {without.why_not}); {best.quantization} does, and the report says "
             "how far it moves the answers."
         )
-    alike = [option for option in dtype if option.quantization == best.quantization]
+    alike = [option for option in options if option.way[2:] == best.way[2:]]
     replica = next(option for option in alike if option.mode == "data-parallel")
     if best.mode == "data-parallel":
         said.append("One device holds a replica, so nothing travels between workers.")
@@ -295,18 +296,20 @@ def _what_would_fit(job: PlanInput) -> str:
         return "Nothing fits the memory of this machine."
     quantization = job.preset.quantization or job.config.quantization
     for members in range(2, min(MOST_MEMBERS, job.preset.shape.num_layers) + 1):
-        if not pipeline_over(job, members, job.dtype, quantization).fits:
+        if not pipeline_over(job, members, job.dtype(quantization), quantization).fits:
             continue
         return (
             f"Nothing fits {job.devices.count} x {job.devices.title}. A pipeline over {members} of "
-            f"them would hold {job.dtype} weights: --mode model-parallel --group-size {members}."
+            f"them would hold {job.dtype(quantization)} weights: --mode model-parallel "
+            f"--group-size {members}."
         )
     return f"Nothing fits, nor would {MOST_MEMBERS} x {job.devices.title} together."
 
 
 def _command(job: PlanInput, best: Option) -> list[str]:
     """The flags of the run that is recommended."""
-    config, auto = job.config, job.devices.native_dtype
+    config = job.config
+    auto = dtype_beside(best.quantization, job.devices.native_dtype)
     is_group = best.mode == "model-parallel"
     keeps_count = config.num_workers is not None and best.mode != "single"
     changes: dict[str, object] = {

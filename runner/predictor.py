@@ -20,6 +20,7 @@ from runner.attention import attention, choose_way, is_quantized
 from runner.matmuls import with_fast_matmuls
 from runner.records import CompileInfo, Head
 from sharding.batches import BatchShape
+from sharding.memory import dtype_beside
 
 
 def mean_over_all_positions(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -272,8 +273,9 @@ def _cache_hits() -> _CacheHits:
     return _CacheHits()
 
 
-def resolve_dtype(requested: str, device: jax.Device) -> str:
-    """Return the dtype that `auto` means on a device.
+def resolve_dtype(requested: str, device: jax.Device, *, is_int8: bool = False) -> str:
+    """Return the dtype that `auto` means on a device, float32 beside int8 weights where it has no
+    bfloat16.
 
     bfloat16 is native from compute capability 8.0 on (NVIDIA Ampere) and on TPUs; a T4 (7.5)
     emulates it at a twentieth of its float16 rate. On a CPU both are slower than float32.
@@ -284,7 +286,8 @@ def resolve_dtype(requested: str, device: jax.Device) -> str:
         return "float32"
     if device.platform == "gpu":
         capability = float(getattr(device, "compute_capability", "0") or 0)
-        return "bfloat16" if capability >= 8.0 else "float16"
+        half = "bfloat16" if capability >= 8.0 else "float16"
+        return dtype_beside("int8" if is_int8 else None, half)
     return "bfloat16"
 
 

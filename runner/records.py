@@ -93,7 +93,8 @@ class ModelSpec:
     head_kernel, head_bias: None where the preset is a classifier with a head of its own.
     quantization: what to make of a float preset while it is loaded; None where it is to stay as
     it is on disk. stored_bytes: of its weight files. head: a key of `predictor.OUTPUTS`, or none:
-    then there are no head files, and a row gets its pooled states, `classes` numbers.
+    then there are no head files, and a row gets its pooled states, `classes` numbers. is_int8:
+    whether the weights are int8 in the end, on disk or made so.
     """
 
     preset: str
@@ -106,6 +107,7 @@ class ModelSpec:
     quantization: str | None
     compilation_cache: str | None
     stored_bytes: int = 0
+    is_int8: bool = False
     head: str = "softmax"
 
 

@@ -132,7 +132,7 @@ class Replica:
         from runner.predictor import Predictor, resolve_dtype
 
         before = peak_rss_bytes()
-        dtype = resolve_dtype(spec.dtype, device)
+        dtype = resolve_dtype(spec.dtype, device, is_int8=spec.is_int8)
         backbone = load_backbone(
             spec.preset, spec.lora_weights, dtype=dtype, quantization=spec.quantization
         )
@@ -232,7 +232,7 @@ class PipelineStage(Replica):
         from runner.predictor import Predictor, resolve_dtype
 
         before = peak_rss_bytes()
-        dtype = resolve_dtype(spec.dtype, device)
+        dtype = resolve_dtype(spec.dtype, device, is_int8=spec.is_int8)
         backbone = build_backbone(spec.preset, dtype=dtype)
         model = cut_stage(backbone, stage.start, stage.stop)
         stored = locate_weights(backbone, spec.preset, spec.lora_weights)
@@ -301,7 +301,7 @@ class TensorMember(Replica):
         from sharding.mesh import distribute
 
         before = peak_rss_bytes()
-        dtype = resolve_dtype(spec.dtype, device)
+        dtype = resolve_dtype(spec.dtype, device, is_int8=spec.is_int8)
         keras.utils.set_random_seed(0)
         backbone = build_backbone(spec.preset, dtype=dtype)
         layouts = lay_out_backbone(backbone, family, group_size)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -112,8 +113,13 @@ class TestCommand:
         assert not replica["fits"]
         assert "9.24 B weights x 2 bytes = 18.5 GB > 16.0 GB - does not fit" in text
         assert replica["seconds"] is None
-        int8 = find(plan, "data-parallel", None, "float16", "int8")
+        int8 = find(plan, "data-parallel", None, "float32", "int8")
         assert int8["fits"]
+        assert (
+            "do not compute in float16"
+            in (find(plan, "data-parallel", None, "float16", "int8")["why_not"])
+        )
+        assert re.search(r"data-parallel +- +float32 +int8 +2 +yes", text)
         assert int8["per_device"]["weights_bytes"] == pytest.approx(9.24e9, rel=1e-3)
         pipeline = find(plan, "model-parallel", "pipeline", "float16")
         assert pipeline["fits"]
@@ -231,7 +237,7 @@ class TestRecommendation:
 
     def test_one_t4_takes_int8(self):
         best, why = self.recommend(named_devices("t4", 1))
-        assert best.way == ("data-parallel", None, "float16", "int8")
+        assert best.way == ("data-parallel", None, "float32", "int8")
         assert "Nothing fits with float weights" in why
         asked, _ = self.recommend(named_devices("t4", 1), quantization="int4")
         assert asked.quantization == "int4"

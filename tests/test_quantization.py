@@ -4,18 +4,36 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import numpy as np
 import pytest
 
+from runner.config import PrepareConfig
+from runner.errors import ConfigError
+from runner.predictor import resolve_dtype
 from tests.conftest import LENGTH, ROOT, TOLERANCE, environment
 
 
 def hidden_states(backbone):
     tokens = np.random.default_rng(0).integers(5, 200, (2, 40))
     return np.asarray(backbone({"token_ids": tokens, "padding_mask": np.ones((2, 40), bool)}))
+
+
+def test_int8_is_never_beside_float16():
+    for platform, capability, found in (
+        *(("gpu", "7.5", "float32"), ("gpu", "8.0", "bfloat16")),
+        *(("tpu", None, "bfloat16"), ("cpu", None, "float32")),
+    ):
+        device = SimpleNamespace(platform=platform, compute_capability=capability)
+        assert resolve_dtype("auto", device, is_int8=True) == found
+    t4 = SimpleNamespace(platform="gpu", compute_capability="7.5")
+    assert resolve_dtype("auto", t4) == "float16"
+    with pytest.raises(ConfigError, match="int8 weights do not go with --dtype float16"):
+        PrepareConfig(preset=Path("p"), output=Path("o"), dtype="float16")
 
 
 @pytest.fixture
