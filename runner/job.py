@@ -162,7 +162,7 @@ def check_head(preset: Preset, kernel: Path | None, bias: Path | None, task: Tas
         raise ConfigError(
             "--preset needs a head: --head-kernel FILE.npy of shape (hidden, classes) and "
             "--head-bias FILE.npy of shape (classes,), or a preset that is a whole TextClassifier. "
-            f"Received: --preset {preset.path} alone"
+            f"Missing: --head-kernel and --head-bias. Received: --preset {preset.path} alone"
         )
 
 
