@@ -284,14 +284,8 @@ def of_node(report, name):
     return [worker for worker in report["workers"] if worker["node"] == name]
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [
-        "data-parallel",
-        pytest.param("pipeline", marks=pytest.mark.slow),
-        pytest.param("tensor", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["data-parallel", "pipeline", "tensor"])
 def test_two_nodes_give_the_answers_of_one_process(
     nodes, predict, models, reference, test_set, tmp_path, mode
 ):
