@@ -14,7 +14,7 @@ from typing import Any
 
 from runner.errors import ConfigError
 from runner.task import CONTEST, Task, make_task
-from sharding.memory import dtype_beside
+from sharding.dtypes import dtype_beside
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("data-parallel", "model-parallel", "single"),

@@ -17,7 +17,7 @@ from runner.progress import Progress
 from runner.records import ModelSpec
 from runner.report import versions
 from runner.task import CONTEST, Task
-from sharding.memory import dtype_beside
+from sharding.dtypes import dtype_beside
 
 # Packages whose versions may change an answer.
 ANSWERS_DEPEND_ON = ("jax", "keras", "keras-hub")

@@ -17,6 +17,7 @@ from runner.pipeline import plan_run
 from runner.presets import Preset
 from runner.strategy import tensor_bytes_per_token
 from sharding.batches import Plan
+from sharding.dtypes import dtype_beside
 from sharding.memory import (
     DRIVER_BYTES,
     IMPORTED_BYTES,
@@ -26,7 +27,6 @@ from sharding.memory import (
     Need,
     batch_budget,
     cut_layers,
-    dtype_beside,
     host_bytes,
     need,
     value_item_bytes,

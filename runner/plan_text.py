@@ -8,7 +8,7 @@ import textwrap
 from typing import Any
 
 from runner.options import duration, flops_text, parameters_text
-from sharding.memory import dtype_beside
+from sharding.dtypes import dtype_beside
 from sharding.times import EFFICIENCY
 
 WIDTH = 100

@@ -29,7 +29,8 @@ from runner.submission import check_writable, write_whole
 from runner.task import CONTEST
 from runner.tokenization import tokenize
 from sharding.buckets import bucket_of
-from sharding.memory import dtype_beside, weight_item_bytes
+from sharding.dtypes import dtype_beside
+from sharding.memory import weight_item_bytes
 
 SCHEMA = 1
 # Longer than any row: lengths before the cut are what a person wants to see.

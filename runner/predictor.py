@@ -20,7 +20,7 @@ from runner.attention import attention, choose_way, is_quantized
 from runner.matmuls import with_fast_matmuls
 from runner.records import CompileInfo, Head
 from sharding.batches import BatchShape
-from sharding.memory import dtype_beside
+from sharding.dtypes import dtype_beside
 
 
 def mean_over_all_positions(hidden: jax.Array, lengths: jax.Array) -> jax.Array:

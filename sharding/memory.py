@@ -43,15 +43,6 @@ def weight_item_bytes(dtype: str, quantization: str) -> float:
     return QUANTIZED_BYTES.get(quantization, float(ITEM_BYTES[dtype]))
 
 
-def dtype_beside(quantization: str | None, dtype: str) -> str:
-    """Return what --dtype auto means beside such weights where it is `dtype` beside float ones.
-
-    A product of int8 is a sum of whole numbers up to 127 x 127 x columns, and float16 ends at
-    65,504: Keras has no int8 layer that computes in it.
-    """
-    return "float32" if (quantization, dtype) == ("int8", "float16") else dtype
-
-
 def value_item_bytes(dtype: str, quantization: str) -> int:
     """Bytes of one activation: what is quantized comes out of a product in 32 bits."""
     return 4 if quantization != "none" else ITEM_BYTES[dtype]

@@ -253,7 +253,7 @@ class TestFullDisk:
         set -e
         relieve
         "$@" --resume require
-        cp {folder}/* {kept}
+        cp -r {folder}/* {kept}
     """
 
     @pytest.mark.parametrize("way", ["tmpfs", pytest.param("limit", marks=pytest.mark.slow)])

@@ -72,7 +72,7 @@ def strategy_for(monkeypatch, tmp_path, memory_mib, **flags):
 
 def test_the_batch_fits_beside_the_weights(monkeypatch, tmp_path):
     preset = gemma_2_9b_on(monkeypatch, tmp_path, 15_360)
-    int8 = RunConfig(quantization="int8", dtype="float16")
+    int8 = RunConfig(quantization="int8")
     tokens = tokens_per_batch(int8, preset, "gpu")
     working = tokens * GEMMA_2_9B.working_bytes_per_token(512, 4)
     assert 4096 < tokens < 16_384
