@@ -93,6 +93,7 @@ def test_data_parallel_equals_the_notebook(models, reference, test_set, predict,
     assert sum(worker["rows"] for worker in answer.report["workers"]) == len(answer.ids)
 
 
+@pytest.mark.slow
 def test_shuffled_rows_get_the_same_answers(models, reference, test_set, predict, tmp_path):
     """Also batched == alone: a batch of one row each, in another order, on two workers."""
     table = pd.read_csv(test_set, dtype=str)

@@ -187,8 +187,8 @@ class TestResume:
     @pytest.mark.parametrize(
         ("first", "number", "second"),
         [
-            ("data-parallel", signal.SIGKILL, "pipeline"),
-            pytest.param("single", signal.SIGTERM, "data-parallel", marks=pytest.mark.slow),
+            pytest.param("data-parallel", signal.SIGKILL, "pipeline", marks=pytest.mark.slow),
+            ("single", signal.SIGTERM, "data-parallel"),
             pytest.param("pipeline", signal.SIGKILL, "single", marks=pytest.mark.slow),
             pytest.param("tensor", signal.SIGINT, "data-parallel", marks=pytest.mark.slow),
         ],

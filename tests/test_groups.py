@@ -111,7 +111,7 @@ def test_groups_that_cannot_be(cli, models, test_set, tmp_path, flags, parts):
     ("strategy", "moment"),
     [
         ("pipeline", ".predict"),
-        ("tensor", ".load"),
+        pytest.param("tensor", ".load", marks=pytest.mark.slow),
         pytest.param("pipeline", ".load", marks=pytest.mark.slow),
         pytest.param("tensor", ".predict", marks=pytest.mark.slow),
     ],

@@ -71,6 +71,7 @@ def test_the_demo_runs_with_few_flags(predict):
     assert answer.report["config"]["preset"] is None
 
 
+@pytest.mark.slow
 def test_one_long_row_and_three_workers(models, predict, tmp_path):
     """Fewer rows than workers, a row longer than the sequence and than the budget."""
     path = tmp_path / "one.parquet"
@@ -118,6 +119,7 @@ def test_report_holds_the_contract(models, test_set, predict, tmp_path):
     assert changed.report["fingerprint"] != report["fingerprint"]
 
 
+@pytest.mark.slow
 def test_processes_keep_to_their_part(start, long_job, tmp_path, models):
     """The driver starts no JAX, workers no TensorFlow; each has a core; memory is bounded."""
     output = tmp_path / "s.csv"
