@@ -51,7 +51,7 @@ def test_a_run_equals_predict_of_the_whole_classifier(plain, predict, name, flag
     preset = plain.model(f"{name}_classifier") / "preset"
     answer = predict("--preset", str(preset), "--input", str(plain.rows), *flags)
     expected = expected_of(plain, name)
-    assert expected.std(axis=0).min() > 0.01, "all rows are alike: equality means little"
+    assert expected.std(axis=0).max() > 0.05, "all rows are alike: equality means little"
     assert np.abs(answer.probabilities - expected).max() < TOLERANCE
     assert answer.report["config"]["sequence_length"] == OWN_LENGTH
     assert answer.report["config"]["pooling"] == ("pooler" if name == "bert" else "first")
