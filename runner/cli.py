@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -439,8 +440,8 @@ class _Failure:
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        asked = zip(arguments, [*arguments[1:], ""], strict=True)
-        self.is_json = ("--log-format", "json") in asked or "--log-format=json" in arguments
+        named = ("--log-format", "json") in pairwise(arguments)
+        self.is_json = named or "--log-format=json" in arguments
         self.log: Path | None = None
 
     def __call__(self, message: str, code: int) -> int:

@@ -331,3 +331,15 @@ assert state() == before
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("flags", [[], ["--verbose"], ["--log-format"]])
+def test_a_failure_is_said_whatever_the_flags_are(flags, monkeypatch, capsys):
+    """Without any flag too: the demo needs none."""
+
+    def fail(arguments):
+        raise ConfigError("no such thing")
+
+    monkeypatch.setattr("runner.cli.parse_arguments", fail)
+    assert main(flags) == 2
+    assert capsys.readouterr().err == "error: no such thing\n"
