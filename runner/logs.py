@@ -277,15 +277,13 @@ def keep_logs_of_ray(session: Path, folder: Path) -> None:
     """Copy the ends of the logs of Ray's own processes, of a run that failed."""
     written = [path for path in session.glob("*.*") if path.is_file() and path.stat().st_size]
     kept = folder / RAY_FOLDER
-    try:
+    with suppress(OSError):  # the run has failed of something else, which is to be said
         kept.mkdir(mode=0o700, exist_ok=True)
         for path in sorted(written, key=lambda path: path.stat().st_mtime)[-MOST_RAY_FILES:]:
             with open(path, "rb") as file:
                 file.seek(max(0, path.stat().st_size - MOST_RAY_BYTES))
                 (kept / path.name).write_bytes(file.read())
             (kept / path.name).chmod(0o600)
-    except OSError:
-        pass  # the run has failed of something else, which is to be said
 
 
 def _remove_if_empty(path: Path) -> None:

@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from runner.cluster import find_devices
 from runner.errors import ArenaRunnerError, ConfigError, WorkerError, first_line
+from runner.job import ANSWERS_DEPEND_ON, cache_folder, compilation_cache
 from runner.records import ModelSpec
 from runner.shipping import Parcel, Receiver, at, parcels, pieces
 from sharding.topology import Node, WorkerSlot, place_on_nodes
@@ -42,8 +43,6 @@ WAIT_S = 0.5
 PIECES_IN_FLIGHT = 3
 # A parcel of so much is named when it is sent.
 WORTH_SAYING_BYTES = 1 << 20
-# Packages that must be alike on all nodes: an answer depends on them.
-ALIKE = ("jax", "keras", "keras-hub")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +70,10 @@ class Keeper(Receiver):
     """The actor that receives a run's files on one node, and knows the node."""
 
     def __init__(self) -> None:
-        from runner.job import cache_folder
-
         super().__init__(cache_folder() / "files")
 
     def facts(self) -> Facts:
         """Return what this node is."""
-        from runner.job import compilation_cache
         from runner.machine import cores_here
         from runner.strategy import gpu_dtype
 
@@ -435,7 +431,7 @@ class Nodes:
 def versions_here() -> dict[str, str]:
     """Return the versions that must be alike on all machines of a run."""
     found = {"python": ".".join(platform.python_version_tuple()[:2])}
-    for package in ALIKE:
+    for package in ANSWERS_DEPEND_ON:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -21,6 +21,7 @@ import numpy as np
 from runner.errors import DeviceMemoryError, WorkerError, first_line
 from runner.faults import InjectedFaults
 from runner.logs import write_to_folder
+from runner.machine import cores_here
 from runner.records import (
     Activations,
     BatchResult,
@@ -436,8 +437,7 @@ def _start_jax(kind: str, compilation_cache: str | None) -> Any:
     if compilation_cache is not None:
         # XLA divides a CPU program for the threads it finds when it compiles, but JAX's cache key
         # does not hold their number: one core's program ran 1.4 times slower on two cores.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-        threads = os.environ.get("NPROC") or cores or os.cpu_count()
+        threads = os.environ.get("NPROC") or len(cores_here())
         name = f"cpu-{threads}" if device.platform == "cpu" else device.platform
         jax.config.update("jax_compilation_cache_dir", str(Path(compilation_cache, name)))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
