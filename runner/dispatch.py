@@ -53,6 +53,7 @@ from runner.strategy import Strategy, gpu_dtype
 from runner.timeline import Timeline
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape
+from sharding.dealing import Dealer
 from sharding.forecast import Pace
 from sharding.rates import Rates
 from sharding.topology import WorkerSlot, place_workers
@@ -61,22 +62,9 @@ from sharding.topology import WorkerSlot, place_workers
 MAX_RESTARTS = 3
 # Seconds between looks at the clock when nothing arrives.
 WAIT_S = 0.2
-# A batch is overdue that takes so many times as long as it should and so many seconds more.
-OVERDUE_FACTOR, OVERDUE_S = 3.0, 1.0
-
 # A worker hangs that takes longer for a step than: compile and load as slow as they may be.
 STEP_WITHIN_S = {"ping": 300.0, "meet": 120.0, "tokens": 300.0, "load": 600.0, "compile": 1800.0}
 SLOWEST_LOAD_BYTES_PER_S = 20e6
-# One compiles a shape and the others wait to read it from the cache, but no longer than that.
-COMPILE_WITHIN_S = 120.0
-# A batch: so many times its forecast and so many seconds more, while none has come from this
-# worker, and afterwards.
-HANG_FACTOR = 8.0
-FIRST_BATCH_WITHIN_S = 120.0
-BATCH_WITHIN_S = 15.0
-# Under a time limit a hang may cost no more than this share of what is left of it: then a batch of
-# a worker whose pace is known gets so many times its forecast and so many seconds at least.
-HANG_SHARE, PATIENCE_FACTOR, PATIENCE_S = 0.1, 3.0, 4.0
 # A run whose nodes are all gone waits so long for another.
 NODE_COMES_WITHIN_S = 300.0
 # A look at the clock that comes so late was late for the workers too: the machine was suspended.
@@ -142,14 +130,15 @@ class RayReplicas:
         self._float_actor: ray.actor.ActorHandle | None = None
         self._said: set[str] = set()
         self._clock, self._looked_at = 0.0, time.monotonic()
-        self._started_at: dict[int, float] = {}
+        self._dealer: Dealer | None = None
+        self._looked_for_hung_at = 0.0
         self.kind = "cpu"
         self.replicas = 1
         self.faults = Faults()
         self.info: WorkerInfo | None = None
         self.start_workers_s = 0.0
         self.predict_s = 0.0
-        self.copied_batches = 0
+        self._copied_before = 0
 
     def __enter__(self) -> "RayReplicas":
         return self
@@ -165,6 +154,11 @@ class RayReplicas:
         if kind is not None and folder is not None and self._log_folder is not None:
             keep_logs_of_ray(folder / "r" / "session_latest" / "logs", self._log_folder)
         stop_ray()
+
+    @property
+    def copied_batches(self) -> int:
+        """Batches that two replicas computed."""
+        return self._copied_before + (self._dealer.copied_batches if self._dealer else 0)
 
     @property
     def stats(self) -> list[WorkerStats]:
@@ -257,10 +251,11 @@ class RayReplicas:
             rates: learns what batches take.
             ids: one a row, to name rows in errors.
         """
+        self._copied_before = self.copied_batches
         self._backlog, self._rates = backlog, rates
+        self._dealer = Dealer(backlog, rates, self._groups)
         note = partial(self._progress.note, event="fault")
         self._recovery = Recovery(backlog, self.faults, ids, note, self._timeline.event)
-        self._compiled: set[tuple[str, BatchShape]] = set()
         with _ray_errors():
             self._tokens = self._store(tokens)
             yield from self._run(backlog)
@@ -297,7 +292,8 @@ class RayReplicas:
 
     def _run(self, backlog: Backlog) -> Generator[BatchResult | None, None, None]:
         first_ready: float | None = None
-        self._started_at.clear()
+        assert self._dealer is not None, "this is a bug: batches come with a dealer"
+        dealer = self._dealer
         for group in self._groups:
             if group.loaded:
                 self._expect(group)
@@ -305,7 +301,8 @@ class RayReplicas:
         while backlog:
             self._follow_nodes()
             for group in self._groups:
-                self._give_work(group)
+                if not dealer.is_settled(group):
+                    self._give_work(group, dealer)
             for group, step in self._finished_steps():
                 if step.what != "predict":
                     self._take_setup_step(group, step)
@@ -315,7 +312,7 @@ class RayReplicas:
                 self.predict_s = time.monotonic() - (first_ready or self._created_at)
                 if result is not None:
                     yield result
-            self._end_hung()
+            self._end_hung(dealer)
             yield None
         for group in self._groups:
             group.stop_clock()
@@ -367,45 +364,17 @@ class RayReplicas:
         Args:
             shapes: those that are to come, None for those of the backlog.
         """
-        assert self._backlog is not None, "this is a bug: a forecast comes after the plan"
-        starts = [group.start_s for group in self._groups if group.start_s is not None]
-        paces = []
-        for group in self._groups:
-            if group.given_up:
-                continue
-            delay_s = 0.0
-            if group.ready_at is None:
-                if not starts:
-                    continue
-                waited = self._clock - group.spawned_at
-                # Nobody knows how much longer one takes that takes longer than the others did.
-                delay_s = max(max(starts) - waited, waited / 4)
-            to_come = {*(self._backlog.shapes(group.number) if shapes is None else shapes)}
-            alike = sum(one.slots[0].node == group.slots[0].node for one in self._groups)
-            one_s = seconds_to_compile(self.stats, is_new=shapes is not None, replicas=alike)
-            delay_s += self._rates.preparing_s(
-                to_come, used=group.used, warm=group.warm, one_s=one_s
-            )
-            delay_s += self._overdue_s(group)
-            paces.append(Pace(self._rates.speed(group.number), delay_s))
-        return paces
+        assert self._dealer is not None, "this is a bug: a forecast comes after the plan"
+        is_new, stats = shapes is not None, self.stats
+        return self._dealer.paces(
+            self._clock,
+            shapes=shapes,
+            compile_s=lambda alike: seconds_to_compile(stats, is_new=is_new, replicas=alike),
+        )
 
     def is_measured(self) -> bool:
         """Whether batches enough have finished to rest a decision on."""
         return any(self._rates.is_measured(group.number) for group in self._groups)
-
-    def _overdue_s(self, group: Group) -> float:
-        """Return how much later a replica may be that is at a batch for far longer than it should:
-        as long again, and then it may have to be replaced."""
-        if group.compiling is not None or not self._rates.is_measured(group.number):
-            return 0.0
-        for step, since in group.oldest():
-            if step.what == "predict":
-                expected = self._rates.seconds(group.number, step.payload.shape)
-                took = self._clock - since
-                if took > OVERDUE_FACTOR * expected + OVERDUE_S:
-                    return took + (group.start_s or 0.0)
-        return 0.0
 
     def compile_s(self) -> float:
         """Return the seconds that a shape takes to compile that was in no plan before."""
@@ -474,7 +443,8 @@ class RayReplicas:
             group.has_tokens = True
         elif step.what == "compile":
             group.take_compiled(step)
-            self._compiled.add((group.slots[0].node, step.payload))
+            assert self._dealer is not None, "this is a bug: shapes are compiled after the plan"
+            self._dealer.compiled(group, step.payload)
         group.go_on_after(step)
         if group.warm and group.has_tokens and group.ready_at is None:
             group.ready_at = time.monotonic()
@@ -521,91 +491,20 @@ class RayReplicas:
         self._recovery.answered()
         return result if self._backlog.finish(step.payload) else None
 
-    def _give_work(self, group: Group) -> None:
+    def _give_work(self, group: Group, dealer: Dealer) -> None:
         """Keep a group busy: shapes until all are compiled, and batches of those that are."""
         if not group.loaded or group.given_up:
             return
-        backlog = self._backlog
-        assert backlog is not None, "this is a bug: work is given after the plan"
-        while group.has_tokens and len(group.in_flight) < group.most_in_flight:
-            if any(backlog.is_suspect(batch) for batch in group.in_flight):
-                break
-            batch = backlog.take(
-                group.number,
-                runnable=group.warm.__contains__,
-                alone=not group.in_flight,
-                share=self._share(group),
-            )
-            batch = batch or self._slowest_elsewhere(group)
-            if batch is None:
-                break
-            self._started_at[batch.index] = self._clock
+        while group.has_tokens and (batch := dealer.next_batch(group, self._clock)):
             group.start(batch)
-        self._give_shape(group)
+        if shape := dealer.next_shape(group, self._clock):
+            total = len(group.warm | {*dealer.shapes(group)})
+            self._show(group, f"compiling {len(group.warm) + 1}/{total}")
+            group.compile(shape)
         if group.in_flight:
             self._show(group, "busy")
         elif group.compiling is None:
             self._show(group, "idle")
-
-    def _share(self, group: Group) -> float:
-        """The group's part of the speed of all."""
-        speeds = [self._rates.speed(one.number) for one in self._groups if not one.given_up]
-        own, total = self._rates.speed(group.number), sum(speeds)
-        return min(1.0, own / total) if own and total else 1 / len(speeds)
-
-    def _slowest_elsewhere(self, group: Group) -> Batch | None:
-        """Return a batch that this idle group would end sooner than the one that computes it: the
-        first answer counts, so that no row waits for a slow or hung worker."""
-        backlog = self._backlog
-        assert backlog is not None, "this is a bug: work is given after the plan"
-        if group.in_flight or any(True for _ in backlog.waiting()):
-            return None
-        latest: tuple[float, Batch] | None = None
-        for other in self._groups:
-            ahead = 0.0
-            for batch in other.in_flight:
-                ahead += self._rates.seconds(other.number, batch.shape)
-                elsewhere = backlog.replicas_of(batch)
-                if len(elsewhere) != 1 or backlog.is_suspect(batch):
-                    continue
-                begun = max(self._started_at[batch.index], other.finished_at)
-                left = ahead - (self._clock - begun)
-                own = self._rates.seconds(group.number, batch.shape)
-                # Overdue: nobody knows how long it will still take.
-                is_late = left < -own
-                if batch.shape in group.warm and (is_late or left > 1.2 * own):
-                    end = float("inf") if is_late else left
-                    if latest is None or end > latest[0]:
-                        latest = end, batch
-        if latest is None:
-            return None
-        backlog.copy(latest[1], group.number)
-        self.copied_batches += 1
-        return latest[1]
-
-    def _give_shape(self, group: Group) -> None:
-        """Give the next shape that nobody compiles now: compiled elsewhere, it is in the cache."""
-        assert self._backlog is not None, "this is a bug: shapes are given before there is a plan"
-        if group.compiling is not None:
-            return
-        if group.in_flight and not self._rates.is_measured(group.number):
-            return  # what a batch takes is known sooner where no compiler is beside it
-        shapes = self._backlog.shapes(group.number)
-        # Each node has a cache of its own.
-        node = group.slots[0].node
-        elsewhere = {
-            other.compiling
-            for other in self._groups
-            if other.slots[0].node == node
-            and self._clock - other.compiling_since < COMPILE_WITHIN_S
-            and (node, other.compiling) not in self._compiled
-        }
-        for shape in shapes:
-            if shape not in group.warm and shape not in elsewhere:
-                total = len(group.warm | set(shapes))
-                self._show(group, f"compiling {len(group.warm) + 1}/{total}")
-                group.compile(shape)
-                return
 
     def _bury(self, group: Group, reason: str, cause: Exception | None = None) -> None:
         """Take back the batches of a group that lost a worker and replace it, if it may be."""
@@ -697,12 +596,19 @@ class RayReplicas:
         self._clock += min(now - self._looked_at, LONGEST_LOOK_S)
         self._looked_at = now
 
-    def _end_hung(self) -> None:
+    def _end_hung(self, dealer: Dealer) -> None:
         """End groups that take far longer for something than they should."""
+        if self._clock - self._looked_for_hung_at < WAIT_S:
+            return
+        self._looked_for_hung_at = self._clock
         assert self._backlog is not None, "this is a bug: work is given after the plan"
         for group in self._groups:
             for step, since in list(group.oldest()):
-                limit = self._limit_s(group, step)
+                if step.what == "predict":
+                    limit = dealer.batch_limit_s(group, step.payload, self._left_s())
+                else:
+                    stored = self._stored_bytes if step.what == "load" else 0
+                    limit = STEP_WITHIN_S[step.what] + stored / SLOWEST_LOAD_BYTES_PER_S
                 if self._clock - since <= limit or group.given_up:
                     continue
                 self.faults.hangs += 1
@@ -720,20 +626,6 @@ class RayReplicas:
                         self._backlog.put_back(batch, group.number)
                 self._bury(group, "its worker hung")
                 break
-
-    def _limit_s(self, group: Group, step: Step) -> float:
-        if step.what == "predict":
-            is_known = self._rates.knows(group.number)
-            floor = BATCH_WITHIN_S if is_known else FIRST_BATCH_WITHIN_S
-            seconds = self._rates.seconds(group.number, step.payload.shape) * len(group.slots)
-            limit = floor + HANG_FACTOR * seconds
-            if is_known:
-                least = PATIENCE_S + PATIENCE_FACTOR * seconds
-                limit = min(limit, max(least, HANG_SHARE * self._left_s()))
-            # While one compiles, a batch has half of the cores.
-            return limit if group.compiling is None else 2 * limit
-        stored = self._stored_bytes if step.what == "load" else 0
-        return STEP_WITHIN_S[step.what] + stored / SLOWEST_LOAD_BYTES_PER_S
 
     def _show(self, group: Group, state: str) -> None:
         self._progress.set_worker(group.number, state)

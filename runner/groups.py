@@ -117,6 +117,19 @@ class Group:
         return self.slots[0].replica
 
     @property
+    def node(self) -> str:
+        """The machine of its first member, empty where there is one machine."""
+        return self.slots[0].node
+
+    @property
+    def members(self) -> int:
+        return len(self.slots)
+
+    @property
+    def is_ready(self) -> bool:
+        return self.ready_at is not None
+
+    @property
     def strategy_name(self) -> str | None:
         return self._name
 

@@ -223,9 +223,7 @@ class Steering:
     def _is_done_but_for_length(self) -> bool:
         """Whether nothing waits, and what is computed now are rows that have an answer."""
         backlog = self._backlog
-        return not any(True for _ in backlog.waiting()) and all(
-            self._merger.how[row] for row in backlog.rows_left
-        )
+        return not backlog.counts() and all(self._merger.how[row] for row in backlog.rows_left)
 
     def _decide(self, now: float, left: float) -> None:
         """Give up no more than the time asks for, and take back what it does not."""
@@ -251,7 +249,7 @@ class Steering:
     def _last_batch_s(self, now: float) -> float:
         """Return the seconds of the largest batch on the slowest replica: it may come last, and
         must come."""
-        shapes = {batch.shape for batch in self._backlog.waiting()}
+        shapes = self._backlog.counts()
         speeds = [pace.speed for pace in self._executor.paces(()) if pace.speed]
         largest = max(map(self._rates.work, shapes), default=0.0)
         seconds = largest / min(speeds) if speeds else 0.0

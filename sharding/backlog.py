@@ -6,12 +6,13 @@ after `MOST_SETBACKS` is halved, until the row that does it is found and has had
 Pure bookkeeping over rows and batches: does not know workers, time or answers.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 
 from sharding.batches import Batch, BatchShape
+from sharding.queues import BatchQueue
 from sharding.shards import shard_size
 
 # A batch that failed this often, on whichever replicas, is taken to be the cause.
@@ -26,7 +27,8 @@ class Backlog:
     """The batches of a run: waiting, under way, or done.
 
     A row is in exactly one of them; `rows_left` are those not done, `given_up` those that no
-    replica can compute, with the reason.
+    replica can compute, with the reason. A decision looks at shapes and replicas, never at every
+    batch; `version` grows whenever what `shapes` says may have changed.
 
     Args:
         batches: in the order of work.
@@ -43,15 +45,18 @@ class Backlog:
         first_index: int = 0,
     ) -> None:
         self._cost = cost
-        self._queue: deque[Batch] = deque()
+        self._queue = BatchQueue()
         self._suspects: deque[Batch] = deque()
-        self._shards: dict[int, deque[Batch]] = {}
+        self._shards: dict[int, BatchQueue] = {}
+        # Of each shape the batches that wait, wherever.
+        self._waiting: Counter[BatchShape] = Counter()
         # Batch index -> the replicas that compute it.
         self._under_way: dict[int, list[int]] = {}
         self._batches_under_way: dict[int, Batch] = {}
         self._setbacks: dict[int, int] = {}
         self._budgets: dict[int, int] = {}
         self.next_index = first_index
+        self.version = 0
         self.given_up: dict[int, str] = {}
         self.rows_left: set[int] = set()
         self._append(batches)
@@ -65,9 +70,24 @@ class Backlog:
         """Batches that nobody computes now, in the order of work."""
         return chain(*self._shards.values(), self._queue, self._suspects)
 
+    def counts(self) -> Mapping[BatchShape, int]:
+        """Return how many batches of each shape nobody computes now; empty where none waits."""
+        return self._waiting
+
+    def last_shape(self) -> BatchShape | None:
+        """Return the shape of the last of the batches that wait, None where none does."""
+        if self._suspects:
+            return self._suspects[-1].shape
+        queues = chain([self._queue], reversed(self._shards.values()))
+        return next((queue.last.shape for queue in queues if queue), None)
+
     def under_way(self) -> Iterator[Batch]:
         """Batches that some replica computes now."""
         return iter(self._batches_under_way.values())
+
+    def computes(self, batch: Batch) -> bool:
+        """Whether some replica computes a batch now."""
+        return batch.index in self._under_way
 
     def replicas_of(self, batch: Batch) -> tuple[int, ...]:
         """The replicas that compute a batch now, the first one first."""
@@ -78,12 +98,12 @@ class Backlog:
         return batch.index in self._setbacks
 
     def shapes(self, replica: int) -> tuple[BatchShape, ...]:
-        """The shapes that a replica may still be given, in the order of first use."""
-        others = chain.from_iterable(
-            shard for number, shard in self._shards.items() if number != replica
-        )
-        batches = chain(self._shards.get(replica, ()), self._queue, self._suspects, others)
-        return tuple(dict.fromkeys(self._fitted(batch.shape, replica) for batch in batches))
+        """The shapes that a replica may still be given: first those of what it pulled, of the queue
+        and of suspects, in the order of work, then those that others pulled."""
+        own = self._shards[replica].shapes() if replica in self._shards else ()
+        suspects = (batch.shape for batch in self._suspects)
+        ordered = chain(own, self._queue.shapes(), suspects, self._waiting)
+        return tuple(dict.fromkeys(self._fitted(shape, replica) for shape in ordered))
 
     def take(
         self, replica: int, *, runnable: Runnable, alone: bool, share: float = 1.0
@@ -95,17 +115,26 @@ class Backlog:
             alone: whether it computes nothing else, as suspects ask for.
             share: the replica's part of the speed of all.
         """
-        shard = self._shards.setdefault(replica, deque())
+        shard = self._shards.setdefault(replica, BatchQueue())
         if not shard:
             self._pull(shard, replica, runnable, share)
         if not shard and not self._queue:
             self._steal(shard, replica, runnable)
         if shard:
-            return self._start(shard, 0, replica, runnable)
+            if not runnable(self._fitted(shard.first.shape, replica)):
+                return None
+            first, *others = self._start(shard.popleft(), replica)
+            for piece in reversed(others):
+                shard.appendleft(piece)
+            return first
         if alone:
-            for place in range(len(self._suspects)):
-                if batch := self._start(self._suspects, place, replica, runnable):
-                    return batch
+            for place, suspect in enumerate(self._suspects):
+                if runnable(self._fitted(suspect.shape, replica)):
+                    del self._suspects[place]
+                    first, *others = self._start(suspect, replica)
+                    for piece in reversed(others):
+                        self._suspects.insert(place, piece)
+                    return first
         return None
 
     def copy(self, batch: Batch, replica: int) -> None:
@@ -125,6 +154,7 @@ class Backlog:
         """A replica gave a batch back unharmed: it is the next to be pulled."""
         if self._leave(batch, replica):
             (self._suspects if self.is_suspect(batch) else self._queue).appendleft(batch)
+            self._count(batch.shape, 1)
 
     def setback(self, batch: Batch, replica: int, reason: str) -> str | None:
         """A replica failed while a batch was under way. Return what became of it, in words, where
@@ -141,6 +171,7 @@ class Backlog:
         is_one = len(batch.rows) == 1
         if count < (MOST_SETBACKS_OF_A_ROW if is_one else MOST_SETBACKS):
             self._suspects.append(batch)
+            self._count(batch.shape, 1)
             return None
         del self._setbacks[batch.index]
         if is_one:
@@ -150,6 +181,7 @@ class Backlog:
         for piece in self._cut(batch, half):
             self._setbacks[piece.index] = MOST_SETBACKS - 1
             self._suspects.append(piece)
+            self._count(piece.shape, 1)
         return "halved"
 
     def too_large(
@@ -171,12 +203,15 @@ class Backlog:
         budget = (batch.shape.rows // 2) * batch.shape.length
         for number in replicas:
             self._budgets[number] = min(budget, self._budgets.get(number, budget))
+        self.version += 1
         self.put_back(batch, replica)
         return budget
 
     def release(self, replica: int) -> None:
         """What a replica pulled and has not begun goes back to all."""
-        self._queue.extendleft(reversed(self._shards.pop(replica, ())))
+        shard = self._shards.pop(replica, BatchQueue())
+        while shard:
+            self._queue.appendleft(shard.pop())
 
     def withdraw(self, kept: Iterable[Batch] = ()) -> tuple[int, ...]:
         """Take out all that waits but for suspects, to be planned anew; return its rows.
@@ -188,7 +223,9 @@ class Backlog:
         waiting = [*chain(*self._shards.values(), self._queue)]
         rows = [row for batch in waiting if batch.index not in stay for row in batch.rows]
         self._shards.clear()
-        self._queue = deque(batch for batch in waiting if batch.index in stay)
+        self._queue = BatchQueue(batch for batch in waiting if batch.index in stay)
+        self._waiting = Counter(batch.shape for batch in self.waiting())
+        self.version += 1
         self.rows_left.difference_update(rows)
         return tuple(rows)
 
@@ -199,49 +236,57 @@ class Backlog:
         self.rows_left.update(row for batch in batches for row in batch.rows)
 
     def _append(self, batches: Iterable[Batch]) -> None:
-        self._queue.extend(self._numbered(batch) for batch in batches)
+        for batch in batches:
+            self._queue.append(self._numbered(batch))
+            self._count(batch.shape, 1)
 
-    def _pull(self, shard: deque[Batch], replica: int, runnable: Runnable, share: float) -> None:
+    def _count(self, shape: BatchShape, more: int) -> None:
+        """Count batches that begin to wait, or no longer do."""
+        before = self._waiting[shape]
+        self._waiting[shape] = before + more
+        if not before or not self._waiting[shape]:
+            self.version += 1
+        if not self._waiting[shape]:
+            del self._waiting[shape]
+
+    def _pull(self, shard: BatchQueue, replica: int, runnable: Runnable, share: float) -> None:
         """Move the first run of batches that a replica can begin now from the queue."""
-        remaining = sum(self._cost(batch.shape) for batch in self._queue)
-        for first, batch in enumerate(self._queue):
-            if runnable(self._fitted(batch.shape, replica)):
-                costs = (self._cost(self._queue[n].shape) for n in range(first, len(self._queue)))
-                size = shard_size(costs, remaining=remaining, share=share)
-                self._queue.rotate(-first)
-                shard.extend(self._queue.popleft() for _ in range(size))
-                self._queue.rotate(first)
-                return
 
-    def _steal(self, shard: deque[Batch], replica: int, runnable: Runnable) -> None:
+        def is_first(shape: BatchShape) -> bool:
+            return runnable(self._fitted(shape, replica))
+
+        size = shard_size(
+            (self._cost(batch.shape) for batch in self._queue.after(is_first)),
+            remaining=self._queue.cost(self._cost),
+            share=share,
+        )
+        shard.extend(self._queue.take(is_first, size))
+
+    def _steal(self, shard: BatchQueue, replica: int, runnable: Runnable) -> None:
         """Move the last batch from the shard of the replica that has the most left: it may be slow
         or hang."""
+        if not self._waiting:
+            return
         others = (other for number, other in self._shards.items() if number != replica and other)
-        largest = max(others, key=lambda other: sum(self._cost(one.shape) for one in other),
-                      default=None)  # fmt: skip
-        if largest and runnable(self._fitted(largest[-1].shape, replica)):
+        largest = max(others, key=lambda other: other.cost(self._cost), default=None)
+        if largest and runnable(self._fitted(largest.last.shape, replica)):
             shard.append(largest.pop())
 
-    def _start(
-        self, batches: deque[Batch], place: int, replica: int, runnable: Runnable
-    ) -> Batch | None:
-        """Begin the batch at a place, cut to the replica's budget; None if it is not runnable."""
-        batch = batches[place]
+    def _start(self, batch: Batch, replica: int) -> list[Batch]:
+        """Begin a batch that waited, cut to the replica's budget; the other pieces go on waiting.
+        Return the one that is under way, and those."""
+        self._count(batch.shape, -1)
         fitted = self._fitted(batch.shape, replica)
-        if not runnable(fitted):
-            return None
-        del batches[place]
+        pieces = [batch]
         if fitted != batch.shape:
             setbacks = self._setbacks.pop(batch.index, None)
             pieces = self._cut(batch, fitted.rows)
+            self._count(fitted, len(pieces) - 1)
             if setbacks is not None:
                 self._setbacks |= {piece.index: setbacks for piece in pieces}
-            batch = pieces[0]
-            for piece in reversed(pieces[1:]):
-                batches.insert(place, piece)
-        self._under_way[batch.index] = [replica]
-        self._batches_under_way[batch.index] = batch
-        return batch
+        self._under_way[pieces[0].index] = [replica]
+        self._batches_under_way[pieces[0].index] = pieces[0]
+        return pieces
 
     def _fitted(self, shape: BatchShape, replica: int) -> BatchShape:
         budget = self._budgets.get(replica)

@@ -4,11 +4,11 @@ Pure arithmetic; does not know a clock.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sharding.backlog import Backlog
-from sharding.batches import Batch
+from sharding.batches import Batch, BatchShape
 from sharding.rates import Rates
 
 # Of a batch that is computed now, on average so much is still to be done.
@@ -34,19 +34,23 @@ def seconds_left(backlog: Backlog, rates: Rates, paces: Sequence[Pace]) -> float
     the end, when the first replica finds nothing to do, half of a batch is left to each of the
     others.
     """
-    waiting = list(backlog.waiting())
     in_line: dict[int, list[float]] = defaultdict(list)
     for batch in backlog.under_way():
         in_line[backlog.replicas_of(batch)[0]].append(rates.work(batch.shape))
     under_way = sum(sum(line) - HALF_WAY * line[0] for line in in_line.values())
-    last = rates.work(waiting[-1].shape) if waiting else 0.0
-    work = work_of(waiting, rates) + under_way + HALF_WAY * last * (len(paces) - 1)
-    return seconds_of(work, paces)
+    last_shape = backlog.last_shape()
+    last = rates.work(last_shape) if last_shape is not None else 0.0
+    waiting = work_of_shapes(backlog.counts(), rates)
+    return seconds_of(waiting + under_way + HALF_WAY * last * (len(paces) - 1), paces)
 
 
 def work_of(batches: Iterable[Batch], rates: Rates) -> float:
     """Return the work of batches; there are many of a shape."""
-    counts = Counter(batch.shape for batch in batches)
+    return work_of_shapes(Counter(batch.shape for batch in batches), rates)
+
+
+def work_of_shapes(counts: Mapping[BatchShape, int], rates: Rates) -> float:
+    """Return the work of so many batches of each shape."""
     return sum(count * rates.work(shape) for shape, count in counts.items())
 
 

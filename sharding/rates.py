@@ -67,6 +67,8 @@ class Rates:
         # Of each replica: the seconds of its batches, and the work done in them.
         self._seconds: dict[int, Mean] = {}
         self._work: dict[int, Mean] = {}
+        self._speeds: dict[int, float] = {}
+        self._speed_of_all = 0.0
         self._undisturbed: dict[int, int] = {}
         self._bends: dict[BatchShape, Mean] = {}
         self._firsts = Mean()
@@ -120,10 +122,10 @@ class Rates:
 
     def speed(self, replica: int) -> float:
         """Return cost a second at a factor of one; 0 where nothing is known of a replica."""
-        if replica in self._seconds:
-            return self._work[replica].value() / self._seconds[replica].value()
-        if self._seconds:
-            return sum(map(self.speed, self._seconds)) / len(self._seconds)
+        if replica in self._speeds:
+            return self._speeds[replica]
+        if self._speeds:
+            return self._speed_of_all / len(self._speeds)
         return self._guesses.get(replica, 0.0)
 
     def work(self, shape: BatchShape) -> float:
@@ -164,6 +166,9 @@ class Rates:
             self._work[replica] = Mean(work * start, start)
         self._seconds[replica].add(seconds, weight)
         self._work[replica].add(work, weight)
+        speed = self._work[replica].value() / self._seconds[replica].value()
+        self._speed_of_all += speed - self._speeds.get(replica, 0.0)
+        self._speeds[replica] = speed
 
     def _learn_bend(self, shape: BatchShape, factor: float) -> None:
         near = self._bend(shape)

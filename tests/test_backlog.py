@@ -1,6 +1,7 @@
 """What becomes of batches: every row is answered once, or given up because it alone is at fault."""
 
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -40,9 +41,14 @@ def test_every_row_is_answered_once_or_at_fault(lengths, replicas, poison, memor
     in_flight = {number: [] for number in range(replicas)}
     answered = []
     for _ in range(5000):
+        waiting = list(backlog.waiting())
+        assert backlog.counts() == Counter(batch.shape for batch in waiting)
+        assert backlog.last_shape() == (waiting[-1].shape if waiting else None)
         if not backlog:
             break
         replica = chance.randrange(replicas)
+        if memory is None:
+            assert set(backlog.shapes(replica)) == {batch.shape for batch in waiting}
         mine = in_flight[replica]
         if len(mine) < 2 and not any(map(backlog.is_suspect, mine)):
             batch = backlog.take(replica, runnable=anything, alone=not mine, share=1 / replicas)

@@ -117,9 +117,9 @@ def call_without_token(method: str, port: int) -> str:
 @pytest.mark.parametrize(
     "mode",
     [
-        "tensor",
+        "data-parallel",
         pytest.param("pipeline", marks=pytest.mark.slow),
-        pytest.param("data-parallel", marks=pytest.mark.slow),
+        pytest.param("tensor", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_is_closed_to_others(start, models, arena_rows, cache, tmp_path, mode):

@@ -59,6 +59,7 @@ def test_groups_equal_the_notebook(
         assert len(notes) == 1, "that one key/value head is not split is said once"
 
 
+@pytest.mark.slow
 def test_auto_says_which_and_why(models, reference, test_set, predict):
     model = models["gemma2"]
     flags = (*model.flags(), "--input", str(test_set), "--pooling", "mean", *FLAGS)
@@ -110,9 +111,9 @@ def test_groups_that_cannot_be(cli, models, test_set, tmp_path, flags, parts):
 @pytest.mark.parametrize(
     ("strategy", "moment"),
     [
-        ("pipeline", ".predict"),
         pytest.param("tensor", ".load", marks=pytest.mark.slow),
         pytest.param("pipeline", ".load", marks=pytest.mark.slow),
+        pytest.param("pipeline", ".predict", marks=pytest.mark.slow),
         pytest.param("tensor", ".predict", marks=pytest.mark.slow),
     ],
 )

@@ -92,7 +92,7 @@ def named(run, name):
 @pytest.mark.parametrize(
     ("mode", "server"),
     [
-        ("data-parallel", "raylet"),
+        pytest.param("data-parallel", "raylet", marks=pytest.mark.slow),
         pytest.param("tensor", "raylet", marks=pytest.mark.slow),
         pytest.param("pipeline", "gcs_server", marks=pytest.mark.slow),
     ],

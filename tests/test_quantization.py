@@ -93,6 +93,7 @@ def prepared(models, cli, test_set, tmp_path_factory):
     return folder, done.stdout
 
 
+@pytest.mark.slow
 def test_a_prepared_preset_gives_the_numbers_of_quantizing_while_loading(
     models, reference, test_set, predict, prepared
 ):

@@ -1,0 +1,398 @@
+"""A run on devices that are arithmetic, by a clock that jumps: what is decided, in milliseconds.
+
+The planning of batches, the backlog, rates, dealer, steering and deadline are the real ones.
+Replicas start, compile, compute, slow down, die and hang as the executors see it, each at its own
+events. For `benchmarks/scheduling.py` and the tests.
+"""
+
+import heapq
+import random
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+
+from runner.config import RunConfig
+from runner.deadline import Deadline, lengths_to_cut_to
+from runner.journal import Journal
+from runner.merge import Merger
+from runner.pipeline import plan_run
+from runner.presets import Preset
+from runner.progress import Progress
+from runner.records import BatchResult
+from runner.steering import Steering
+from sharding.backlog import Backlog
+from sharding.batches import Batch, BatchShape, Plan
+from sharding.costs import ModelShape
+from sharding.dealing import Dealer
+from sharding.forecast import Pace
+from sharding.rates import COMPILING_TAKES, Intervals, Rates
+
+# Seconds between the dispatcher's looks at the clock.
+WAIT_S = 0.2
+# A shape that another compiled on this node, from its cache.
+FROM_CACHE_S = 0.2
+# The demo's backbone, on a core of a machine that was measured.
+SHAPE = ModelShape(
+    vocabulary_size=2048,
+    num_layers=4,
+    hidden_dim=256,
+    num_query_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    intermediate_dim=1024,
+)
+FLOPS_PER_S = 1.3e11
+
+
+@dataclass(eq=False)
+class Replica:
+    """One device. What it can do to a run is set before.
+
+    speed: FLOP/s while it does nothing else. starts_in_s, restarts_in_s: until it is loaded, at
+    first and after it was lost. compiles_in_s: a shape that its node has not compiled. first_s:
+    more for the first batch of a shape. compiling_takes: part of the device that a compiler takes.
+    noise: sigma of the lognormal factor of each batch, whose mean is one. slows_to: of its speed,
+    from `slows_at` on.
+    """
+
+    number: int
+    speed: float = FLOPS_PER_S
+    node: str = ""
+    starts_in_s: float = 6.0
+    restarts_in_s: float = 6.0
+    compiles_in_s: float = 1.0
+    first_s: float = 0.1
+    compiling_takes: float = 0.5
+    noise: float = 0.1
+    dies_at: float = float("inf")
+    hangs_at: float = float("inf")
+    slows_at: float = float("inf")
+    slows_to: float = 1 / 3
+    # How it stands, as `sharding.dealing.Standing` says.
+    members: int = 1
+    most_in_flight: int = 2
+    in_flight: deque[Batch] = field(default_factory=deque)
+    warm: set[BatchShape] = field(default_factory=set)
+    used: set[BatchShape] = field(default_factory=set)
+    compiling: BatchShape | None = None
+    compiling_since: float = 0.0
+    finished_at: float = 0.0
+    spawned_at: float = 0.0
+    is_ready: bool = False
+    start_s: float | None = None
+    given_up: bool = False
+    # The device: what is in its line, and of the first the seconds that it still needs undisturbed.
+    is_loaded: bool = False
+    is_hung: bool = False
+    line: deque[Batch] = field(default_factory=deque)
+    needs_s: float = 0.0
+    since: float = 0.0
+    life: int = 0
+    schedule: int = 0
+    compile_times: Intervals = field(default_factory=Intervals)
+
+    @property
+    def pace(self) -> float:
+        """Its part of its speed, now."""
+        beside = 1.0 - self.compiling_takes * (self.compiling is not None)
+        return beside * (self.slows_to if self.since >= self.slows_at else 1.0)
+
+
+class Simulated:
+    """A run of rows of these lengths on replicas, as the executors would do it.
+
+    Args:
+        lengths: (rows,) tokens.
+        driver_s: seconds of the one driver that every batch takes.
+
+    Attributes:
+        time: of the simulated clock. deciding_s, decisions: what the dealer took of this
+            machine's time, and for how many answers and starts. taking_s: keeping answers.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        replicas: Sequence[Replica],
+        *,
+        limit_s: float | None = None,
+        policy: str = "shorten",
+        pooling: str = "mean",
+        sequence_length: int = 512,
+        floor: int | None = None,
+        seed: int = 0,
+        shape: ModelShape = SHAPE,
+        kind: str = "cpu",
+        max_tokens_per_batch: int = 2048,
+        driver_s: float = 0.0,
+    ) -> None:
+        self.time = 0.0
+        self.lengths = np.asarray(lengths)
+        self.members = replicas
+        self.deciding_s = self.taking_s = 0.0
+        self.decisions = 0
+        self._shape = shape
+        self._chance = random.Random(seed)
+        self._driver_s, self._driver_free_at = driver_s, 0.0
+        self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._order = 0
+        self._is_over = False
+        self._cached: dict[str, set[BatchShape]] = defaultdict(set)
+        self._compiled_s: list[float] = []
+        config = _Fields(
+            pooling=pooling,
+            sequence_length=sequence_length,
+            max_tokens_per_batch=max_tokens_per_batch,
+        )
+
+        def plan(
+            rows: Sequence[int] | None, cap: int | None = None, known: Sequence[BatchShape] = ()
+        ) -> Plan:
+            return plan_run(
+                self.lengths,
+                cast(RunConfig, config),
+                cast(Preset, _Fields(shape=shape)),
+                kind=kind,
+                replicas=len(replicas),
+                rows=rows,
+                cap=cap,
+                known=known,
+            )
+
+        began = time.perf_counter()
+        self.first_plan = plan(None)
+        self.backlog = Backlog(self.first_plan.batches, cost=shape.batch_flops)
+        self.planning_s = time.perf_counter() - began
+        takes = COMPILING_TAKES if kind == "cpu" else 0.0
+        self.rates = Rates(shape.batch_flops, compiling_takes=takes)
+        self.dealer = Dealer(self.backlog, self.rates, replicas)
+        self.deadline = Deadline(limit_s, policy)
+        self.deadline.rehearsed(0.005)
+        self.merger = Merger([str(row) for row in range(len(lengths))], 3)
+        self.notes: list[str] = []
+        top = sequence_length if pooling == "padded-mean" else int(self.lengths.max())
+        journal = _Fields(add=lambda *args, **kwargs: None)
+        progress = _Fields(
+            note=self.notes.append, advance=lambda **_: None, forecast=lambda **_: None
+        )
+        self.steering = Steering(
+            self.backlog,
+            self.rates,
+            self,
+            merger=self.merger,
+            journal=cast(Journal, journal),
+            progress=cast(Progress, progress),
+            deadline=self.deadline,
+            lengths=self.lengths,
+            replan=lambda rows, cap, shapes: plan(rows, cap, [*self.first_plan.shapes, *shapes]),
+            caps=lengths_to_cut_to(
+                min(floor or sequence_length // 4, top),
+                top,
+                multiple_of=8,
+                others=(one.length for one in self.first_plan.shapes),
+            ),
+            full_length=sequence_length if pooling == "padded-mean" else None,
+            started=0.0,
+            clock=lambda: self.time,
+        )
+
+    @property
+    def work(self) -> int:
+        """FLOPs of the plan."""
+        return sum(self._shape.batch_flops(batch.shape) for batch in self.first_plan.batches)
+
+    # What steering asks of an executor.
+
+    def warm(self) -> set[BatchShape]:
+        return {shape for replica in self.members for shape in replica.warm}
+
+    def compile_s(self) -> float:
+        return max(self._compiled_s, default=0.5)
+
+    def is_measured(self) -> bool:
+        return any(self.rates.is_measured(replica.number) for replica in self.members)
+
+    def paces(self, shapes: Iterable[BatchShape] | None = None) -> list[Pace]:
+        def compile_s(alike: int) -> float:
+            one_s = self.compile_s()
+            return one_s if shapes is not None else (one_s + (alike - 1) * one_s / 8) / alike
+
+        return self.dealer.paces(self.time, shapes=shapes, compile_s=compile_s)
+
+    # The run.
+
+    def run(self, most_s: float = float("inf")) -> float:
+        """Return when it ended, in simulated seconds."""
+        for replica in self.members:
+            self._later(replica.starts_in_s, self._load, replica, replica.life)
+            for at, happens in (
+                (replica.dies_at, self._die),
+                (replica.hangs_at, self._hang),
+                (replica.slows_at, self._slow),
+            ):
+                if at < float("inf"):
+                    self._later(at, happens, replica)
+        self._later(WAIT_S, self._look)
+        while self.backlog and not self._is_over and self.time < most_s:
+            self.time, _, happens, subject = heapq.heappop(self._events)
+            happens(*subject)
+        return self.time
+
+    def _later(self, seconds: float, happens: Callable[..., None], *subject: Any) -> None:
+        self._order += 1
+        heapq.heappush(self._events, (self.time + seconds, self._order, happens, subject))
+
+    def _look(self) -> None:
+        """What the dispatcher does when nothing arrived: hung replicas, and those with room."""
+        left_s = self.deadline.left_s(self.time)
+        for replica in self.members:
+            if replica.in_flight:
+                batch = replica.in_flight[0]
+                limit_s = self.dealer.batch_limit_s(replica, batch, left_s)
+                if self.time - self.dealer.began(replica, batch) > limit_s:
+                    self._lose(replica, harmless=tuple(replica.in_flight)[1:])
+            if not self.dealer.is_settled(replica):
+                self._serve(replica)
+        self._tick()
+        self._later(WAIT_S, self._look)
+
+    def _tick(self) -> None:
+        self._is_over = self._is_over or not self.steering.tick()
+
+    def _load(self, replica: Replica, life: int) -> None:
+        if life == replica.life:
+            replica.is_loaded = True
+            self.rates.expect(replica.number, replica.speed / 0.6)
+            self._serve(replica)
+
+    def _serve(self, replica: Replica) -> None:
+        """Give a replica what the dealer has for it."""
+        if not replica.is_loaded:
+            return
+        began = time.perf_counter()
+        self.decisions += 1
+        while (batch := self.dealer.next_batch(replica, self.time)) is not None:
+            replica.in_flight.append(batch)
+            replica.line.append(batch)
+            if len(replica.line) == 1:
+                self._begin(replica)
+        shape = self.dealer.next_shape(replica, self.time)
+        self.deciding_s += time.perf_counter() - began
+        if shape is not None:
+            self._reckon(replica)
+            replica.compiling, replica.compiling_since = shape, self.time
+            replica.compile_times.begin(self.time)
+            is_cached = shape in self._cached[replica.node]
+            takes_s = FROM_CACHE_S if is_cached else replica.compiles_in_s
+            self._later(takes_s, self._compile, replica, replica.life, shape, is_cached)
+            self._reckon(replica)
+
+    def _compile(self, replica: Replica, life: int, shape: BatchShape, is_cached: bool) -> None:
+        if life != replica.life:
+            return
+        self._reckon(replica)
+        if not is_cached:
+            self._compiled_s.append(self.time - replica.compiling_since)
+        self._cached[replica.node].add(shape)
+        self.dealer.compiled(replica, shape)
+        replica.compiling = None
+        replica.compile_times.end(self.time)
+        if not replica.is_ready:
+            replica.is_ready, replica.start_s = True, self.time - replica.spawned_at
+        replica.warm.add(shape)
+        self._reckon(replica)
+        self._serve(replica)
+
+    def _begin(self, replica: Replica) -> None:
+        """A replica begins the batch that is first in its line."""
+        shape = replica.line[0].shape
+        noise = self._chance.lognormvariate(-(replica.noise**2) / 2, replica.noise)
+        replica.needs_s = self._shape.batch_flops(shape) / replica.speed * noise
+        replica.needs_s += replica.first_s * (shape not in replica.used)
+        replica.since = self.time
+        self._reckon(replica)
+
+    def _reckon(self, replica: Replica) -> None:
+        """Bring what a replica has done up to now, and foresee when its batch ends at this pace."""
+        if not replica.line or replica.is_hung:
+            replica.since = self.time
+            return
+        replica.needs_s = max(0.0, replica.needs_s - (self.time - replica.since) * replica.pace)
+        replica.since = self.time
+        replica.schedule += 1
+        self._later(replica.needs_s / replica.pace, self._end, replica, replica.schedule)
+
+    def _end(self, replica: Replica, schedule: int) -> None:
+        """A replica has computed a batch: its answer goes to the driver, one after the other."""
+        if schedule != replica.schedule or replica.is_hung:
+            return
+        batch = replica.line.popleft()
+        if replica.line:
+            self._begin(replica)
+        free_at = max(self.time, self._driver_free_at)
+        self._driver_free_at = free_at + self._driver_s
+        self._later(self._driver_free_at - self.time, self._answer, replica, replica.life, batch)
+
+    def _answer(self, replica: Replica, life: int, batch: Batch) -> None:
+        if life != replica.life:
+            return
+        began = self.dealer.began(replica, batch)
+        replica.in_flight.remove(batch)
+        replica.finished_at = self.time
+        self.rates.learn(
+            replica.number,
+            batch.shape,
+            self.time - began,
+            is_first=batch.shape not in replica.used,
+            compiling_s=replica.compile_times.within(began, self.time),
+        )
+        replica.used.add(batch.shape)
+        if self.backlog.finish(batch):
+            answers = np.full((len(batch.rows), 3), 1 / 3, np.float32)
+            at = time.perf_counter()
+            self.steering.take(BatchResult(batch, replica.number, answers, ()))
+            self.taking_s += time.perf_counter() - at
+        self._tick()
+        self._serve(replica)
+
+    def _die(self, replica: Replica) -> None:
+        if not replica.is_ready:
+            self._later(1.0, self._die, replica)  # it dies when it has begun to work
+            return
+        self._lose(replica)
+
+    def _hang(self, replica: Replica) -> None:
+        self._reckon(replica)
+        replica.is_hung = True
+
+    def _slow(self, replica: Replica) -> None:
+        self._reckon(replica)
+
+    def _lose(self, replica: Replica, harmless: Sequence[Batch] = ()) -> None:
+        """A replica's process is gone, and what it had in flight goes back; it starts again."""
+        for batch in replica.in_flight:
+            if batch in harmless:
+                self.backlog.put_back(batch, replica.number)
+            else:
+                self.backlog.setback(batch, replica.number, "it died")
+        self.backlog.release(replica.number)
+        for left in (replica.in_flight, replica.line, replica.warm, replica.used):
+            left.clear()
+        replica.compiling = None
+        replica.compile_times.end(self.time)
+        replica.is_loaded = replica.is_ready = replica.is_hung = False
+        replica.life += 1
+        replica.schedule += 1
+        replica.spawned_at = self.time
+        self._later(replica.restarts_in_s, self._load, replica, replica.life)
+
+
+class _Fields:
+    """An object of these attributes, in the place of one of which nothing else is asked."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.__dict__.update(fields)

@@ -1,0 +1,310 @@
+"""Replicas as they stand, and the work that is left -> what each is given next.
+
+The policy of a run on several replicas: which batch, which shape to compile, whether to take a
+second copy of a batch that another is slow with, how long one may take before it hangs. The Ray
+replicas and the simulated ones (`benchmarks/simulated.py`) are dealt to by it alike. Pure: does not
+know workers, answers, or what time it is; it is told.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+from sharding.backlog import Backlog
+from sharding.batches import Batch, BatchShape
+from sharding.forecast import Pace
+from sharding.rates import Rates
+
+# A batch is overdue that takes so many times as long as it should and so many seconds more.
+OVERDUE_FACTOR, OVERDUE_S = 3.0, 1.0
+# One compiles a shape and the others wait to read it from the cache, but no longer than that.
+COMPILE_WITHIN_S = 120.0
+# A batch hangs that takes so many times its forecast and so many seconds more, while none has come
+# from this replica, and afterwards.
+HANG_FACTOR = 8.0
+FIRST_BATCH_WITHIN_S = 120.0
+BATCH_WITHIN_S = 15.0
+# Under a time limit a hang may cost no more than this share of what is left of it: then a batch of
+# a replica whose pace is known gets so many times its forecast and so many seconds at least.
+HANG_SHARE, PATIENCE_FACTOR, PATIENCE_S = 0.1, 3.0, 4.0
+# A copy is worth while that would end sooner by this factor.
+SOONER = 1.2
+# What is known of all replicas together is looked up anew after so many seconds.
+LOOK_S = 0.1
+
+
+class Standing(Protocol):
+    """How a replica stands; times by the clock that the dealer is told.
+
+    in_flight: what it was given, the oldest first. warm, used: the shapes of which it has a
+    program, and has finished a batch. compiling: a shape, since `compiling_since`. finished_at: the
+    last batch. start_s: what it took to be ready, None before it ever was. members: how many
+    batches it has under way one behind the other, at its stages.
+    """
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def node(self) -> str: ...
+    @property
+    def members(self) -> int: ...
+    @property
+    def in_flight(self) -> Sequence[Batch]: ...
+    @property
+    def most_in_flight(self) -> int: ...
+    @property
+    def warm(self) -> set[BatchShape]: ...
+    @property
+    def used(self) -> set[BatchShape]: ...
+    @property
+    def compiling(self) -> BatchShape | None: ...
+    @property
+    def compiling_since(self) -> float: ...
+    @property
+    def finished_at(self) -> float: ...
+    @property
+    def spawned_at(self) -> float: ...
+    @property
+    def is_ready(self) -> bool: ...
+    @property
+    def start_s(self) -> float | None: ...
+    @property
+    def given_up(self) -> bool: ...
+
+
+class Dealer:
+    """What replicas are given, until every row is answered.
+
+    Args:
+        replicas: those of the run; more may be appended.
+
+    Attributes:
+        copied_batches: that two replicas computed.
+    """
+
+    def __init__(self, backlog: Backlog, rates: Rates, replicas: Sequence[Standing]) -> None:
+        self._backlog = backlog
+        self._rates = rates
+        self._replicas = replicas
+        self._given_at: dict[int, float] = {}
+        # Of each node the shapes that were compiled there, and so are in its cache.
+        self._compiled: dict[str, set[BatchShape]] = defaultdict(set)
+        self._complete: dict[int, tuple[int, int]] = {}
+        self._speed_of_all, self._alive, self._looked_at = 0.0, 1, float("-inf")
+        self._late, self._late_at = _Late(), float("-inf")
+        self._by_node: dict[str, list[Standing]] = {}
+        self.copied_batches = 0
+
+    def is_settled(self, replica: Standing) -> bool:
+        """Whether there is nothing that a replica could be given now."""
+        return len(replica.in_flight) >= replica.most_in_flight and self._has_all(replica)
+
+    def next_batch(self, replica: Standing, now: float) -> Batch | None:
+        """Return what a replica computes next, which then is under way; None where it has enough,
+        or has to wait."""
+        backlog, in_flight = self._backlog, replica.in_flight
+        if len(in_flight) >= replica.most_in_flight or any(map(backlog.is_suspect, in_flight)):
+            return None
+        batch = backlog.take(
+            replica.number,
+            runnable=replica.warm.__contains__,
+            alone=not in_flight,
+            share=self._share(replica, now),
+        )
+        if batch is None and not in_flight and not backlog.counts():
+            batch = self._copy(replica, now)
+        if batch is not None:
+            self._given_at[batch.index] = now
+        return batch
+
+    def next_shape(self, replica: Standing, now: float) -> BatchShape | None:
+        """Return the shape that a replica compiles next; None where it has them all, compiles
+        already, or others compile those that it lacks: then they will be in the cache."""
+        if replica.compiling is not None or self._has_all(replica):
+            return None
+        if replica.in_flight and not self._rates.is_measured(replica.number):
+            return None  # what a batch takes is known sooner where no compiler is beside it
+        lacking = [one for one in self.shapes(replica) if one not in replica.warm]
+        if not lacking:
+            self._complete[replica.number] = (self._backlog.version, len(replica.warm))
+            return None
+        # Each node has a cache of its own.
+        elsewhere = {
+            other.compiling
+            for other in self._on(replica.node)
+            if other.compiling is not None and now - other.compiling_since < COMPILE_WITHIN_S
+        }
+        elsewhere -= self._compiled[replica.node]
+        return next((shape for shape in lacking if shape not in elsewhere), None)
+
+    def shapes(self, replica: Standing) -> tuple[BatchShape, ...]:
+        """Return the shapes that a replica may still be given, in the order of first use."""
+        return self._backlog.shapes(replica.number)
+
+    def compiled(self, replica: Standing, shape: BatchShape) -> None:
+        """A replica has compiled a shape: others on its node find it in the cache."""
+        self._compiled[replica.node].add(shape)
+
+    def paces(
+        self,
+        now: float,
+        *,
+        shapes: Iterable[BatchShape] | None,
+        compile_s: Callable[[int], float],
+    ) -> list[Pace]:
+        """Return how fast each replica is, and how long it will load and compile besides.
+
+        Args:
+            shapes: those that are to come, None for those of the backlog.
+            compile_s: the seconds of one, where so many replicas share a cache.
+        """
+        starts = [one.start_s for one in self._replicas if one.start_s is not None]
+        slowest_start_s = max(starts, default=None)
+        asked = None if shapes is None else {*shapes}
+        alike = Counter(one.node for one in self._replicas)
+        one_s = {count: compile_s(count) for count in set(alike.values())}
+        paces = []
+        for replica in self._replicas:
+            if replica.given_up:
+                continue
+            delay_s = 0.0
+            if not replica.is_ready:
+                if slowest_start_s is None:
+                    continue
+                waited = now - replica.spawned_at
+                # Nobody knows how much longer one takes that takes longer than the others did.
+                delay_s = max(slowest_start_s - waited, waited / 4)
+            delay_s += self._rates.preparing_s(
+                {*self.shapes(replica)} if asked is None else asked,
+                used=replica.used,
+                warm=replica.warm,
+                one_s=one_s[alike[replica.node]],
+            )
+            delay_s += self._overdue_s(replica, now)
+            paces.append(Pace(self._rates.speed(replica.number), delay_s))
+        return paces
+
+    def began(self, replica: Standing, batch: Batch) -> float:
+        """Return when a replica began a batch, the oldest that it has in flight."""
+        # One that is left from a run before has no row that is missing: it was given long ago.
+        return max(self._given_at.get(batch.index, 0.0), replica.finished_at)
+
+    def batch_limit_s(self, replica: Standing, batch: Batch, left_s: float) -> float:
+        """Return the seconds that a batch may take before its replica is taken to hang.
+
+        Args:
+            left_s: the seconds in which rows can still be predicted.
+        """
+        is_known = self._rates.knows(replica.number)
+        seconds = self._rates.seconds(replica.number, batch.shape) * replica.members
+        limit = (BATCH_WITHIN_S if is_known else FIRST_BATCH_WITHIN_S) + HANG_FACTOR * seconds
+        if is_known:
+            least = PATIENCE_S + PATIENCE_FACTOR * seconds
+            limit = min(limit, max(least, HANG_SHARE * left_s))
+        # While one compiles, a batch has half of the cores.
+        return limit if replica.compiling is None else 2 * limit
+
+    def _overdue_s(self, replica: Standing, now: float) -> float:
+        """Return how much later a replica may be that is at a batch for far longer than it should:
+        as long again, and then it may have to be replaced."""
+        if replica.compiling is not None or not replica.in_flight:
+            return 0.0
+        if not self._rates.is_measured(replica.number):
+            return 0.0
+        batch = replica.in_flight[0]
+        took = now - self.began(replica, batch)
+        expected = self._rates.seconds(replica.number, batch.shape)
+        is_overdue = took > OVERDUE_FACTOR * expected + OVERDUE_S
+        return took + (replica.start_s or 0.0) if is_overdue else 0.0
+
+    def _has_all(self, replica: Standing) -> bool:
+        """Whether a replica was found to have a program of every shape, and nothing changed."""
+        found = self._complete.get(replica.number)
+        return found == (self._backlog.version, len(replica.warm))
+
+    def _share(self, replica: Standing, now: float) -> float:
+        """The replica's part of the speed of all."""
+        if now - self._looked_at >= LOOK_S:
+            self._looked_at = now
+            alive = [one.number for one in self._replicas if not one.given_up]
+            self._speed_of_all, self._alive = sum(map(self._rates.speed, alive)), len(alive)
+        own = self._rates.speed(replica.number)
+        if not own or not self._speed_of_all:
+            return 1 / max(1, self._alive)
+        return min(1.0, own / self._speed_of_all)
+
+    def _copy(self, replica: Standing, now: float) -> Batch | None:
+        """Return a batch that this idle replica would end sooner than the one that computes it: the
+        first answer counts, so that no row waits for a slow or hung worker."""
+        if now - self._late_at >= LOOK_S:
+            self._late_at = now
+            self._late = _Late()
+            for other in self._replicas:
+                end = None
+                for batch in other.in_flight:
+                    began = self.began(other, batch) if end is None else end
+                    end = began + self._rates.seconds(other.number, batch.shape)
+                    self._late.add(batch, end)
+            self._late.sort()
+        latest: tuple[float, Batch] | None = None
+        for shape in self._late.shapes():
+            if shape not in replica.warm:
+                continue
+            own_s = self._rates.seconds(replica.number, shape)
+            found = self._late.find(shape, now, own_s, self._may_be_copied)
+            if found is not None and (latest is None or found[0] > latest[0]):
+                latest = found
+        if latest is None:
+            return None
+        self._late.remove(latest[1])
+        self._backlog.copy(latest[1], replica.number)
+        self.copied_batches += 1
+        return latest[1]
+
+    def _may_be_copied(self, batch: Batch) -> bool:
+        return len(self._backlog.replicas_of(batch)) == 1 and not self._backlog.is_suspect(batch)
+
+    def _on(self, node: str) -> Sequence[Standing]:
+        if sum(map(len, self._by_node.values())) != len(self._replicas):
+            self._by_node = defaultdict(list)
+            for one in self._replicas:
+                self._by_node[one.node].append(one)
+        return self._by_node[node]
+
+
+class _Late:
+    """Batches under way by when they should end: of each shape, the first and the last."""
+
+    def __init__(self) -> None:
+        self._ends: dict[BatchShape, list[tuple[float, int, Batch]]] = defaultdict(list)
+
+    def add(self, batch: Batch, end: float) -> None:
+        self._ends[batch.shape].append((end, batch.index, batch))
+
+    def sort(self) -> None:
+        for ends in self._ends.values():
+            ends.sort(key=lambda one: one[:2])
+
+    def shapes(self) -> list[BatchShape]:
+        return [shape for shape, ends in self._ends.items() if ends]
+
+    def find(
+        self, shape: BatchShape, now: float, own_s: float, is_open: Callable[[Batch], bool]
+    ) -> tuple[float, Batch] | None:
+        """Return (seconds until it ends, batch) of the one that ends last, were it computed in
+        `own_s`; of one that is overdue nobody knows how long it will still take."""
+        ends = self._ends[shape]
+        while ends and not is_open(ends[0][2]):
+            ends.pop(0)
+        while ends and not is_open(ends[-1][2]):
+            ends.pop()
+        if not ends:
+            return None
+        if ends[0][0] - now < -own_s:
+            return float("inf"), ends[0][2]
+        left = ends[-1][0] - now
+        return (left, ends[-1][2]) if left > SOONER * own_s else None
+
+    def remove(self, batch: Batch) -> None:
+        ends = self._ends[batch.shape]
+        del ends[0 if ends[0][2] is batch else -1]
