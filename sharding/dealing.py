@@ -243,7 +243,8 @@ class Dealer:
                 end = None
                 for batch in other.in_flight:
                     began = self.began(other, batch) if end is None else end
-                    end = began + self._rates.seconds(other.number, batch.shape)
+                    seconds = self._rates.seconds(other.number, batch.shape)
+                    end = began + seconds * self._rates.slowness(other.number)
                     self._late.add(batch, end)
             self._late.sort()
         latest: tuple[float, Batch] | None = None

@@ -69,6 +69,7 @@ class Rates:
         self._work: dict[int, Mean] = {}
         self._speeds: dict[int, float] = {}
         self._speed_of_all = 0.0
+        self._slowness: dict[int, float] = {}
         self._undisturbed: dict[int, int] = {}
         self._bends: dict[BatchShape, Mean] = {}
         self._firsts = Mean()
@@ -107,6 +108,8 @@ class Rates:
             self._firsts.add(max(0.0, seconds - expected), weight)
             return
         weight = DISTURBED_WEIGHT if is_first or is_disturbed else 1.0
+        if weight == 1.0 and knows:
+            self._slowness[replica] = seconds / expected
         self._learn_speed(replica, shape, seconds, weight)
         if weight == 1.0:
             self._undisturbed[replica] = self._undisturbed.get(replica, 0) + 1
@@ -136,6 +139,11 @@ class Rates:
         """Return what a batch of this shape takes on a replica; 0 where nothing is known."""
         speed = self.speed(replica)
         return self.work(shape) / speed if speed else 0.0
+
+    def slowness(self, replica: int) -> float:
+        """Return how many times as long its last undisturbed batch took as was expected, at least
+        one: one that has become slow is known by that at once, by its speed after some batches."""
+        return max(1.0, self._slowness.get(replica, 1.0))
 
     def first_s(self) -> float:
         """Return the seconds that the first batch of a shape takes beyond the others."""

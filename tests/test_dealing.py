@@ -230,3 +230,13 @@ def test_a_decision_does_not_look_at_every_batch():
             backlog.finish(replica.in_flight.popleft())
             rates.learn(replica.number, LONG, 1.0)
     assert (time.process_time() - began) / decisions < 0.001, "one look at all takes 10 ms"
+
+
+def test_one_that_has_become_slow_is_known_by_its_last_batch():
+    table = Table([32], 2)
+    slowed, idle = table.replicas
+    batch = table.give(slowed)
+    table.rates.learn(slowed.number, LONG, 3 * 3.2)
+    assert table.rates.slowness(slowed.number) == pytest.approx(3.0, rel=0.01)
+    assert table.rates.slowness(idle.number) == pytest.approx(1.0)
+    assert table.give(idle, now=0.5) is batch, "by its mean speed it would end sooner"

@@ -110,9 +110,7 @@ def test_shuffled_rows_get_the_same_answers(models, reference, test_set, predict
     assert answer.report["plan"]["batches"] == len(table)
 
 
-@pytest.mark.parametrize(
-    "dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_half_precisions_stay_near_float32(models, reference, test_set, predict, dtype):
     model = models["gemma2"]
     answer = predict(
