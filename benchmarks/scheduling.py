@@ -23,6 +23,7 @@ import random
 import resource
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -107,7 +108,8 @@ def lengths_of(rows: int, seed: int) -> np.ndarray:
 def two_workers(seed: int) -> dict[str, Any]:
     """25,000 rows on two workers, one of which has six tenths of the other's speed."""
     replicas = [Replica(0, speed=FLOPS_PER_S), Replica(1, speed=0.6 * FLOPS_PER_S)]
-    return one_run("25,000 rows on speeds 1.0 and 0.6", lengths_of(25_000, seed), replicas, seed)
+    run = one_run("25,000 rows on speeds 1.0 and 0.6", lengths_of(25_000, seed), replicas, seed)
+    return run | {"is_asked": True}
 
 
 def many_workers(
@@ -177,18 +179,20 @@ def one_run(
         "planning_s": run.planning_s,
         "decision_s": run.deciding_s / run.decisions,
         "decisions": run.decisions,
-        "keeping_s": run.taking_s / batches,
         "simulated_in_s": took_s,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "is_asked": True,
     }
 
 
 def lower_bound_s(work: float, replicas: Sequence[Replica]) -> float:
     """Return the seconds before which no scheduler can end: `work` FLOPs as a fluid."""
+    in_cache_at: dict[str, float] = defaultdict(lambda: float("inf"))
+    for one in replicas:
+        first_at = one.starts_in_s + one.compiles_in_s
+        in_cache_at[one.node] = min(in_cache_at[one.node], first_at)
 
     def done(until: float) -> float:
-        return sum(one.speed * useful_s(one, until) for one in replicas)
+        return sum(one.speed * useful_s(one, until, in_cache_at[one.node]) for one in replicas)
 
     low, high = 0.0, 1.0
     while done(high) < work:
@@ -199,10 +203,16 @@ def lower_bound_s(work: float, replicas: Sequence[Replica]) -> float:
     return high
 
 
-def useful_s(replica: Replica, until: float) -> float:
+def useful_s(replica: Replica, until: float, in_cache_at: float = float("inf")) -> float:
     """Return the seconds at full speed that a replica has until then. A death or a hang costs it
-    its start and its first program again, and no more: the bound knows of it at once."""
-    from_s = replica.starts_in_s + replica.compiles_in_s
+    its start and its first program again, and no more: the bound knows of it at once.
+
+    in_cache_at: when another of its node may have left it a program in the cache.
+    """
+    from_s = min(
+        replica.starts_in_s + replica.compiles_in_s,
+        max(replica.starts_in_s, in_cache_at) + FROM_CACHE_S,
+    )
     lost_at = min(replica.dies_at, replica.hangs_at)
     back_at = lost_at + replica.restarts_in_s + FROM_CACHE_S
     spans = [(from_s, min(until, lost_at)), (back_at, until)]

@@ -22,7 +22,7 @@ from runner.merge import Merger
 from runner.pipeline import plan_run
 from runner.presets import Preset
 from runner.progress import Progress
-from runner.records import BatchResult
+from runner.records import COMPILING_TO_READING, BatchResult
 from runner.steering import Steering
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape, Plan
@@ -30,6 +30,7 @@ from sharding.costs import ModelShape
 from sharding.dealing import Dealer
 from sharding.forecast import Pace
 from sharding.rates import COMPILING_TAKES, Intervals, Rates
+from sharding.topology import BUCKET_MULTIPLES
 
 # Seconds between the dispatcher's looks at the clock.
 WAIT_S = 0.2
@@ -45,7 +46,7 @@ SHAPE = ModelShape(
     head_dim=64,
     intermediate_dim=1024,
 )
-FLOPS_PER_S = 1.3e11
+KIND, FLOPS_PER_S = "cpu", 1.3e11
 
 
 @dataclass(eq=False)
@@ -111,7 +112,7 @@ class Simulated:
 
     Attributes:
         time: of the simulated clock. deciding_s, decisions: what the dealer took of this
-            machine's time, and for how many answers and starts. taking_s: keeping answers.
+            machine's time, and how often it was asked for what a replica does next.
     """
 
     def __init__(
@@ -120,22 +121,16 @@ class Simulated:
         replicas: Sequence[Replica],
         *,
         limit_s: float | None = None,
-        policy: str = "shorten",
         pooling: str = "mean",
         sequence_length: int = 512,
-        floor: int | None = None,
         seed: int = 0,
-        shape: ModelShape = SHAPE,
-        kind: str = "cpu",
         max_tokens_per_batch: int = 2048,
         driver_s: float = 0.0,
     ) -> None:
         self.time = 0.0
         self.lengths = np.asarray(lengths)
         self.members = replicas
-        self.deciding_s = self.taking_s = 0.0
-        self.decisions = 0
-        self._shape = shape
+        self.deciding_s, self.decisions = 0.0, 0
         self._chance = random.Random(seed)
         self._driver_s, self._driver_free_at = driver_s, 0.0
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -155,8 +150,8 @@ class Simulated:
             return plan_run(
                 self.lengths,
                 cast(RunConfig, config),
-                cast(Preset, _Fields(shape=shape)),
-                kind=kind,
+                cast(Preset, _Fields(shape=SHAPE)),
+                kind=KIND,
                 replicas=len(replicas),
                 rows=rows,
                 cap=cap,
@@ -165,12 +160,11 @@ class Simulated:
 
         began = time.perf_counter()
         self.first_plan = plan(None)
-        self.backlog = Backlog(self.first_plan.batches, cost=shape.batch_flops)
+        self.backlog = Backlog(self.first_plan.batches, cost=SHAPE.batch_flops)
         self.planning_s = time.perf_counter() - began
-        takes = COMPILING_TAKES if kind == "cpu" else 0.0
-        self.rates = Rates(shape.batch_flops, compiling_takes=takes)
+        self.rates = Rates(SHAPE.batch_flops, compiling_takes=COMPILING_TAKES)
         self.dealer = Dealer(self.backlog, self.rates, replicas)
-        self.deadline = Deadline(limit_s, policy)
+        self.deadline = Deadline(limit_s, "shorten")
         self.deadline.rehearsed(0.005)
         self.merger = Merger([str(row) for row in range(len(lengths))], 3)
         self.notes: list[str] = []
@@ -190,9 +184,9 @@ class Simulated:
             lengths=self.lengths,
             replan=lambda rows, cap, shapes: plan(rows, cap, [*self.first_plan.shapes, *shapes]),
             caps=lengths_to_cut_to(
-                min(floor or sequence_length // 4, top),
+                min(sequence_length // 4, top),
                 top,
-                multiple_of=8,
+                multiple_of=BUCKET_MULTIPLES[KIND],
                 others=(one.length for one in self.first_plan.shapes),
             ),
             full_length=sequence_length if pooling == "padded-mean" else None,
@@ -203,7 +197,7 @@ class Simulated:
     @property
     def work(self) -> int:
         """FLOPs of the plan."""
-        return sum(self._shape.batch_flops(batch.shape) for batch in self.first_plan.batches)
+        return sum(SHAPE.batch_flops(batch.shape) for batch in self.first_plan.batches)
 
     # What steering asks of an executor.
 
@@ -219,13 +213,15 @@ class Simulated:
     def paces(self, shapes: Iterable[BatchShape] | None = None) -> list[Pace]:
         def compile_s(alike: int) -> float:
             one_s = self.compile_s()
-            return one_s if shapes is not None else (one_s + (alike - 1) * one_s / 8) / alike
+            if shapes is not None:
+                return one_s
+            return (one_s + (alike - 1) * one_s / COMPILING_TO_READING) / alike
 
         return self.dealer.paces(self.time, shapes=shapes, compile_s=compile_s)
 
     # The run.
 
-    def run(self, most_s: float = float("inf")) -> float:
+    def run(self) -> float:
         """Return when it ended, in simulated seconds."""
         for replica in self.members:
             self._later(replica.starts_in_s, self._load, replica, replica.life)
@@ -237,7 +233,7 @@ class Simulated:
                 if at < float("inf"):
                     self._later(at, happens, replica)
         self._later(WAIT_S, self._look)
-        while self.backlog and not self._is_over and self.time < most_s:
+        while self.backlog and not self._is_over:
             self.time, _, happens, subject = heapq.heappop(self._events)
             happens(*subject)
         return self.time
@@ -273,15 +269,15 @@ class Simulated:
         """Give a replica what the dealer has for it."""
         if not replica.is_loaded:
             return
-        began = time.perf_counter()
+        is_idle, began = not replica.line, time.perf_counter()
         self.decisions += 1
         while (batch := self.dealer.next_batch(replica, self.time)) is not None:
             replica.in_flight.append(batch)
             replica.line.append(batch)
-            if len(replica.line) == 1:
-                self._begin(replica)
         shape = self.dealer.next_shape(replica, self.time)
         self.deciding_s += time.perf_counter() - began
+        if is_idle and replica.line:
+            self._begin(replica)
         if shape is not None:
             self._reckon(replica)
             replica.compiling, replica.compiling_since = shape, self.time
@@ -311,7 +307,7 @@ class Simulated:
         """A replica begins the batch that is first in its line."""
         shape = replica.line[0].shape
         noise = self._chance.lognormvariate(-(replica.noise**2) / 2, replica.noise)
-        replica.needs_s = self._shape.batch_flops(shape) / replica.speed * noise
+        replica.needs_s = SHAPE.batch_flops(shape) / replica.speed * noise
         replica.needs_s += replica.first_s * (shape not in replica.used)
         replica.since = self.time
         self._reckon(replica)
@@ -353,9 +349,7 @@ class Simulated:
         replica.used.add(batch.shape)
         if self.backlog.finish(batch):
             answers = np.full((len(batch.rows), 3), 1 / 3, np.float32)
-            at = time.perf_counter()
             self.steering.take(BatchResult(batch, replica.number, answers, ()))
-            self.taking_s += time.perf_counter() - at
         self._tick()
         self._serve(replica)
 

@@ -85,10 +85,6 @@ class Backlog:
         """Batches that some replica computes now."""
         return iter(self._batches_under_way.values())
 
-    def computes(self, batch: Batch) -> bool:
-        """Whether some replica computes a batch now."""
-        return batch.index in self._under_way
-
     def replicas_of(self, batch: Batch) -> tuple[int, ...]:
         """The replicas that compute a batch now, the first one first."""
         return tuple(self._under_way.get(batch.index, ()))

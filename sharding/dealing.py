@@ -86,7 +86,8 @@ class Dealer:
         self._backlog = backlog
         self._rates = rates
         self._replicas = replicas
-        self._given_at: dict[int, float] = {}
+        # Of each replica when it was given what it has in flight, by batch index.
+        self._given_at: dict[int, dict[int, float]] = defaultdict(dict)
         # Of each node the shapes that were compiled there, and so are in its cache.
         self._compiled: dict[str, set[BatchShape]] = defaultdict(set)
         self._complete: dict[int, tuple[int, int]] = {}
@@ -114,7 +115,10 @@ class Dealer:
         if batch is None and not in_flight and not backlog.counts():
             batch = self._copy(replica, now)
         if batch is not None:
-            self._given_at[batch.index] = now
+            given_at = self._given_at[replica.number]
+            for index in given_at.keys() - {one.index for one in in_flight}:
+                del given_at[index]
+            given_at[batch.index] = now
         return batch
 
     def next_shape(self, replica: Standing, now: float) -> BatchShape | None:
@@ -187,7 +191,7 @@ class Dealer:
     def began(self, replica: Standing, batch: Batch) -> float:
         """Return when a replica began a batch, the oldest that it has in flight."""
         # One that is left from a run before has no row that is missing: it was given long ago.
-        return max(self._given_at.get(batch.index, 0.0), replica.finished_at)
+        return max(self._given_at[replica.number].get(batch.index, 0.0), replica.finished_at)
 
     def batch_limit_s(self, replica: Standing, batch: Batch, left_s: float) -> float:
         """Return the seconds that a batch may take before its replica is taken to hang.

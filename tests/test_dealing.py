@@ -240,3 +240,15 @@ def test_one_that_has_become_slow_is_known_by_its_last_batch():
     assert table.rates.slowness(slowed.number) == pytest.approx(3.0, rel=0.01)
     assert table.rates.slowness(idle.number) == pytest.approx(1.0)
     assert table.give(idle, now=0.5) is batch, "by its mean speed it would end sooner"
+
+
+def test_a_copy_does_not_make_the_first_one_younger():
+    table = Table([32], 2)
+    hung, idle = table.replicas
+    hung.is_ready = idle.is_ready = True
+    batch = table.give(hung, now=1.0)
+    assert table.give(idle, now=30.0) is batch
+    assert table.dealer.began(hung, batch) == 1.0
+    assert table.dealer.began(idle, batch) == 30.0
+    late, on_time = table.dealer.paces(31.0, shapes=None, compile_s=lambda alike: 1.0)
+    assert (late.delay_s, on_time.delay_s) == (30.0, 0.0)

@@ -37,6 +37,9 @@ def test_the_bound_by_hand():
     assert useful_s(replica, 13.0) == pytest.approx(10.0)
     assert lower_bound_s(100.0, [replica]) == pytest.approx(13.0)
     assert lower_bound_s(100.0, [replica, replica]) == pytest.approx(8.0)
+    late = Replica(1, speed=10.0, starts_in_s=4.0, compiles_in_s=1.0)
+    assert useful_s(late, 13.0, in_cache_at=3.0) == pytest.approx(8.8), "its program is there"
+    assert lower_bound_s(188.0, [replica, late]) == pytest.approx(13.0)
     replica.slows_at, replica.slows_to = 8.0, 0.5
     assert useful_s(replica, 13.0) == pytest.approx(5 + 2.5)
     replica.slows_at, replica.dies_at = float("inf"), 8.0
