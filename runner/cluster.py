@@ -22,6 +22,7 @@ import ray.exceptions
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
 
+from runner.allocator import ENVIRONMENT
 from runner.errors import ConfigError, WorkerError, first_line
 
 # What Ray adds to its folder's path for a socket, and the longest path that a socket may have.
@@ -34,7 +35,7 @@ NEEDED = (ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERV
 # Seconds in which a cluster must take a connection: Ray itself would try for minutes.
 ANSWERS_WITHIN_S = 5.0
 # Of the driver's environment, what reaches the workers on the nodes of a cluster too.
-HANDED_ON = ("XLA_", "JAX_", "NCCL_", "ARENA_")
+HANDED_ON = ("XLA_", "JAX_", "NCCL_", "ARENA_", "MALLOC_")
 
 _folder: tuple[Path, int] | None = None
 _has_joined = False
@@ -61,6 +62,8 @@ def start_ray(num_cpus: int, *, verbose: bool) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray starts its workers at the lowest priority but one; ours are the work itself.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     _switch_off_figures()
     if _folder is None:
         atexit.register(stop_ray)
@@ -117,7 +120,8 @@ def join_ray(address: str, *, verbose: bool) -> None:
                 configure_logging=verbose,
                 runtime_env={
                     "py_modules": [str(here), str(here.parent / "sharding")],
-                    "env_vars": {
+                    "env_vars": ENVIRONMENT
+                    | {
                         name: value
                         for name, value in os.environ.items()
                         if name.startswith(HANDED_ON)

@@ -3,12 +3,9 @@
 Runs in the process that predicts. Imports Keras, so `workers.prepare_process` must come first.
 """
 
-import ctypes
 import gc
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ import numpy as np
 from keras.src.backend.common import global_state
 from keras.src.saving import saving_lib
 
+from runner.allocator import large_blocks_go_back
 from runner.errors import DataError, first_line
 from runner.families import FAMILIES
 from runner.quantization import policies_of, quantize_layer
@@ -148,7 +146,7 @@ def fill(
         quantization: a key of `quantization.CONFIGS`: each layer is quantized as soon as it is
             full, so that one layer at most is there in float.
     """
-    with _large_blocks_go_back():
+    with large_blocks_go_back():
         if quantization is not None:
             # Keras collects garbage after each layer: a sixth of a second, times all layers, over
             # objects that were there before.
@@ -178,29 +176,6 @@ def _fill(
             # The state of a random generator: nothing here is random, and no file holds it.
             assert math.prod(variable.shape) <= 2, f"this is a bug: no values for {variable.path}"
             variable._deferred_initialize()
-
-
-@contextmanager
-def _large_blocks_go_back() -> Iterator[None]:
-    """Within, memory of a megabyte or more goes back to the system as soon as it is freed.
-
-    glibc otherwise raises its limit to the size of the first tensor read, keeps the next ones in
-    its heaps and leaves holes: a fifth of the weights' size, measured on 512 MB.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    mallopt = getattr(libc, "mallopt", None)
-    # The names' numbers in glibc's malloc.h.
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    if mallopt is not None:
-        mallopt(m_mmap_threshold, 1 << 20)
-    try:
-        yield
-    finally:
-        # Afterwards a program's work space should stay mapped from batch to batch: glibc's own
-        # limits are gone once one is set, and a batch took 1.12 times as long to fault it in again.
-        if mallopt is not None:
-            mallopt(m_mmap_threshold, 32 << 20)
-            mallopt(m_trim_threshold, 1 << 30)
 
 
 def place_whole(variable: keras.Variable, stored: StoredWeight) -> jax.Array:

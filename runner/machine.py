@@ -23,6 +23,7 @@ CPU_SPEEDUPS = {
     ("bfloat16", "int8"): 1.30,
 }
 CPU_FEATURES = ("avx512_bf16", "avx512_vnni")
+MULTIPLY_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
 MEASURE_RATE = """
 import time, numpy
 values = numpy.full((1024, 1024), 1 / 1024, numpy.float32)
@@ -230,6 +231,12 @@ def _cpu() -> tuple[str, set[str]]:
         name, _, value = line.partition(":")
         values.setdefault(name.strip(), value.strip())
     return values.get("model name", ""), set(values.get("flags", "").split())
+
+
+def multiplies_bfloat16() -> bool:
+    """Return whether this machine's cores have instructions for products of bfloat16."""
+    _, features = _cpu()
+    return not features.isdisjoint(MULTIPLY_BFLOAT16)
 
 
 def _core_rate() -> float:

@@ -16,9 +16,9 @@ import keras
 import numpy as np
 from jax._src import distributed
 
-from runner.attention import attention, choose_way, is_quantized
-from runner.matmuls import with_fast_matmuls
+from runner.attention import attention, choose_way
 from runner.records import CompileInfo, Head
+from runner.rewrites import rewritten_for_cpu
 from sharding.batches import BatchShape
 from sharding.dtypes import dtype_beside
 
@@ -122,8 +122,8 @@ class Predictor:
         self._is_cpu = device.platform == "cpu"
         self._turns = threading.Lock()
         self._function: Callable[..., jax.Array] = self._forward
-        if self._is_cpu and (model.compute_dtype == "bfloat16" or is_quantized(model)):
-            self._function = with_fast_matmuls(self._forward)
+        if self._is_cpu:
+            self._function = rewritten_for_cpu(self._forward)
         self._programs: dict[BatchShape, Any] = {}
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from runner import allocator
 from runner.errors import BUSY_THREAD, ArenaRunnerError, DeviceMemoryError, WorkerError, first_line
 from runner.progress import Progress
 from runner.records import (
@@ -66,6 +67,7 @@ class InProcess:
     def __exit__(self, *exception: object) -> None:
         if self._threads is not None:
             self._threads.end()
+        allocator.let_go()
 
     def open(self, dtype: str, compilation_cache: str) -> str:
         """Find the device; return what `dtype` means on it."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from runner import allocator
 from runner.errors import DeviceMemoryError, WorkerError, first_line
 from runner.faults import InjectedFaults
 from runner.logs import write_to_folder
@@ -53,6 +54,7 @@ def prepare_process(slot: WorkerSlot, *, verbose: bool) -> None:
     would cost 600 MB and 3.5 s, and may take GPU memory.
     """
     _end_with_ray()
+    allocator.use_one_heap()
     os.environ["KERAS_BACKEND"] = "jax"
     if slot.kind != "auto":
         os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}[slot.kind]
@@ -197,6 +199,8 @@ class Replica:
     ) -> WorkerInfo:
         from runner.predictor import matmul_rate
 
+        if device.platform == "cpu":
+            allocator.keep_work_space()
         load_s = time.perf_counter() - started
         name = device.device_kind
         if self._slot.cores:

@@ -11,7 +11,7 @@ import pytest
 
 from runner import attention
 from runner.attention import WAYS, ways_for
-from runner.matmuls import with_fast_matmuls
+from runner.rewrites import rewritten_for_cpu
 
 WAYS_HERE = [way for way, attend in WAYS.items() if attend is not None]
 
@@ -148,7 +148,7 @@ def test_rewritten_products_are_the_same_products(dtype, out, bound):
         return jnp.matmul(left, right, preferred_element_type=out)
 
     exact = values[0].astype(np.int64) @ values[1]
-    for function in (plain, with_fast_matmuls(plain)):
+    for function in (plain, rewritten_for_cpu(plain)):
         answer = np.asarray(function(*arrays), np.float64)
         # Nothing but the last rounding, of bfloat16 or of nothing, lies between.
         assert np.abs(answer - exact).max() <= bound * np.abs(exact).max()
@@ -159,7 +159,7 @@ def test_all_narrow_products_are_rewritten_and_no_other():
         return (jax.jit(jnp.matmul)(left, right) @ right.T).astype("float32") @ wide
 
     narrow = jnp.ones((4, 4), "bfloat16")
-    traced = str(jax.make_jaxpr(with_fast_matmuls(function))(narrow, narrow, jnp.ones((4, 4))))
+    traced = str(jax.make_jaxpr(rewritten_for_cpu(function))(narrow, narrow, jnp.ones((4, 4))))
     assert traced.count("dot_general") == 3
     assert traced.count("preferred_element_type=float32") == 3
     assert "preferred_element_type=bfloat16" not in traced
