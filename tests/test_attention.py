@@ -1,4 +1,4 @@
-"""Attention and matrix products against plain reference code, before any model."""
+"""Attention against plain reference code, before any model."""
 
 import os
 
@@ -11,7 +11,6 @@ import pytest
 
 from runner import attention
 from runner.attention import WAYS, ways_for
-from runner.rewrites import rewritten_for_cpu
 
 WAYS_HERE = [way for way, attend in WAYS.items() if attend is not None]
 
@@ -133,33 +132,3 @@ def test_a_way_that_differs_or_fails_is_left_and_said(backbone, monkeypatch):
     assert "'wrong' is not used" in notes[0]
     assert "differs from Keras' own" in notes[0]
     assert notes[1].endswith("NotImplementedError: no kernel for this card")
-
-
-@pytest.mark.parametrize(
-    ("dtype", "out", "bound"), [("bfloat16", "bfloat16", 4e-3), ("int8", "int32", 1e-6)]
-)
-def test_rewritten_products_are_the_same_products(dtype, out, bound):
-    random = np.random.default_rng(0)
-    values = [random.integers(-127, 128, size=shape) for shape in ((5, 300), (300, 7))]
-    arrays = [jnp.asarray(value, dtype) for value in values]
-
-    @jax.jit
-    def plain(left, right):
-        return jnp.matmul(left, right, preferred_element_type=out)
-
-    exact = values[0].astype(np.int64) @ values[1]
-    for function in (plain, rewritten_for_cpu(plain)):
-        answer = np.asarray(function(*arrays), np.float64)
-        # Nothing but the last rounding, of bfloat16 or of nothing, lies between.
-        assert np.abs(answer - exact).max() <= bound * np.abs(exact).max()
-
-
-def test_all_narrow_products_are_rewritten_and_no_other():
-    def function(left, right, wide):
-        return (jax.jit(jnp.matmul)(left, right) @ right.T).astype("float32") @ wide
-
-    narrow = jnp.ones((4, 4), "bfloat16")
-    traced = str(jax.make_jaxpr(rewritten_for_cpu(function))(narrow, narrow, jnp.ones((4, 4))))
-    assert traced.count("dot_general") == 3
-    assert traced.count("preferred_element_type=float32") == 3
-    assert "preferred_element_type=bfloat16" not in traced

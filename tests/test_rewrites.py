@@ -1,0 +1,122 @@
+"""A program rewritten for a CPU computes what it computed, and holds the forms it was given."""
+
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from runner import rewrites
+from runner.rewrites import rewritten_for_cpu
+
+
+@pytest.fixture(params=[True, False], ids=["bfloat16-here", "no-bfloat16"])
+def has_bfloat16(request, monkeypatch):
+    monkeypatch.setattr(rewrites, "multiplies_bfloat16", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("dtype", "out", "bound"), [("bfloat16", "bfloat16", 4e-3), ("int8", "int32", 1e-6)]
+)
+def test_rewritten_products_are_the_same_products(has_bfloat16, dtype, out, bound):
+    random = np.random.default_rng(0)
+    values = [random.integers(-127, 128, size=shape) for shape in ((5, 300), (300, 7))]
+    arrays = [jnp.asarray(value, dtype) for value in values]
+
+    @jax.jit
+    def plain(left, right):
+        return jnp.matmul(left, right, preferred_element_type=out)
+
+    exact = values[0].astype(np.int64) @ values[1]
+    for function in (plain, rewritten_for_cpu(plain)):
+        answer = np.asarray(function(*arrays), np.float64)
+        # Nothing but the last rounding, of bfloat16 or of nothing, lies between.
+        assert np.abs(answer - exact).max() <= bound * np.abs(exact).max()
+
+
+def test_all_narrow_products_are_rewritten_where_there_are_instructions_and_no_other(has_bfloat16):
+    def function(left, right, wide):
+        return (jax.jit(jnp.matmul)(left, right) @ right.T).astype("float32") @ wide
+
+    narrow = jnp.ones((4, 4), "bfloat16")
+    traced = program(function, narrow, narrow, jnp.ones((4, 4)))
+    assert traced.count("dot_general") == 3
+    assert traced.count("preferred_element_type=float32") == (3 if has_bfloat16 else 1)
+    assert ("preferred_element_type=bfloat16" in traced) != has_bfloat16
+
+
+@pytest.mark.parametrize("shape", [(6, 1, 8), (1, 6, 8), (2, 1, 3, 1, 8), (1, 1, 8)])
+@pytest.mark.parametrize("square", [jnp.square, lambda x: x**2])
+def test_squares_are_summed_without_axes_of_one(shape, square):
+    def norm(x):
+        return x * jax.lax.rsqrt(square(x).mean(axis=-1, keepdims=True) + 1e-6)
+
+    x = jnp.asarray(np.random.default_rng(1).normal(size=shape), "float32")
+    rewritten = rewritten_for_cpu(norm)(x)
+    assert rewritten.shape == shape
+    assert np.abs(rewritten - norm(x)).max() <= 1e-6
+    squeezed = ",".join(str(length) for length in shape if length != 1)
+    assert f":f32[{squeezed}] = square" in program(norm, x)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"), [((6, 8), -1), ((6, 1, 8), 0), ((6, 1, 8), (1, 2)), ((6, 1, 8), None)]
+)
+def test_other_sums_stay(shape, axes):
+    def function(x):
+        return jnp.square(x).sum(axis=axes)
+
+    x = jnp.asarray(np.random.default_rng(2).normal(size=shape), "float32")
+    assert "reshape" not in program(function, x)
+    assert np.abs(rewritten_for_cpu(function)(x) - function(x)).max() <= 1e-5
+
+
+def rotated(x, *, wavelength=10_000.0):
+    """Rotary embedding, (positions, features), in the words that KerasHub has for it."""
+    length, features = x.shape
+    inverse = wavelength ** -(jnp.arange(0, features, 2, dtype="float32") / features)
+    angles = jnp.einsum("i,j->ij", jnp.arange(length, dtype="float32"), inverse)
+    angles = jnp.stack((angles, angles), axis=-2).reshape(length, features)
+    left, right = jnp.split(x, 2, axis=-1)
+    turned = jnp.stack((-right, left), axis=-2).reshape(x.shape)
+    return x * jnp.cos(angles).astype(x.dtype) + turned * jnp.sin(angles).astype(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cosines_and_sines_of_positions_are_constants(dtype):
+    def layers(x):
+        for wavelength in (10_000.0, 1_000_000.0, 10_000.0):
+            x = jax.jit(rotated, static_argnames="wavelength")(x, wavelength=wavelength)
+        return x
+
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(300, 16)), dtype)
+    traced = program(layers, x)
+    assert " = cos" not in traced
+    assert " = sin" not in traced
+    difference = np.abs(np.asarray(rewritten_for_cpu(layers)(x) - layers(x), "float32")).max()
+    assert difference <= {"float32": 5e-5, "bfloat16": 5e-2}[dtype]
+
+
+def test_a_table_is_computed_once_for_all_that_are_alike(monkeypatch):
+    computed = []
+    monkeypatch.setattr(rewrites, "_computed", lambda fixed: computed.append(1) or jnp.ones((9, 4)))
+
+    def layers(x):
+        return rotated(rotated(x), wavelength=7.0) + rotated(x, wavelength=7.0)
+
+    rewritten_for_cpu(layers)(jnp.ones((9, 4)))
+    assert len(computed) == 2
+
+
+def test_cosines_of_what_comes_in_stay():
+    x = jnp.linspace(0, 9, 20)
+    assert " = cos" in program(jnp.cos, x)
+    assert np.array_equal(rewritten_for_cpu(jnp.cos)(x), jnp.cos(x))
+
+
+def program(function, *arguments):
+    return str(jax.make_jaxpr(rewritten_for_cpu(function))(*arguments))
