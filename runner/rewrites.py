@@ -21,7 +21,6 @@ for XLA to compute beforehand; it computes them anew in each layer, for each hea
 keys. As constants: 1.06 times as fast a model.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,12 +53,12 @@ class _Value:
     Attributes:
         array: in the program that is being traced.
         made_by: its equation, and what that took; None for an argument or a constant.
-        is_fixed: it depends on no argument.
+        number: where it depends on no argument, the same as of all that are computed alike.
     """
 
     array: Any
     made_by: tuple[JaxprEqn, tuple["_Value", ...]] | None = None
-    is_fixed: bool = False
+    number: int | None = None
 
 
 class _Rewriter:
@@ -67,21 +66,18 @@ class _Rewriter:
 
     def __init__(self) -> None:
         self._multiplies_bfloat16 = multiplies_bfloat16()
-        self._tables: dict[Any, np.ndarray] = {}
+        self._numbers: dict[Any, int] = {}
+        self._tables: dict[tuple[str, int | None], np.ndarray] = {}
 
     def evaluate(self, traced: ClosedJaxpr, arguments: Sequence[_Value]) -> list[_Value]:
         """Evaluate a traced function, equation by equation, as `jax.core.eval_jaxpr` does."""
         jaxpr: Jaxpr = traced.jaxpr
-        values = {
-            variable: _Value(constant, is_fixed=True)
-            for variable, constant in zip(jaxpr.constvars, traced.consts, strict=True)
-        }
+        values = dict(zip(jaxpr.constvars, map(self._constant, traced.consts), strict=True))
         values |= dict(zip(jaxpr.invars, arguments, strict=True))
 
         def read(variable: Any) -> _Value:
-            if isinstance(variable, Literal):
-                return _Value(variable.val, is_fixed=True)
-            return values[variable]
+            is_literal = isinstance(variable, Literal)
+            return self._constant(variable.val) if is_literal else values[variable]
 
         for equation in jaxpr.eqns:
             outputs = self._apply(equation, tuple(map(read, equation.invars)))
@@ -98,20 +94,36 @@ class _Rewriter:
             case "reduce_sum" if (squared := _squared(inputs[0])) is not None:
                 if (sums := _sums_of_squares(equation, squared.array)) is not None:
                     return [_Value(sums)]
-            case "cos" | "sin" if inputs[0].is_fixed:
-                return [_Value(self._table(primitive.name, inputs[0]), is_fixed=True)]
+            case "cos" | "sin" if inputs[0].number is not None:
+                return [self._constant(self._table(primitive.name, inputs[0]))]
         outputs = primitive.bind(*arrays, **primitive.get_bind_params(equation.params))
-        if not primitive.multiple_results:
-            is_fixed = all(value.is_fixed for value in inputs)
-            return [_Value(outputs, (equation, inputs), is_fixed)]
-        return list(map(_Value, outputs))
+        if primitive.multiple_results:
+            return list(map(_Value, outputs))
+        return [_Value(outputs, (equation, inputs), self._number(equation, inputs))]
 
-    def _table(self, function: str, fixed: _Value) -> np.ndarray:
-        key = _recipe(fixed)
-        if key not in self._tables:
+    def _constant(self, array: Any) -> _Value:
+        if isinstance(array, jax.core.Tracer):
+            return _Value(array)
+        key = id(array) if np.ndim(array) else (str(np.asarray(array).dtype), float(array))
+        return _Value(array, number=self._numbers.setdefault(key, len(self._numbers)))
+
+    def _number(self, equation: JaxprEqn, inputs: tuple[_Value, ...]) -> int | None:
+        numbers = [value.number for value in inputs]
+        if None in numbers:
+            return None
+        key = (equation.primitive.name, str(equation.params), *numbers)
+        return self._numbers.setdefault(key, len(self._numbers))
+
+    def _table(self, function: str, angles: _Value) -> np.ndarray:
+        """Return the one array that is the function of these angles in all of the program."""
+        if ("", angles.number) not in self._tables:
             with jax.ensure_compile_time_eval():
-                self._tables[key] = np.asarray(jax.jit(functools.partial(_computed, fixed))())
-        return NUMPY_FORMS[function](self._tables[key])
+                computed = jax.jit(lambda: _computed(angles, {}))()
+            self._tables["", angles.number] = np.asarray(computed)
+        if (function, angles.number) not in self._tables:
+            of_angles = NUMPY_FORMS[function](self._tables["", angles.number])
+            self._tables[function, angles.number] = of_angles
+        return self._tables[function, angles.number]
 
 
 def _is_narrow(operands: Sequence[Any]) -> bool:
@@ -146,18 +158,18 @@ def _sums_of_squares(sum_: JaxprEqn, array: Any) -> Any | None:
     return jnp.square(array).sum(axis=-1).reshape(leading)
 
 
-def _recipe(fixed: _Value) -> Any:
-    """How a value that depends on no argument is computed: equal for equal values."""
-    if fixed.made_by is None:
-        array = np.asarray(fixed.array)
-        return array.shape, array.dtype.str, array.tobytes()
-    equation, inputs = fixed.made_by
-    return equation.primitive.name, str(equation.params), *map(_recipe, inputs)
+def _computed(value: _Value, done: dict[int | None, Any]) -> Any:
+    """Compute a value that depends on no argument once more, in the program that is traced now.
 
-
-def _computed(fixed: _Value) -> Any:
-    if fixed.made_by is None:
-        return fixed.array
-    equation, inputs = fixed.made_by
-    primitive = equation.primitive
-    return primitive.bind(*map(_computed, inputs), **primitive.get_bind_params(equation.params))
+    Args:
+        done: by their numbers, those that are there.
+    """
+    if value.made_by is None:
+        return value.array
+    if value.number not in done:
+        equation, inputs = value.made_by
+        primitive = equation.primitive
+        arrays = [_computed(each, done) for each in inputs]
+        parameters = primitive.get_bind_params(equation.params)
+        done[value.number] = primitive.bind(*arrays, **parameters)
+    return done[value.number]

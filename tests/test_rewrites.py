@@ -103,7 +103,7 @@ def test_cosines_and_sines_of_positions_are_constants(dtype):
 
 def test_a_table_is_computed_once_for_all_that_are_alike(monkeypatch):
     computed = []
-    monkeypatch.setattr(rewrites, "_computed", lambda fixed: computed.append(1) or jnp.ones((9, 4)))
+    monkeypatch.setattr(rewrites, "_computed", lambda *_: computed.append(1) or jnp.ones((9, 4)))
 
     def layers(x):
         return rotated(rotated(x), wavelength=7.0) + rotated(x, wavelength=7.0)
