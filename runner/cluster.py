@@ -69,7 +69,7 @@ def start_ray(num_cpus: int, *, verbose: bool) -> None:
         atexit.register(stop_ray)
         _folder = make_private_folder()
     try:
-        with _loopback_as_address(), _signals_as_they_are():
+        with _loopback_as_address(), _signals_as_they_are(), _without_what_nobody_asks():
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -288,6 +288,22 @@ def _loopback_as_address() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _without_what_nobody_asks() -> Iterator[None]:
+    """Let Ray start neither its autoscaler nor the process of its dashboard.
+
+    There are no machines to start here. Ray 2.60 starts the other one even where the dashboard is
+    off, and waits for it: 1.4 of 5 s until there are workers.
+    """
+    node = ray._private.node.Node
+    before = node.start_monitor, node.start_api_server
+    node.start_monitor = node.start_api_server = lambda self, **options: None
+    try:
+        yield
+    finally:
+        node.start_monitor, node.start_api_server = before
 
 
 @contextmanager

@@ -32,7 +32,19 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from runner.machine import multiplies_bfloat16
 
-NUMPY_FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"cos": np.cos, "sin": np.sin}
+# Primitives that NumPy computes while a program is traced: to compile them as one of JAX's takes
+# half a second a shape. What needs another one stays in the program.
+UFUNCS: dict[str, np.ufunc] = {
+    "add": np.add,
+    "add_any": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.true_divide,
+    "neg": np.negative,
+    "pow": np.power,
+    "cos": np.cos,
+    "sin": np.sin,
+}
 
 
 def rewritten_for_cpu(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -67,7 +79,7 @@ class _Rewriter:
     def __init__(self) -> None:
         self._multiplies_bfloat16 = multiplies_bfloat16()
         self._numbers: dict[Any, int] = {}
-        self._tables: dict[tuple[str, int | None], np.ndarray] = {}
+        self._tables: dict[int | None, np.ndarray] = {}
 
     def evaluate(self, traced: ClosedJaxpr, arguments: Sequence[_Value]) -> list[_Value]:
         """Evaluate a traced function, equation by equation, as `jax.core.eval_jaxpr` does."""
@@ -94,8 +106,9 @@ class _Rewriter:
             case "reduce_sum" if (squared := _squared(inputs[0])) is not None:
                 if (sums := _sums_of_squares(equation, squared.array)) is not None:
                     return [_Value(sums)]
-            case "cos" | "sin" if inputs[0].number is not None:
-                return [self._constant(self._table(primitive.name, inputs[0]))]
+            case "cos" | "sin" if (number := self._number(equation, inputs)) is not None:
+                table = self._table(_Value(None, (equation, inputs), number))
+                return [_Value(table, number=number)]
         outputs = primitive.bind(*arrays, **primitive.get_bind_params(equation.params))
         if primitive.multiple_results:
             return list(map(_Value, outputs))
@@ -109,21 +122,22 @@ class _Rewriter:
 
     def _number(self, equation: JaxprEqn, inputs: tuple[_Value, ...]) -> int | None:
         numbers = [value.number for value in inputs]
-        if None in numbers:
+        if None in numbers or not _is_known(equation):
             return None
         key = (equation.primitive.name, str(equation.params), *numbers)
         return self._numbers.setdefault(key, len(self._numbers))
 
-    def _table(self, function: str, angles: _Value) -> np.ndarray:
-        """Return the one array that is the function of these angles in all of the program."""
-        if ("", angles.number) not in self._tables:
-            with jax.ensure_compile_time_eval():
-                computed = jax.jit(lambda: _computed(angles, {}))()
-            self._tables["", angles.number] = np.asarray(computed)
-        if (function, angles.number) not in self._tables:
-            of_angles = NUMPY_FORMS[function](self._tables["", angles.number])
-            self._tables[function, angles.number] = of_angles
-        return self._tables[function, angles.number]
+    def _table(self, value: _Value) -> np.ndarray:
+        """Return the one array that this value is in all of the program."""
+        if value.made_by is None:
+            return np.asarray(value.array)
+        if value.number not in self._tables:
+            equation, inputs = value.made_by
+            arrays, name = [self._table(each) for each in inputs], equation.primitive.name
+            aval: Any = equation.outvars[0].aval
+            computed = UFUNCS[name](*arrays) if name in UFUNCS else FORMS[name](equation, *arrays)
+            self._tables[value.number] = np.asarray(computed, aval.dtype)
+        return self._tables[value.number]
 
 
 def _is_narrow(operands: Sequence[Any]) -> bool:
@@ -158,18 +172,41 @@ def _sums_of_squares(sum_: JaxprEqn, array: Any) -> Any | None:
     return jnp.square(array).sum(axis=-1).reshape(leading)
 
 
-def _computed(value: _Value, done: dict[int | None, Any]) -> Any:
-    """Compute a value that depends on no argument once more, in the program that is traced now.
+def _counted(iota: JaxprEqn) -> np.ndarray:
+    shape, dimension = iota.params["shape"], iota.params["dimension"]
+    counts = np.arange(shape[dimension]).reshape([-1] + [1] * (len(shape) - dimension - 1))
+    return np.broadcast_to(counts, shape)
 
-    Args:
-        done: by their numbers, those that are there.
-    """
-    if value.made_by is None:
-        return value.array
-    if value.number not in done:
-        equation, inputs = value.made_by
-        primitive = equation.primitive
-        arrays = [_computed(each, done) for each in inputs]
-        parameters = primitive.get_bind_params(equation.params)
-        done[value.number] = primitive.bind(*arrays, **parameters)
-    return done[value.number]
+
+def _broadcast(equation: JaxprEqn, array: np.ndarray) -> np.ndarray:
+    shape = [1] * len(equation.params["shape"])
+    for length, dimension in zip(array.shape, equation.params["broadcast_dimensions"], strict=True):
+        shape[dimension] = length
+    return np.broadcast_to(array.reshape(shape), equation.params["shape"])
+
+
+def _product(equation: JaxprEqn, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    contracted, _ = equation.params["dimension_numbers"]
+    return np.tensordot(left, right, axes=contracted)
+
+
+# As `UFUNCS`, for those that are more than a ufunc.
+FORMS: dict[str, Callable[..., np.ndarray]] = {
+    "iota": _counted,
+    "broadcast_in_dim": _broadcast,
+    "dot_general": _product,
+    "convert_element_type": lambda _, array: array,
+    "integer_pow": lambda equation, array: array ** equation.params["y"],
+    "reshape": lambda equation, array: array.reshape(equation.params["new_sizes"]),
+    "tile": lambda equation, array: np.tile(array, equation.params["reps"]),
+    "stack": lambda equation, *arrays: np.stack(arrays, equation.params["axis"]),
+    "concatenate": lambda equation, *arrays: np.concatenate(arrays, equation.params["dimension"]),
+}
+
+
+def _is_known(equation: JaxprEqn) -> bool:
+    """Return whether NumPy can compute it: batched products are left out."""
+    if equation.primitive.name == "dot_general":
+        _, batched = equation.params["dimension_numbers"]
+        return not any(batched)
+    return equation.primitive.name in UFUNCS or equation.primitive.name in FORMS

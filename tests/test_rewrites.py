@@ -101,15 +101,40 @@ def test_cosines_and_sines_of_positions_are_constants(dtype):
     assert difference <= {"float32": 5e-5, "bfloat16": 5e-2}[dtype]
 
 
-def test_a_table_is_computed_once_for_all_that_are_alike(monkeypatch):
-    computed = []
-    monkeypatch.setattr(rewrites, "_computed", lambda *_: computed.append(1) or jnp.ones((9, 4)))
-
+def test_a_table_is_one_constant_for_all_that_are_alike():
     def layers(x):
         return rotated(rotated(x), wavelength=7.0) + rotated(x, wavelength=7.0)
 
-    rewritten_for_cpu(layers)(jnp.ones((9, 4)))
-    assert len(computed) == 2
+    traced = jax.make_jaxpr(rewritten_for_cpu(layers))(jnp.ones((9, 4)))
+    assert [constant.shape for constant in traced.consts] == [(9, 4)] * 4
+
+
+def test_a_table_by_words_that_are_not_known_stays_in_the_program():
+    def function(x):
+        return x * jnp.cos(jnp.cumsum(jnp.ones(5)))
+
+    assert " = cos" in program(function, jnp.ones(5))
+    assert np.array_equal(rewritten_for_cpu(function)(jnp.ones(5)), function(jnp.ones(5)))
+
+
+@pytest.mark.parametrize(
+    "angles",
+    [
+        lambda: jnp.tile(jnp.arange(4, dtype="int32"), 3).astype("float32") / 7,
+        lambda: jax.lax.broadcasted_iota("float32", (2, 3, 4), 1) - 2 * jnp.pi,
+        lambda: jnp.broadcast_to(-jnp.arange(3.0), (2, 5, 3)) ** 2,
+        lambda: jnp.concatenate([jnp.arange(3.0), 1e4 ** -jnp.arange(4.0)]).reshape(1, 7, 1),
+        lambda: jnp.arange(6.0).reshape(2, 3) @ jnp.arange(12.0).reshape(3, 4),
+        lambda: jnp.einsum("bi,bij->bj", jnp.ones((2, 3)), jnp.ones((2, 3, 4))),
+    ],
+    ids=["tile", "iota", "broadcast", "concatenate", "product", "batched-product"],
+)
+def test_tables_are_what_jax_computes(angles):
+    def function(x):
+        return x * jnp.sin(angles())
+
+    expected = np.asarray(function(1.0))
+    assert np.abs(np.asarray(rewritten_for_cpu(function)(1.0)) - expected).max() <= 1e-6
 
 
 def test_cosines_of_what_comes_in_stay():
