@@ -86,6 +86,7 @@ def main() -> None:
         return
     from benchmarks.harness import Measured, Running, matmul_peaks
     from benchmarks.tables import write_results
+    from runner.machine import multiplies_bfloat16
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -102,7 +103,9 @@ def main() -> None:
         running: list[Running] = []
         try:
             for contender in contenders(tuned, options.quick):
-                if options.only in contender.name:
+                if "bfloat16" in contender.name and not multiplies_bfloat16():
+                    print(f"{contender.name}: left out, this processor has no such products")
+                elif options.only in contender.name:
                     running.append(Running(contender, job, folder))
                     running[-1].check(references[contender.pooling])
             for number in range(options.rounds):
@@ -243,6 +246,7 @@ def reference(pooling: str, job: dict[str, Any], folder: Path) -> np.ndarray:
 def sweep(job: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
     """Return each rival's fastest options, found on a quarter of the rows."""
     from benchmarks.harness import Running
+    from runner.machine import multiplies_bfloat16
 
     tokens = np.load(job["tokens"])
     part = slice(0, max(8, len(tokens["lengths"]) // 4))
@@ -250,6 +254,8 @@ def sweep(job: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
     some = job | {"tokens": str(folder / "some.npz")}
     best: dict[str, tuple[float, dict[str, Any]]] = {}
     for key, choices in SWEPT.items():
+        if "bfloat16" in key and not multiplies_bfloat16():
+            continue
         like = next(one for one in contenders(TUNED, False) if one.name == SWEPT_AS[key])
         for choice in choices:
             one = Running(replace(like, options=like.options | choice), some, folder)
