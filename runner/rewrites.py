@@ -1,8 +1,8 @@
 """A traced function -> the same function in forms that XLA's CPU compiler is fast at.
 
 What Keras and KerasHub write stays as it is; the program that JAX traces from it is rewritten,
-equation by equation, before it is compiled. A rewrite is a method of `_Rewriter`. Figures: one core
-of an AMD EPYC (Zen 4), 2,048 tokens, layers of 512.
+equation by equation, before it is compiled. Each rewrite is a case of `_Rewriter._apply`. Figures:
+one core of an AMD EPYC (Zen 4), 2,048 tokens, layers of 512.
 
 Products: XLA's CPU library (YNNPACK) multiplies bfloat16 into float32 at twice the float32 rate
 where the processor has instructions for it, but bfloat16 into bfloat16, what Keras asks for, is
