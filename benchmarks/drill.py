@@ -234,6 +234,8 @@ def show(drill: dict[str, Any]) -> None:
         f"{drill['mode']:14} {fault:8} {drill['percent']:3}% {drill['limit_s']:5.1f} s "
         f"{drill['stood_s']:6.1f} s  {used:>5}  {made:>16}  {len(drill['decisions'])}, "
         f"{drill['load']:.1f}  {'; '.join(drill['violations']) or 'ok'}",
+        *(f"    {line}" for line in drill.get("errors", [])),
+        sep="\n",
         flush=True,
     )
 
