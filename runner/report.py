@@ -152,9 +152,10 @@ def summarize(report: dict[str, Any], config: RunConfig) -> str:
         lines.append(describe(report["quantization"]["mode"], report["quantization"]))
     if report["group"]:
         held = ", ".join(f"{worker['weight_bytes'] / 1e6:,.0f}" for worker in report["workers"])
+        idle = report["group"]["idle_share"]
+        stood_idle = "" if idle is None else f"; they stood idle {idle:.0%} of the time"
         lines.append(
-            f"{report['strategy']}: the members hold {held} MB of weights each; they stood idle "
-            f"{report['group']['idle_share']:.0%} of the time"
+            f"{report['strategy']}: the members hold {held} MB of weights each{stood_idle}"
         )
     lines += what_happened(report)
     if config.uses_demo_model:
