@@ -12,6 +12,7 @@ given. Ends with one JSON object, and exit code 1 if any drill failed.
     python benchmarks/drill.py                                     # all 32, about 12 minutes
     python benchmarks/drill.py --modes pipeline --limits 50 --faults hung --repetitions 20
     python benchmarks/drill.py --on-deadline fill --faults none
+    python benchmarks/drill.py --limits --random-limits 20 --faults none killed
 """
 
 import argparse
@@ -58,12 +59,17 @@ def main() -> None:
     )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["data-parallel", "pipeline"])
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
-    parser.add_argument("--limits", nargs="+", type=int, default=list(LIMITS), help="in percent")
+    parser.add_argument("--limits", nargs="*", type=int, default=list(LIMITS), help="in percent")
+    parser.add_argument("--random-limits", type=int, default=0, metavar="N", help="N more, drawn")
+    parser.add_argument("--seed", type=int, default=0, help="of the limits that are drawn")
     parser.add_argument("--repetitions", type=int, default=1, help="of every drill")
     parser.add_argument("--on-deadline", choices=("shorten", "fill"), default="shorten")
     parser.add_argument("--pooling", choices=("mean", "padded-mean", "last"), default="mean")
     parser.add_argument("--rows", type=int, default=360)
     arguments = parser.parse_args()
+    # A limit that falls into the loading or the first batch finds what round ones do not.
+    drawn = np.random.default_rng(arguments.seed).integers(10, 110, arguments.random_limits)
+    arguments.limits += drawn.tolist()
     with tempfile.TemporaryDirectory(prefix="arena-runner-drill-") as folder:
         drills = list(drill_all(arguments, Path(folder)))
     failed = [drill for drill in drills if drill["violations"]]
