@@ -4,6 +4,7 @@ Asks nvidia-smi, /dev, /proc and the control group, and times one matmul on a CP
 neither Ray nor JAX. Does not know models.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -233,6 +234,7 @@ def _cpu() -> tuple[str, set[str]]:
     return values.get("model name", ""), set(values.get("flags", "").split())
 
 
+@functools.cache
 def multiplies_bfloat16() -> bool:
     """Return whether this machine's cores have instructions for products of bfloat16."""
     _, features = _cpu()

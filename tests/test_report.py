@@ -16,14 +16,11 @@ INFO = WorkerInfo("cpu", "cpu, cores 0", "float32", 9_000_000, 400_000_000, 5.0,
     ("strategy", "said"),
     [
         (None, "10 rows have no answer"),
-        (
-            Strategy("pipeline", "as asked for", 256),
-            "pipeline: the members hold 0, 0 MB of weights",
-        ),
+        (Strategy("pipeline", "as asked", 256), "pipeline: the members hold 0, 0 MB of weights"),
         (Strategy("tensor", "as asked", 256), "tensor: the members hold 0, 0 MB of weights"),
     ],
 )
-@pytest.mark.parametrize("loaded", [0, 1, 2], ids=lambda loaded: f"{loaded}-of-2-loaded")
+@pytest.mark.parametrize("loaded", [False, True], ids=["starting", "loaded"])
 def test_time_over_before_the_first_batch(strategy, said, loaded):
     """However far the workers had come when the limit was there, the run ends with its summary."""
     config = RunConfig(mode="model-parallel" if strategy else "data-parallel", output=Path("s.csv"))
