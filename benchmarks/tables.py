@@ -179,13 +179,13 @@ def as_markdown(facts: dict[str, Any], table: list[str], picture: str) -> str:
 {facts["model_gflop"]:,.0f} GFLOP for the real tokens. Large float32 matmul on the same cores, \
 GFLOP/s: {peaks}; MFU is against the largest, float32's also where a contender rounds.
 
-Medians of {facts["rounds"]} alternating rounds. "Steady" is predicting alone, of ours the part of \
-a run over {COPIES} copies of the rows after all was compiled; "x ours" how many times as long as \
-our two workers with the same pooling; "load" and "first compile" stand apart (rivals compile \
-while they load); "start to end" is a whole round: of our contenders a run of the command over all \
-copies, from start to submission, of the others predicting once. "Peak" is the proportional set \
-size of all processes of a contender; "journal" what keeping rows on disk took of predicting. \
-Options: {tuned}.
+Medians of {facts["rounds"]} alternating rounds. "Steady" is predicting alone, of ours at the pace \
+of a run over {COPIES} copies of the rows, each worker's first batch of a shape left out; "x ours" \
+how many times as long as our two workers with the same pooling; "load" and "first compile" stand \
+apart (rivals compile while they load); "start to end" is a whole round: of our contenders a run \
+of the command over all copies, from start to submission, of the others predicting once. "Peak" is \
+the proportional set size of all processes of a contender, while it loads and in its first round, \
+which does not count; "journal" what keeping rows on disk took of predicting. Options: {tuned}.
 
 {chr(10).join(table)}
 

@@ -103,20 +103,31 @@ def test_one_device_is_measured_without_ray(cache):
     }
 
 
-def test_the_steady_state_is_what_comes_after_the_last_compile():
-    def span(worker, start_s, end_s, **args):
-        return {"ph": "X", "pid": worker, "tid": 0, "ts": start_s * 1e6,
+def test_the_steady_state_is_the_pace_of_batches_that_nothing_held_up():
+    def span(worker, start_s, end_s, thread=0, **args):
+        return {"ph": "X", "pid": worker, "tid": thread, "ts": start_s * 1e6,
                 "dur": (end_s - start_s) * 1e6, "args": args}  # fmt: skip
 
-    shape = {"padded_rows": 2, "length": 10}
+    def batch(worker, start_s, end_s, length=10, **args):
+        shape = {"padded_rows": 2, "length": length}
+        return span(worker, start_s, end_s, batch=start_s, **shape, **args)
+
     events = [
-        span(1, 0, 4, from_cache=True),
-        *(span(1, at, at + 4, batch=at, **shape) for at in (0, 4, 8)),
-        span(2, 0, 6, from_cache=False),  # half of worker 1's second batch is done then
-        *(span(2, at, at + 2, batch=at, **shape) for at in (6, 8, 10)),
-        span(2, 12, 20, batch=9, is_copy=True, **shape),
+        span(1, 0, 2, thread=1, from_cache=True),
+        batch(1, 2, 9),  # the first of its shape
+        batch(1, 9, 11),
+        batch(1, 12, 14),  # waited for: 3 s
+        span(1, 14, 15, thread=1, from_cache=False),
+        batch(1, 14, 18),  # compiled beside
+        batch(1, 18, 20),
+        batch(2, 0, 4),
+        batch(2, 4, 8),
+        batch(2, 8, 12, length=5),
+        batch(2, 12, 14, length=5),
+        batch(2, 14, 30, is_copy=True),  # of no use to anyone: waited from 14 to 20
     ]
-    # Of six equal batches four and a half come in the six seconds from 6 to 12.
-    assert steady_seconds(events, lambda shape: shape.tokens) == pytest.approx(6 * 6 / 4.5)
-    late = [*events, span(1, 0, 11.9, from_cache=False)]
-    assert np.isnan(steady_seconds(late, lambda shape: shape.tokens))
+    # 60 tokens in 7 s by worker 1, 30 in 12 s by worker 2; nine batches hold 160.
+    paces = 60 / 7 + 30 / 12
+    assert steady_seconds(events, lambda shape: shape.tokens) == pytest.approx(160 / paces)
+    alone = [batch(3, 0, 4), *events]
+    assert np.isnan(steady_seconds(alone, lambda shape: shape.tokens))

@@ -1,9 +1,9 @@
 """This runner, by its command line: each round is a run of its own, from start to submission.
 
-A run starts its workers anew, and works while they compile. Rivals that stay loaded did that before
-their first round. So a run gets the rows several times over, and its steady state is what it does
-from the moment at which every worker has every shape to the last answer: the time of that, over the
-part of a copy's cost that it computed. All copies must give the same answers. Options: flags.
+A run starts its workers anew, and works while they compile. Rivals that stay loaded did that, and
+their first batch of each shape, before their first round. So a run gets the rows several times
+over, and its steady state is the pace of the batches that come after: the time of a copy at that
+pace. All copies must give the same answers. Options: flags.
 """
 
 import json
@@ -22,8 +22,6 @@ from runner.families import model_shape
 from sharding.batches import BatchShape
 
 COPIES = 4
-# Of the work, what must be left when all is compiled.
-LEAST_STEADY = 0.1
 # Copies of a row may lie in batches of another shape; where a run rounds, nothing is promised.
 TOLERANCE = 1e-5
 ROUNDING = ("--dtype", "--quantization")
@@ -67,30 +65,45 @@ def load(job: Job) -> Round:
 
 
 def steady_seconds(events: list[dict[str, Any]], cost: Callable[[BatchShape], float]) -> float:
-    """Return the seconds that all batches take at the pace after the last shape was ready, NaN
-    where too little was left by then.
+    """Return the seconds that all batches take at the pace of those that nothing held up; NaN where
+    a worker had none.
+
+    A batch counts from the answer before it, so dispatch and waiting are in it; left out is a
+    worker's first one of each shape (XLA prepares a program's parts when it first runs) and those
+    beside which it compiled. What a worker waits at the end, while others still work, counts too.
 
     Args:
         events: of a trace, as `runner/trace.py` makes it.
     """
     spans = [event for event in events if event["ph"] == "X"]
+    compiles = [one for one in spans if "from_cache" in one["args"]]
     answered = [one for one in spans if "batch" in one["args"] and "is_copy" not in one["args"]]
-    # The last member of a pipeline answers, those of a tensor group all at once.
-    last = {one["pid"]: 0 for one in answered}
-    for one in answered:
-        last[one["pid"]] = max(last[one["pid"]], one["tid"])
-    answered = [one for one in answered if one["tid"] == last[one["pid"]]]
-    ready = max(one["ts"] + one["dur"] for one in spans if "from_cache" in one["args"])
-    end = max(one["ts"] + one["dur"] for one in answered)
-    whole = within = 0.0
-    for one in answered:
-        flops = cost(BatchShape(one["args"]["padded_rows"], one["args"]["length"]))
-        done = (one["ts"] + one["dur"] - max(one["ts"], ready)) / max(one["dur"], 1)
-        whole += flops
-        within += flops * min(1.0, max(0.0, done))
-    if within < LEAST_STEADY * whole:
-        return float("nan")
-    return (end - ready) / 1e6 * whole / within
+    run_end = max(map(_end, answered))
+    whole = pace = 0.0
+    for worker in {one["pid"] for one in answered}:
+        theirs = [one for one in answered if one["pid"] == worker]
+        # The last member of a pipeline answers, those of a tensor group all at once.
+        last = max(one["tid"] for one in theirs)
+        theirs = sorted((one for one in theirs if one["tid"] == last), key=_end)
+        held_up = [(one["ts"], _end(one)) for one in compiles if one["pid"] == worker]
+        seen = set[BatchShape]()
+        before, flops, took = theirs[0]["ts"], 0.0, run_end - _end(theirs[-1])
+        for one in theirs:
+            start, end, before = before, _end(one), _end(one)
+            shape = BatchShape(one["args"]["padded_rows"], one["args"]["length"])
+            whole += cost(shape)
+            is_first = shape not in seen
+            seen.add(shape)
+            if not is_first and not any(a < end and start < b for a, b in held_up):
+                flops, took = flops + cost(shape), took + end - start
+        if not flops:
+            return float("nan")
+        pace += flops / took
+    return whole / pace / 1e6
+
+
+def _end(span: dict[str, Any]) -> float:
+    return span["ts"] + span["dur"]
 
 
 def write_copies(source: Path, target: Path) -> None:
