@@ -6,6 +6,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 import pytest
 
@@ -47,6 +48,67 @@ def test_all_narrow_products_are_rewritten_where_there_are_instructions_and_no_o
     assert traced.count("dot_general") == 3
     assert traced.count("preferred_element_type=float32") == (3 if has_bfloat16 else 1)
     assert ("preferred_element_type=bfloat16" in traced) != has_bfloat16
+
+
+@keras.ops.custom_gradient
+def with_own_gradient(left, right):
+    """A product in the words of Keras' int8 layers."""
+    return jnp.matmul(left, right, preferred_element_type="int32"), lambda *_: None
+
+
+def test_a_product_with_a_gradient_of_its_own_is_rewritten(has_bfloat16):
+    random = np.random.default_rng(0)
+    left, right = (random.integers(-127, 128, shape) for shape in ((5, 300), (300, 7)))
+    arrays = jnp.asarray(left, "int8"), jnp.asarray(right, "int8")
+
+    def scaled(left, right):
+        return with_own_gradient(left, right).astype("float32") / 127
+
+    assert np.allclose(rewritten_for_cpu(scaled)(*arrays), left @ right / 127, rtol=1e-6)
+    # Its sums are float32 already: what follows takes them as they are.
+    assert ("i32" in program(scaled, *arrays)) != has_bfloat16
+
+
+def gated(gate, up):
+    return jax.nn.gelu(gate, approximate=True) * up
+
+
+def test_chains_of_bfloat16_are_rounded_once():
+    random = np.random.default_rng(4)
+    gate, up = (jnp.asarray(random.normal(size=(50, 8)), "bfloat16") for _ in range(2))
+    exact = np.asarray(gated(gate.astype("float32"), up.astype("float32")))
+    rewritten = rewritten_for_cpu(gated)(gate, up)
+    assert rewritten.dtype == jnp.bfloat16
+    # All but the constants, which were bfloat16 before.
+    assert np.abs(np.asarray(rewritten, "float32") - exact).max() <= 4e-3 * np.abs(exact).max()
+    traced = program(gated, gate, up)
+    assert [traced.count(f":bf16[50,8] = {word}") for word in ("mul", "add", "tanh")] == [0] * 3
+    assert traced.count(":bf16[50,8] = convert_element_type") == 1
+
+
+def test_what_is_not_element_by_element_takes_rounded_values():
+    def function(x):
+        doubled = x * jnp.bfloat16(1.01)
+        return doubled.max(axis=-1), (doubled.astype("float32") + 1).astype("bfloat16") @ doubled.T
+
+    x = jnp.asarray(np.random.default_rng(5).normal(size=(4, 6)), "bfloat16")
+    largest, product = function(x)
+
+    def first(x):
+        return function(x)[0]
+
+    def second(x):
+        return function(x)[1]
+
+    assert np.array_equal(rewritten_for_cpu(first)(x), largest)
+    difference = np.abs(np.asarray(rewritten_for_cpu(second)(x) - product, "float32")).max()
+    assert difference <= 1e-2 * np.abs(np.asarray(product, "float32")).max()
+
+
+def test_float32_is_left_as_it_is():
+    x = jnp.asarray(np.random.default_rng(6).normal(size=(4, 6)), "float32")
+    assert np.array_equal(jax.jit(rewritten_for_cpu(gated))(x, x), jax.jit(gated)(x, x))
+    assert "bf16" not in program(gated, x, x)
 
 
 @pytest.mark.parametrize("shape", [(6, 1, 8), (1, 6, 8), (2, 1, 3, 1, 8), (1, 1, 8)])
