@@ -16,12 +16,12 @@ from sharding.devices import DEVICES, DeviceModel, find_model, recognize
 from sharding.times import CPU_LINK_BYTES_PER_S
 
 # Time of a whole model in float32 over that of another form, on a core with AVX-512 BF16 and VNNI
-# (benchmarks/LOG.md, 2026-11-24). Where the core lacks them, how fast the form is is not known.
+# (benchmarks/LOG.md, 2026-11-26). Where the core lacks them, how fast the form is is not known.
 CPU_SPEEDUPS = {
     ("float32", "none"): 1.0,
     ("bfloat16", "none"): 1.6,
-    ("float32", "int8"): 1.39,
-    ("bfloat16", "int8"): 1.30,
+    ("float32", "int8"): 1.55,
+    ("bfloat16", "int8"): 1.50,
 }
 CPU_FEATURES = ("avx512_bf16", "avx512_vnni")
 MULTIPLY_BFLOAT16 = {"avx512_bf16", "amx_bf16"}
