@@ -86,18 +86,19 @@ class _Value:
         made: in the program that is being traced; None where it is `exact`, rounded.
         made_by: its equation, and what that took; None for an argument or a constant.
         number: where it depends on no argument, the same as of all that are computed alike.
-        exact: in float32, before it was rounded to `dtype`; None where it never was.
+        exact: in float32, before rounding to what its equation makes; None where it never was.
     """
 
     made: Any
     made_by: tuple[JaxprEqn, tuple["_Value", ...]] | None = None
     number: int | None = None
     exact: Any = None
-    dtype: Any = None
 
     @functools.cached_property
     def array(self) -> Any:
-        return self.exact.astype(self.dtype) if self.made is None else self.made
+        if self.made is not None or self.made_by is None:
+            return self.made
+        return self.exact.astype(_dtype(self.made_by[0].outvars[0]))
 
     @property
     def in_float32(self) -> Any:
@@ -128,25 +129,25 @@ class _Rewriter:
         return list(map(read, jaxpr.outvars))
 
     def _apply(self, equation: JaxprEqn, inputs: tuple[_Value, ...]) -> list[_Value]:
-        primitive, parameters = equation.primitive, equation.params
+        primitive, parameters, made_by = equation.primitive, equation.params, (equation, inputs)
         match primitive.name:
             case name if name in CALLS:
                 return self.evaluate(parameters[CALLS[name]], inputs)
             case "dot_general" if self._multiplies_bfloat16 and _is_narrow(equation):
-                return [_summed_in_float32(equation, inputs)]
+                return [_Value(None, made_by, exact=_summed_in_float32(equation, inputs))]
             case "convert_element_type" if _is_kept(equation, inputs[0]):
-                return [_Value(None, exact=inputs[0].in_float32, dtype=parameters["new_dtype"])]
+                return [_Value(None, made_by, exact=inputs[0].in_float32)]
             case "reduce_sum" if (squared := _squared(inputs[0])) is not None:
                 if (sums := _sums_of_squares(equation, squared.array)) is not None:
                     return [_Value(sums)]
             case "cos" | "sin" if (number := self._number(equation, inputs)) is not None:
-                table = self._table(_Value(None, (equation, inputs), number))
+                table = self._table(_Value(None, made_by, number))
                 return [_Value(table, number=number)]
-        made_by, number = (equation, inputs), self._number(equation, inputs)
+        number = self._number(equation, inputs)
         if number is None and _rounds_elements(equation):
             arrays = [value.in_float32 for value in inputs]
             exact = primitive.bind(*arrays, **primitive.get_bind_params(parameters))
-            return [_Value(None, made_by, exact=exact, dtype=jnp.dtype(jnp.bfloat16))]
+            return [_Value(None, made_by, exact=exact)]
         arrays = [value.array for value in inputs]
         outputs = primitive.bind(*arrays, **primitive.get_bind_params(parameters))
         if primitive.multiple_results:
@@ -184,11 +185,10 @@ def _is_narrow(product: JaxprEqn) -> bool:
     return len(kinds) == 1 and kinds <= {jnp.dtype("bfloat16"), jnp.dtype("int8")}
 
 
-def _summed_in_float32(product: JaxprEqn, operands: Sequence[_Value]) -> _Value:
+def _summed_in_float32(product: JaxprEqn, operands: Sequence[_Value]) -> Any:
     parameters = {**product.params, "preferred_element_type": jnp.dtype("float32")}
     narrow = [operand.array.astype(jnp.bfloat16) for operand in operands]
-    sums = product.primitive.bind(*narrow, **parameters)
-    return _Value(None, exact=sums, dtype=_dtype(product.outvars[0]))
+    return product.primitive.bind(*narrow, **parameters)
 
 
 def _rounds_elements(equation: JaxprEqn) -> bool:
