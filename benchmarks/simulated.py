@@ -15,15 +15,15 @@ from typing import Any, cast
 
 import numpy as np
 
-from runner.config import RunConfig
-from runner.deadline import Deadline, lengths_to_cut_to
-from runner.journal import Journal
-from runner.merge import Merger
-from runner.pipeline import plan_run
-from runner.presets import Preset
-from runner.progress import Progress
-from runner.records import COMPILING_TO_READING, BatchResult
-from runner.steering import Steering
+from runner.common.records import COMPILING_TO_READING, BatchResult
+from runner.config.run_config import RunConfig
+from runner.driver.deadline import Deadline, lengths_to_cut_to
+from runner.driver.run import plan_run
+from runner.driver.steering import Steering
+from runner.preset.reader import Preset
+from runner.results.journal import Journal
+from runner.results.table import Merger
+from runner.telemetry.progress import Progress
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape, Plan
 from sharding.costs import ModelShape

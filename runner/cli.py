@@ -22,20 +22,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from runner import __version__
-from runner.config import (
-    CHOICES,
-    COUNTS,
-    PARSERS,
-    PATHS,
-    SWITCHES,
-    PrepareConfig,
-    RunConfig,
-    flag,
-    make_config,
-    parse_count,
-    read_task,
-)
-from runner.errors import (
+from runner.common.errors import (
     BUSY_THREAD,
     EXIT_BAD_INPUT,
     EXIT_DEADLINE,
@@ -48,7 +35,20 @@ from runner.errors import (
     first_line,
     on_one_line,
 )
-from runner.logs import DRIVER_LOG, LogEvent
+from runner.config.run_config import (
+    CHOICES,
+    COUNTS,
+    PARSERS,
+    PATHS,
+    SWITCHES,
+    PrepareConfig,
+    RunConfig,
+    flag,
+    make_config,
+    parse_count,
+    read_task,
+)
+from runner.telemetry.logs import DRIVER_LOG, LogEvent
 
 # Seconds until a signal that was lost is given again.
 AGAIN_AFTER_S = 0.1
@@ -199,11 +199,11 @@ def _main(argv: Sequence[str] | None) -> int:
         verbose = config.verbose and config.log_format != "json"
         fail.is_json = config.log_format == "json"
         if config.plan:
-            from runner.planner import plan
+            from runner.planner.command import plan
 
             plan(config, started=started)
             return 0
-        from runner.pipeline import run  # pandas takes half a second; --help and typos need not
+        from runner.driver.run import run  # pandas takes half a second; --help and typos need not
 
         fail.log = config.log_folder / DRIVER_LOG
         run(config, started=started, on_signals_taken=interrupts.install, owns_process=True)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.errors import ConfigError, WorkerError
-from runner.progress import Progress
+from runner.common.errors import ConfigError, WorkerError
+from runner.telemetry.progress import Progress
 
 # Raise it when anything below changes, so that an old cache is not taken for the new demo.
 VERSION = 1
@@ -231,7 +231,7 @@ def _make_text(rng: random.Random, words: list[str], weights: list[float], media
 
 
 if __name__ == "__main__":
-    from runner.workers import prepare_process
+    from runner.model.worker import prepare_process
     from sharding.topology import WorkerSlot
 
     prepare_process(WorkerSlot(0, "cpu"), verbose=False)

@@ -6,11 +6,11 @@ Arithmetic on the preset's dimensions; does not know devices' processes.
 import os
 from dataclasses import dataclass
 
-from runner.config import RunConfig
-from runner.errors import ConfigError
-from runner.families import strategies
-from runner.machine import ask_nvidia_smi
-from runner.presets import Preset
+from runner.common.errors import ConfigError
+from runner.common.machine import ask_nvidia_smi
+from runner.config.run_config import RunConfig
+from runner.preset.families import strategies
+from runner.preset.reader import Preset
 from sharding.costs import ModelShape
 from sharding.memory import ITEM_BYTES, QUANTIZED_BYTES, batch_budget, cut_layers, fullest_bytes
 from sharding.stages import Stage

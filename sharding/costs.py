@@ -1,7 +1,7 @@
 """A backbone's config -> its dimensions, and from them FLOPs and bytes.
 
 Knows the names of KerasHub's config keys, and nothing of Keras itself. Which family is read how,
-and what else is known of it, is one table: `runner/families.py`.
+and what else is known of it, is one table: `runner/preset/families.py`.
 """
 
 from collections.abc import Mapping

@@ -15,7 +15,7 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 QUANTIZED_BYTES = {"int8": 1.0, "int4": 0.5}
 # Of a device's memory; the rest is for activations, work space and the CUDA context.
 SHARE_FOR_WEIGHTS = 0.85
-# Of a device's memory, for weights and batches together: less than `workers.GPU_MEMORY_FRACTION`.
+# Of a device's memory, for weights and batches together: less than `process.GPU_MEMORY_FRACTION`.
 SHARE_IN_USE = 0.9
 # Resident in each worker before its first weight: measured on CPUs; CUDA's and the TPU's libraries
 # are a guess.

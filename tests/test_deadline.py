@@ -13,18 +13,12 @@ import pandas as pd
 import pytest
 
 from benchmarks.simulated import FLOPS_PER_S, WAIT_S, Replica, Simulated
-from runner.deadline import (
-    MARGIN_S,
-    Deadline,
-    lengths_to_cut_to,
-    longest_that_fits,
-    spread,
-)
+from runner.common.records import BatchResult
 from runner.demo import make_rows, write_test_set
-from runner.faults import VARIABLE
-from runner.merge import PREDICTED, SHORTENED, Merger
-from runner.records import BatchResult
-from runner.steering import Steering
+from runner.driver.deadline import MARGIN_S, Deadline, lengths_to_cut_to, longest_that_fits, spread
+from runner.driver.steering import Steering
+from runner.model.injected_faults import VARIABLE
+from runner.results.table import PREDICTED, SHORTENED, Merger
 from sharding.backlog import Backlog
 from sharding.batches import BatchShape, plan_batches
 from sharding.forecast import Pace, seconds_left, seconds_of
@@ -335,7 +329,7 @@ def test_the_forecast_after_a_tenth():
 
 class TestGuard:
     def process(self, body):
-        code = f"import time\nfrom runner.guard import Guard\nnow = time.monotonic()\n{body}"
+        code = f"import time\nfrom runner.driver.guard import Guard\nnow = time.monotonic()\n{body}"
         return subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=30)
 
     def test_it_ends_a_process_that_is_stuck(self):

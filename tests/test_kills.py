@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from runner import dispatch
 from runner.cli import _Interrupts
-from runner.faults import VARIABLE
-from runner.records import Faults
-from runner.recovery import Recovery
+from runner.common.records import Faults
+from runner.executors.ray import replicas
+from runner.executors.recovery import Recovery
+from runner.model.injected_faults import VARIABLE
 from sharding.backlog import MOST_SETBACKS_OF_A_ROW, Backlog
 from sharding.batches import Batch, BatchShape
 from tests.conftest import ROOT, TOLERANCE, environment
@@ -183,7 +183,7 @@ def test_every_worker_died(start, cli, job, calm, output, monkeypatch):
     kept = safe_rows(err)
     died = cli(*MODES["data-parallel"], *job, **{VARIABLE: json.dumps([{"kind": "kill"}])})
     assert died.returncode == 1
-    assert f"Every worker died {dispatch.MAX_RESTARTS + 1} times" in died.stderr
+    assert f"Every worker died {replicas.MAX_RESTARTS + 1} times" in died.stderr
     # The interrupt may have come when a batch was safe and not yet counted.
     assert safe_rows(died.stderr) >= kept > 0
     assert "Traceback" not in died.stderr
@@ -293,7 +293,7 @@ CLUSTER = """
 import sys
 import ray
 from ray.cluster_utils import Cluster
-from runner import cli, dispatch
+from runner import cli; from runner.executors.ray import replicas as dispatch
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
 second = cluster.add_node(num_cpus=1)

@@ -16,7 +16,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from runner.faults import VARIABLE
+from runner.model.injected_faults import VARIABLE
 from tests.conftest import LENGTH, ROOT, TOLERANCE, environment
 
 COLUMNS = ["id", "prompt", "response_a", "response_b"]

@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.errors import ConfigError
+from runner.common.errors import ConfigError
 from sharding.devices import DEVICES, DeviceModel, find_model, recognize
 from sharding.times import CPU_LINK_BYTES_PER_S
 

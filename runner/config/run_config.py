@@ -12,8 +12,8 @@ from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from runner.errors import ConfigError
-from runner.task import CONTEST, Task, make_task
+from runner.common.errors import ConfigError
+from runner.config.task import CONTEST, Task, make_task
 from sharding.dtypes import dtype_beside
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -51,7 +51,7 @@ AUTO_COUNTS = ("num_workers", "max_tokens_per_batch")
 
 
 class DefaultLength(int):
-    """A sequence length that nobody asked for: a preset may bring its own (`job.settle`)."""
+    """A sequence length that nobody asked for: a preset may bring its own (`resolve.settle`)."""
 
 
 class DefaultPooling(str):

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from runner.errors import ConfigError, shown
+from runner.common.errors import ConfigError, shown
 
 # What becomes of the head's sums: probabilities of classes that exclude each other; a probability
 # for each label by itself; the numbers as they are. none: no head, the pooled hidden states.

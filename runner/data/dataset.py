@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runner.errors import DataError, first_line, shown
-from runner.records import Examples
-from runner.task import CONTEST, Task
+from runner.common.errors import DataError, first_line, shown
+from runner.common.records import Examples
+from runner.config.task import CONTEST, Task
 
 
 def read_examples(path: Path, task: Task = CONTEST) -> Examples:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from runner.task import EMBEDDING
+from runner.config.task import EMBEDDING
 
 # From columns by name, as in `Examples.kept`; numbers (rows, width); and the numbers' columns, none
 # where they are one embedding a row.

@@ -3,9 +3,9 @@
 import json
 import re
 
-from runner.errors import DataError, shown
-from runner.records import Examples
-from runner.task import CONTEST, Task
+from runner.common.errors import DataError, shown
+from runner.common.records import Examples
+from runner.config.task import CONTEST, Task
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from runner.errors import ConfigError
-from runner.formats import csv_text, format_of
-from runner.merge import table_dtype
-from runner.task import CONTEST, Task
+from runner.common.errors import ConfigError
+from runner.config.task import CONTEST, Task
+from runner.data.formats import csv_text, format_of
+from runner.results.table import table_dtype
 
 # A file aside of a killed process: its name holds the process' number. One that nobody has written
 # to for so many seconds is of no process on another machine either.

@@ -15,10 +15,10 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from runner.errors import DataError, first_line, shown
-from runner.records import TokenTable
-from runner.tokenizer_files import BytePairOptions, TokenizerFiles, WordPieceOptions
-from runner.words import byte_pair_words, bytes_as_letters, word_piece_words
+from runner.common.errors import DataError, first_line, shown
+from runner.common.records import TokenTable
+from runner.data.words import byte_pair_words, bytes_as_letters, word_piece_words
+from runner.preset.tokenizer_files import BytePairOptions, TokenizerFiles, WordPieceOptions
 
 # Texts a call: large enough that all cores have work, small enough that a count can be shown
 # and an interrupt is heard within a second or so.

@@ -9,7 +9,7 @@ import unicodedata
 
 import regex
 
-from runner.tokenizer_files import WordPieceOptions
+from runner.preset.tokenizer_files import WordPieceOptions
 
 SPACE = regex.compile(r"[ \t\n\r\f]|\p{Cc}|\p{Cf}")
 # All of ASCII that is no letter, number or space, whatever Unicode calls it.

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from runner.errors import EXIT_FAILED, first_line
+from runner.common.errors import EXIT_FAILED, first_line
 
 
 class Guard:

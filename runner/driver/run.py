@@ -15,11 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from runner.accuracy import compare, reference_batch
-from runner.config import RunConfig
-from runner.dataset import read_examples
-from runner.deadline import Deadline, lengths_to_cut_to
-from runner.errors import (
+from runner.common.errors import (
     EXIT_DEADLINE,
     ArenaRunnerError,
     DataError,
@@ -28,19 +24,20 @@ from runner.errors import (
     first_line,
     list_ids,
 )
-from runner.extra_passes import in_waves, predict_swapped, rows_to_swap, swap
-from runner.fingerprint import Fingerprint
-from runner.guard import Guard
-from runner.job import Job, compilation_cache, find_job, settle
-from runner.journal import Journal
-from runner.logs import LogEvent, RunLogs
-from runner.merge import FILLED, PREDICTED, SHORTENED, SWAPPED, WIDER, Merger
-from runner.metrics import Figures, Metrics
-from runner.presets import Preset
-from runner.progress import Progress
-from runner.prompts import render_prompts
-from runner.records import Examples, Faults, TokenTable
-from runner.report import (
+from runner.common.records import Examples, Faults, TokenTable
+from runner.config.run_config import RunConfig
+from runner.data.dataset import read_examples
+from runner.data.prompts import render_prompts
+from runner.data.submission import check_writable, rehearse, write_submission
+from runner.data.tokenization import tokenize
+from runner.driver.deadline import Deadline, lengths_to_cut_to
+from runner.driver.guard import Guard
+from runner.driver.steering import Steering
+from runner.driver.swap_pass import in_waves, predict_swapped, rows_to_swap, swap
+from runner.model.accuracy import compare, reference_batch
+from runner.preset.reader import Preset
+from runner.preset.resolve import Job, compilation_cache, find_job, settle
+from runner.report.facts import (
     make_report,
     say_summary,
     summarize,
@@ -49,11 +46,14 @@ from runner.report import (
     write_report,
     write_rows,
 )
-from runner.steering import Steering
+from runner.results.fingerprint import Fingerprint
+from runner.results.journal import Journal
+from runner.results.table import FILLED, PREDICTED, SHORTENED, SWAPPED, WIDER, Merger
 from runner.strategy import Strategy, choose_strategy, tokens_per_batch
-from runner.submission import check_writable, rehearse, write_submission
-from runner.timeline import Event, Timeline
-from runner.tokenization import tokenize
+from runner.telemetry.logs import LogEvent, RunLogs
+from runner.telemetry.metrics import Figures, Metrics
+from runner.telemetry.progress import Progress
+from runner.telemetry.timeline import Event, Timeline
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape, Plan, plan_batches
 from sharding.buckets import choose_buckets
@@ -61,8 +61,8 @@ from sharding.rates import COMPILING_TAKES, Rates
 from sharding.topology import BUCKET_MULTIPLES
 
 if TYPE_CHECKING:
-    from runner.dispatch import RayReplicas
-    from runner.single import InProcess
+    from runner.executors.ray.replicas import RayReplicas
+    from runner.executors.single import InProcess
 
     Executor = RayReplicas | InProcess
 
@@ -287,10 +287,10 @@ class _Run:
         config, progress = self.config, self._progress
         progress.stage("starting")
         if config.mode == "single" or not self.examples:
-            from runner.single import InProcess
+            from runner.executors.single import InProcess
 
             return InProcess(verbose=config.verbose, progress=progress, timeline=self.timeline)
-        from runner.dispatch import RayReplicas
+        from runner.executors.ray.replicas import RayReplicas
 
         return RayReplicas(
             num_workers=config.num_workers,
@@ -615,7 +615,7 @@ class _Run:
         return report
 
     def _write_trace(self, path: Path, report: dict[str, Any]) -> None:
-        from runner.trace import make_trace, write_trace
+        from runner.report.trace import make_trace, write_trace
 
         timeline = self.timeline
         events = make_trace(
@@ -634,7 +634,7 @@ class _Run:
         write_trace(path, events)
 
     def _write_page(self, path: Path, report: dict[str, Any]) -> None:
-        from runner.report_page import Story, write_page  # matplotlib takes half a second
+        from runner.report.page import Story, write_page  # matplotlib takes half a second
 
         own = [row for row, how in enumerate(self.merger.how) if how not in ("", FILLED)]
         columns = self.merger.probabilities([]).shape[1]

@@ -10,7 +10,9 @@ from typing import Protocol
 
 import numpy as np
 
-from runner.deadline import (
+from runner.common.errors import WorkerError
+from runner.common.records import BatchResult
+from runner.driver.deadline import (
     BRIDGE_SHARE,
     COMPILE_SHARE,
     FLOOR_SHARE,
@@ -21,11 +23,9 @@ from runner.deadline import (
     longest_that_fits,
     spread,
 )
-from runner.errors import WorkerError
-from runner.journal import Journal
-from runner.merge import PREDICTED, SHORTENED, Merger
-from runner.progress import Progress
-from runner.records import BatchResult
+from runner.results.journal import Journal
+from runner.results.table import PREDICTED, SHORTENED, Merger
+from runner.telemetry.progress import Progress
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape, Plan
 from sharding.forecast import Pace, seconds_left, seconds_of, work_of

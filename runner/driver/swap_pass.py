@@ -10,12 +10,12 @@ from typing import Protocol
 
 import numpy as np
 
-from runner.deadline import Deadline
-from runner.journal import Journal
-from runner.merge import FILLED, SWAPPED, Merger
-from runner.progress import Progress
-from runner.records import BatchResult, Examples, TokenTable
-from runner.task import CONTEST, Task
+from runner.common.records import BatchResult, Examples, TokenTable
+from runner.config.task import CONTEST, Task
+from runner.driver.deadline import Deadline
+from runner.results.journal import Journal
+from runner.results.table import FILLED, SWAPPED, Merger
+from runner.telemetry.progress import Progress
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape, Plan
 from sharding.rates import Rates

@@ -5,8 +5,8 @@ Shared by the executors. Does not know Ray or JAX: it is told what happened.
 
 from collections.abc import Callable, Iterable, Sequence
 
-from runner.errors import WorkerError, list_ids
-from runner.records import Faults
+from runner.common.errors import WorkerError, list_ids
+from runner.common.records import Faults
 from sharding.backlog import Backlog
 from sharding.batches import Batch
 

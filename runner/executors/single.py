@@ -10,10 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from runner import allocator
-from runner.errors import BUSY_THREAD, ArenaRunnerError, DeviceMemoryError, WorkerError, first_line
-from runner.progress import Progress
-from runner.records import (
+from runner.common.errors import (
+    BUSY_THREAD,
+    ArenaRunnerError,
+    DeviceMemoryError,
+    WorkerError,
+    first_line,
+)
+from runner.common.records import (
     BatchResult,
     CompileInfo,
     Faults,
@@ -23,9 +27,11 @@ from runner.records import (
     WorkerStats,
     seconds_to_compile,
 )
-from runner.recovery import Recovery
-from runner.timeline import COMPILING, LOADING, Timeline
-from runner.workers import Replica
+from runner.executors.recovery import Recovery
+from runner.model import cpu_allocator
+from runner.model.worker import Replica
+from runner.telemetry.progress import Progress
+from runner.telemetry.timeline import COMPILING, LOADING, Timeline
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape
 from sharding.forecast import Pace
@@ -67,7 +73,7 @@ class InProcess:
     def __exit__(self, *exception: object) -> None:
         if self._threads is not None:
             self._threads.end()
-        allocator.let_go()
+        cpu_allocator.let_go()
 
     def open(self, dtype: str, compilation_cache: str) -> str:
         """Find the device; return what `dtype` means on it."""

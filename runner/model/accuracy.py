@@ -1,6 +1,6 @@
 """Two tables of probabilities -> how far quantization moved them, in numbers and in a sentence.
 
-Pure arithmetic; `pipeline.py` and `prepare.py` bring the tables.
+Pure arithmetic; `driver/run.py` and `prepare.py` bring the tables.
 """
 
 from typing import Any

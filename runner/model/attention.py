@@ -20,7 +20,7 @@ import keras
 import numpy as np
 from keras_hub.src.vllm.context import vllm_context_scope
 
-from runner.errors import first_line
+from runner.common.errors import first_line
 
 # More chunks save more of the causal half and cost time to compile: eight leave 9/16 of the square.
 # On a CPU 64 queries a chunk were 1.09 times as fast as 128 (8 layers of 512, 512 tokens).

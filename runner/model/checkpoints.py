@@ -2,16 +2,16 @@
 
 KerasHub's own converters do the work; which model types become which backbone is in `families.py`.
 Weights are read from safetensors alone, and no code comes from the directory. Imports Keras, so
-`workers.prepare_process` must come first.
+`process.prepare_process` must come first.
 """
 
 from pathlib import Path
 
 import keras_hub
 
-from runner.errors import DataError, first_line
-from runner.families import FAMILIES, family_of_checkpoint
-from runner.json_files import read_json
+from runner.common.errors import DataError, first_line
+from runner.preset.families import FAMILIES, family_of_checkpoint
+from runner.preset.json_files import read_json
 
 
 def convert(checkpoint: Path, folder: Path, *, dtype: str) -> None:

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from runner.machine import multiplies_bfloat16
+from runner.common.machine import multiplies_bfloat16
 
 # Primitives that NumPy computes while a program is traced: to compile them as one of JAX's takes
 # half a second a shape. What needs another one stays in the program.

@@ -1,6 +1,6 @@
 """Preset directory, LoRA file and dtype -> a Keras backbone that holds its weights, LoRA merged.
 
-Runs in the process that predicts. Imports Keras, so `workers.prepare_process` must come first.
+Runs in the process that predicts. Imports Keras, so `process.prepare_process` must come first.
 """
 
 import gc
@@ -18,11 +18,11 @@ import numpy as np
 from keras.src.backend.common import global_state
 from keras.src.saving import saving_lib
 
-from runner.allocator import large_blocks_go_back
-from runner.errors import DataError, first_line
-from runner.families import FAMILIES
-from runner.quantization import policies_of, quantize_layer
-from runner.weights import StoredWeight, find_weights
+from runner.common.errors import DataError, first_line
+from runner.model.cpu_allocator import large_blocks_go_back
+from runner.model.quantization import policies_of, quantize_layer
+from runner.model.weights import StoredWeight, find_weights
+from runner.preset.families import FAMILIES
 
 
 def load_backbone(

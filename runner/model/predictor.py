@@ -16,9 +16,9 @@ import keras
 import numpy as np
 from jax._src import distributed
 
-from runner.attention import attention, choose_way
-from runner.records import CompileInfo, Head
-from runner.rewrites import rewritten_for_cpu
+from runner.common.records import CompileInfo, Head
+from runner.model.attention import attention, choose_way
+from runner.model.cpu_rewrites import rewritten_for_cpu
 from sharding.batches import BatchShape
 from sharding.dtypes import dtype_beside
 
@@ -45,7 +45,7 @@ def first_token(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
 
 
 # (rows, length, hidden) float32 and (rows,) token counts -> (rows, hidden). A new pooling is one
-# function and one line here, its name in `config.CHOICES` and in the families it goes with.
+# function and one line here, its name in `flags.CHOICES` and in the families it goes with.
 POOLINGS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "padded-mean": mean_over_all_positions,
     "mean": mean_over_tokens,

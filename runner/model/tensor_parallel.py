@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import keras
 
-from runner.errors import ConfigError
-from runner.weights import StoredWeight
+from runner.common.errors import ConfigError
+from runner.model.weights import StoredWeight
 from sharding.layouts import Weight, WeightLayout, lay_out, replicated_reasons
 
 

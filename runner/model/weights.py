@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from keras.src.saving import saving_lib
 
-from runner.errors import DataError, first_line, shown
+from runner.common.errors import DataError, first_line, shown
 
 Index = tuple[slice, ...]
 # The bits of each format's exponent: NaN and infinity alone have all of them set.

@@ -18,12 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from runner import allocator
-from runner.errors import DeviceMemoryError, WorkerError, first_line
-from runner.faults import InjectedFaults
-from runner.logs import write_to_folder
-from runner.machine import cores_here
-from runner.records import (
+from runner.common.errors import DeviceMemoryError, WorkerError, first_line
+from runner.common.machine import cores_here
+from runner.common.records import (
     Activations,
     BatchResult,
     CompileInfo,
@@ -33,6 +30,9 @@ from runner.records import (
     Work,
     WorkerInfo,
 )
+from runner.model import cpu_allocator
+from runner.model.injected_faults import InjectedFaults
+from runner.telemetry.logs import write_to_folder
 from sharding.batches import Batch, BatchShape
 from sharding.stages import Stage
 from sharding.topology import WorkerSlot
@@ -54,7 +54,7 @@ def prepare_process(slot: WorkerSlot, *, verbose: bool) -> None:
     would cost 600 MB and 3.5 s, and may take GPU memory.
     """
     _end_with_ray()
-    allocator.use_one_heap()
+    cpu_allocator.use_one_heap()
     os.environ["KERAS_BACKEND"] = "jax"
     if slot.kind != "auto":
         os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}[slot.kind]
@@ -118,7 +118,7 @@ class Replica:
             WorkerError: the device is not there.
         """
         device = _start_jax(self._slot.kind, compilation_cache)
-        from runner.predictor import resolve_dtype
+        from runner.model.predictor import resolve_dtype
 
         return device.platform, resolve_dtype(dtype, device)
 
@@ -131,8 +131,8 @@ class Replica:
         """
         started = time.perf_counter()
         device = _start_jax(self._slot.kind, spec.compilation_cache)
-        from runner.loading import load_backbone
-        from runner.predictor import Predictor, resolve_dtype
+        from runner.model.loading import load_backbone
+        from runner.model.predictor import Predictor, resolve_dtype
 
         before = peak_rss_bytes()
         dtype = resolve_dtype(spec.dtype, device, is_int8=spec.is_int8)
@@ -197,10 +197,10 @@ class Replica:
     def _introduce(
         self, device: Any, dtype: str, started: float, before: int, notes: tuple[str, ...] = ()
     ) -> WorkerInfo:
-        from runner.predictor import matmul_rate
+        from runner.model.predictor import matmul_rate
 
         if device.platform == "cpu":
-            allocator.keep_work_space()
+            cpu_allocator.keep_work_space()
         load_s = time.perf_counter() - started
         name = device.device_kind
         if self._slot.cores:
@@ -233,8 +233,14 @@ class PipelineStage(Replica):
         assert stage is not None, "this is a bug: a stage must know its layers"
         started = time.perf_counter()
         device = _start_jax(self._slot.kind, spec.compilation_cache)
-        from runner.loading import build_backbone, cut_stage, fill, locate_weights, place_whole
-        from runner.predictor import Predictor, resolve_dtype
+        from runner.model.loading import (
+            build_backbone,
+            cut_stage,
+            fill,
+            locate_weights,
+            place_whole,
+        )
+        from runner.model.predictor import Predictor, resolve_dtype
 
         before = peak_rss_bytes()
         dtype = resolve_dtype(spec.dtype, device, is_int8=spec.is_int8)
@@ -300,9 +306,9 @@ class TensorMember(Replica):
         device = _start_jax(self._slot.kind, spec.compilation_cache)
         import keras
 
-        from runner.loading import build_backbone, fill, locate_weights
-        from runner.predictor import Predictor, resolve_dtype
-        from runner.tensor_parallel import audit, lay_out_backbone, place_slices
+        from runner.model.loading import build_backbone, fill, locate_weights
+        from runner.model.predictor import Predictor, resolve_dtype
+        from runner.model.tensor_parallel import audit, lay_out_backbone, place_slices
         from sharding.mesh import distribute
 
         before = peak_rss_bytes()
@@ -326,8 +332,8 @@ class TensorMember(Replica):
 
 def predict_in_float(spec: ModelSpec, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Return float32 (rows, classes): what a float preset says of tokens int32 (rows, length)."""
-    from runner.loading import float_parts
-    from runner.predictor import Predictor
+    from runner.model.loading import float_parts
+    from runner.model.predictor import Predictor
 
     values = tokens
     for part, is_last in float_parts(spec.preset, spec.lora_weights):
@@ -361,8 +367,8 @@ def load_head(spec: ModelSpec, backbone: Any) -> Head | None:
     """
     if spec.head == "none":
         return None
-    from runner.classifiers import read_own_head
-    from runner.presets import read_head
+    from runner.preset.classifiers import read_own_head
+    from runner.preset.reader import read_head
 
     output = backbone.output
     hidden = output["sequence_output"] if isinstance(output, dict) else output

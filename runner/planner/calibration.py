@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from runner.errors import ConfigError, WorkerError
-from runner.options import FLAGS_OF_A_LONG_RUN, Measured, Option, PlanInput, command_flags
-from runner.progress import Progress
-from runner.records import Examples
+import runner
+from runner.common.errors import ConfigError, WorkerError
+from runner.common.records import Examples
+from runner.planner.ways import FLAGS_OF_A_LONG_RUN, Measured, Option, PlanInput, command_flags
+from runner.telemetry.progress import Progress
 from sharding.batches import BatchShape
 from sharding.times import compile_seconds
 
@@ -144,7 +145,7 @@ def _measure(job: PlanInput, sample: Examples) -> dict[str, Any]:
             writer.writerows(zip(sample.ids, *sample.columns.values(), strict=True))
         changes = dict.fromkeys((*FLAGS_OF_A_LONG_RUN, "report"))
         flags = command_flags(job.config, **changes | {"input": rows, "output": output})
-        root = str(Path(__file__).resolve().parent.parent)
+        root = str(Path(runner.__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         process = subprocess.Popen(
             [sys.executable, "-m", "runner.cli", "--config", str(task_file), *flags],

@@ -1,7 +1,7 @@
 """--plan: config, preset facts, token lengths and devices -> what fits, how long, and what to take.
 
 Starts no worker, neither Ray nor JAX, and needs no weights, except that --calibrate runs a few
-batches by the ordinary command. `options.py` does the arithmetic, `plan_text.py` the words.
+batches by the ordinary command. `ways.py` does the arithmetic, `text.py` the words.
 """
 
 import json
@@ -14,20 +14,27 @@ from typing import Any
 
 import numpy as np
 
-from runner.calibration import calibrate
-from runner.config import RunConfig
-from runner.dataset import read_examples
-from runner.errors import DataError
-from runner.job import cache_folder, check_head, settle
-from runner.machine import Devices, devices_here, named_devices
-from runner.options import Option, PlanInput, all_options, command_flags, duration, pipeline_over
-from runner.plan_text import render
-from runner.presets import Preset, read_preset
-from runner.progress import Progress
-from runner.prompts import render_prompts
-from runner.submission import check_writable, write_whole
-from runner.task import CONTEST
-from runner.tokenization import tokenize
+from runner.common.errors import DataError
+from runner.common.machine import Devices, devices_here, named_devices
+from runner.config.run_config import RunConfig
+from runner.config.task import CONTEST
+from runner.data.dataset import read_examples
+from runner.data.prompts import render_prompts
+from runner.data.submission import check_writable, write_whole
+from runner.data.tokenization import tokenize
+from runner.planner.calibration import calibrate
+from runner.planner.text import render
+from runner.planner.ways import (
+    Option,
+    PlanInput,
+    all_options,
+    command_flags,
+    duration,
+    pipeline_over,
+)
+from runner.preset.reader import Preset, read_preset
+from runner.preset.resolve import cache_folder, check_head, settle
+from runner.telemetry.progress import Progress
 from sharding.buckets import bucket_of
 from sharding.dtypes import dtype_beside
 from sharding.memory import weight_item_bytes

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from runner.config import RunConfig, flag
-from runner.errors import ConfigError
-from runner.families import strategies
-from runner.machine import Devices
-from runner.pipeline import plan_run
-from runner.presets import Preset
+from runner.common.errors import ConfigError
+from runner.common.machine import Devices
+from runner.config.run_config import RunConfig, flag
+from runner.driver.run import plan_run
+from runner.preset.families import strategies
+from runner.preset.reader import Preset
 from runner.strategy import tensor_bytes_per_token
 from sharding.batches import Plan
 from sharding.dtypes import dtype_beside

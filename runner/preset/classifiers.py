@@ -12,10 +12,10 @@ import h5py
 import ml_dtypes
 import numpy as np
 
-from runner.errors import DataError, first_line, shown
-from runner.families import FAMILIES, Classifier
-from runner.json_files import read_json, settings_of
-from runner.records import Head
+from runner.common.errors import DataError, first_line, shown
+from runner.common.records import Head
+from runner.preset.families import FAMILIES, Classifier
+from runner.preset.json_files import read_json, settings_of
 
 TASK = "task.json"
 TASK_WEIGHTS = "task.weights.h5"

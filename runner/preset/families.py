@@ -69,8 +69,8 @@ TOKENIZERS = {
 class Classifier:
     """A KerasHub `TextClassifier` of a family: the head that a whole task preset brings.
 
-    pooling: a key of `predictor.POOLINGS`. dense: the activation of the layer between that and the
-    logits, a key of `predictor.ACTIVATIONS`; None where there is no such layer.
+    pooling: a key of `poolings.POOLINGS`. dense: the activation of the layer between that and the
+    logits, a key of `poolings.ACTIVATIONS`; None where there is no such layer.
     """
 
     class_name: str

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from runner.errors import DataError, first_line, shown
+from runner.common.errors import DataError, first_line, shown
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from typing import Any, BinaryIO
 import h5py
 import numpy as np
 
-from runner.classifiers import TASK_WEIGHTS, TextClassifier, read_classifier
-from runner.errors import DataError, first_line, shown
-from runner.families import FAMILIES, Family, family_of_checkpoint, model_shape
-from runner.json_files import read_json, settings_of
-from runner.records import Head
-from runner.tokenizer_files import TokenizerFiles, read_tokenizer
+from runner.common.errors import DataError, first_line, shown
+from runner.common.records import Head
+from runner.preset.classifiers import TASK_WEIGHTS, TextClassifier, read_classifier
+from runner.preset.families import FAMILIES, Family, family_of_checkpoint, model_shape
+from runner.preset.json_files import read_json, settings_of
+from runner.preset.tokenizer_files import TokenizerFiles, read_tokenizer
 from sharding.costs import ModelShape
 
 # Of a shape, what must be positive.

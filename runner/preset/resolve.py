@@ -9,14 +9,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from runner.config import DefaultLength, DefaultPooling, PrepareConfig, RunConfig, check_dtype
-from runner.errors import ConfigError
-from runner.fingerprint import Fingerprint, fingerprint
-from runner.presets import Preset, check_lora, read_head, read_preset
-from runner.progress import Progress
-from runner.records import ModelSpec
-from runner.report import versions
-from runner.task import CONTEST, Task
+from runner.common.errors import ConfigError
+from runner.common.records import ModelSpec
+from runner.config.run_config import (
+    DefaultLength,
+    DefaultPooling,
+    PrepareConfig,
+    RunConfig,
+    check_dtype,
+)
+from runner.config.task import CONTEST, Task
+from runner.preset.reader import Preset, check_lora, read_head, read_preset
+from runner.report.facts import versions
+from runner.results.fingerprint import Fingerprint, fingerprint
+from runner.telemetry.progress import Progress
 from sharding.dtypes import dtype_beside
 
 # Packages whose versions may change an answer.

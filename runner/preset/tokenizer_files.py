@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.errors import DataError, shown
-from runner.families import BYTE_PAIRS, SENTENCE_PIECES, TOKENIZERS, WORD_PIECES, Tokenizer
-from runner.json_files import read_json, settings_of
+from runner.common.errors import DataError, shown
+from runner.preset.families import BYTE_PAIRS, SENTENCE_PIECES, TOKENIZERS, WORD_PIECES, Tokenizer
+from runner.preset.json_files import read_json, settings_of
 
 # Keys of a tokenizer's config that change tokens where they are set, and are not followed here.
 UNFOLLOWED_OPTIONS = (

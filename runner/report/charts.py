@@ -25,15 +25,17 @@ from matplotlib.ticker import (
     PercentFormatter,
 )
 
-from runner.lanes import (
-    ENDING,
-    IDLE,
-    PADDING,
-    SLOWER,
-    WORKING,
-    Lane,
+from runner.report.lanes import ENDING, IDLE, PADDING, SLOWER, WORKING, Lane
+from runner.telemetry.timeline import (
+    COMPILING,
+    LOADING,
+    LOST,
+    PREDICTING,
+    STARTING,
+    Event,
+    Span,
+    Stage,
 )
-from runner.timeline import COMPILING, LOADING, LOST, PREDICTING, STARTING, Event, Span, Stage
 
 # Role -> (colour on a light page, on a dark one).
 COLOURS = {

@@ -11,12 +11,12 @@ from typing import Any
 import pandas as pd
 
 from runner import __version__
-from runner.accuracy import describe
-from runner.config import RunConfig
-from runner.merge import Merger
-from runner.records import Faults, WorkerInfo, WorkerStats
+from runner.common.records import Faults, WorkerInfo, WorkerStats
+from runner.config.run_config import RunConfig
+from runner.data.submission import write_whole
+from runner.model.accuracy import describe
+from runner.results.table import Merger
 from runner.strategy import Strategy
-from runner.submission import write_whole
 
 SCHEMA = 1
 PACKAGES = ("jax", "keras", "keras-hub", "keras-nlp", "numpy", "pandas", "ray", "sentencepiece")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runner.timeline import COMPILING, LOADING, LOST, PREDICTING, STARTING, Span
+from runner.telemetry.timeline import COMPILING, LOADING, LOST, PREDICTING, STARTING, Span
 
 IDLE, ENDING = "idle", "ending"
 # Where spans overlap the later one here is what the worker counts as being at.

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from runner import charts, lanes, page_text
-from runner.lanes import PARTS, Lane
-from runner.submission import write_whole
-from runner.timeline import COMPILING, PREDICTING, Event, Span, Stage
+from runner.data.submission import write_whole
+from runner.report import charts, lanes, page_text
+from runner.report.lanes import PARTS, Lane
+from runner.telemetry.timeline import COMPILING, PREDICTING, Event, Span, Stage
 
 # Rows of the table of workers, and events in words.
 MOST_LISTED = 200
@@ -27,7 +27,7 @@ FEWEST_POINTS, MOST_POINTS = 12, 120
 class Story:
     """All that a page tells.
 
-    report: see `report.py`. spans, stages, events: see `timeline.py`. lengths: int64 (rows,), the
+    report: see `facts.py`. spans, stages, events: see `timeline.py`. lengths: int64 (rows,), the
     tokens of each row. values: (rows, columns), the model's own answers, in the order of `labels`,
     those of one row in `every`. summary: sentences on what was not as asked for.
     """

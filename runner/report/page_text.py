@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from runner.lanes import ENDING, IDLE, PADDING, SLOWER, WORKING
-from runner.timeline import COMPILING, LOADING, LOST, PREDICTING, STARTING, Event
+from runner.report.lanes import ENDING, IDLE, PADDING, SLOWER, WORKING
+from runner.telemetry.timeline import COMPILING, LOADING, LOST, PREDICTING, STARTING, Event
 
 # From so many rows on, a model of which one of these is true is doubted.
 ROWS_TO_DOUBT = 50

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from runner.lanes import answers, rate_over_time
-from runner.submission import write_whole
-from runner.timeline import COMPILING, Event, Span, Stage
+from runner.data.submission import write_whole
+from runner.report.lanes import answers, rate_over_time
+from runner.telemetry.timeline import COMPILING, Event, Span, Stage
 
 # Points of the rate's curve.
 MOST_POINTS = 200

@@ -25,10 +25,10 @@ from urllib.parse import quote
 
 import numpy as np
 
-from runner.errors import ConfigError, JournalError
-from runner.fingerprint import Fingerprint
-from runner.merge import unsound
-from runner.submission import check_writable
+from runner.common.errors import ConfigError, JournalError
+from runner.data.submission import check_writable
+from runner.results.fingerprint import Fingerprint
+from runner.results.table import unsound
 
 SCHEMA = 1
 TABLES = """

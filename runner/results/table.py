@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runner.errors import MergeError, list_ids
+from runner.common.errors import MergeError, list_ids
 
 # How a row was made: whole; cut to fewer tokens than it has, or padded to fewer than the model was
 # trained with; in float32 where the run's dtype came to no number; averaged with a prediction of

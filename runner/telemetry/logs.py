@@ -28,7 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from runner.errors import ArenaRunnerError, ConfigError, DataError, on_one_line
+from runner.common.errors import ArenaRunnerError, ConfigError, DataError, on_one_line
 
 DRIVER_LOG, DRIVER_ERRORS, RAY_FOLDER, PREVIOUS = "driver.log", "driver.err", "ray", "previous"
 MOST_BYTES = 4 << 20

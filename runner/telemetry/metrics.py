@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from runner.errors import ConfigError
-from runner.progress import Standing
-from runner.records import Faults, WorkerStats
+from runner.common.errors import ConfigError
+from runner.common.records import Faults, WorkerStats
+from runner.telemetry.progress import Standing
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from runner.logs import LogEvent
+from runner.telemetry.logs import LogEvent
 
 REDRAW_S = 0.5
 # A notebook keeps each message until its page has drawn it.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from runner.records import Work
+from runner.common.records import Work
 from sharding.batches import Batch, BatchShape
 
 STARTING, LOADING, COMPILING, PREDICTING, LOST = (

@@ -1,7 +1,7 @@
 """The Ray actors that hold one replica: one worker, pipeline stages, or slices of every weight.
 
 Knows how each kind is started and how a batch passes through it. Does not know other replicas, the
-plan, or when to give up: `dispatch.py` decides that.
+plan, or when to give up: `replicas.py` decides that.
 """
 
 import secrets
@@ -17,11 +17,11 @@ import ray.exceptions
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from runner.cluster import private_folder
-from runner.records import BatchResult, ModelSpec, WorkerInfo, WorkerStats
+from runner.common.records import BatchResult, ModelSpec, WorkerInfo, WorkerStats
+from runner.executors.ray.session import private_folder
+from runner.model.worker import PipelineStage, Replica, TensorMember
 from runner.strategy import Strategy
-from runner.timeline import COMPILING, LOADING, LOST, STARTING, Timeline
-from runner.workers import PipelineStage, Replica, TensorMember
+from runner.telemetry.timeline import COMPILING, LOADING, LOST, STARTING, Timeline
 from sharding.batches import Batch, BatchShape
 from sharding.rates import Intervals
 from sharding.topology import WorkerSlot

@@ -2,7 +2,7 @@
 the start and while nodes come and go.
 
 Chores that wait for nodes are done in a thread of their own, so that no batch waits for them. Does
-not know batches, actors that predict, or what a dead worker's rows become: `dispatch.py` takes the
+not know batches, actors that predict, or what a dead worker's rows become: `replicas.py` takes the
 groups that are ready, and asks which nodes are lost.
 """
 
@@ -21,11 +21,11 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from runner.cluster import find_devices
-from runner.errors import ArenaRunnerError, ConfigError, WorkerError, first_line
-from runner.job import ANSWERS_DEPEND_ON, cache_folder, compilation_cache
-from runner.records import ModelSpec
-from runner.shipping import Parcel, Receiver, at, parcels, pieces
+from runner.common.errors import ArenaRunnerError, ConfigError, WorkerError, first_line
+from runner.common.records import ModelSpec
+from runner.executors.ray.session import find_devices
+from runner.executors.ray.shipping import Parcel, Receiver, at, parcels, pieces
+from runner.preset.resolve import ANSWERS_DEPEND_ON, cache_folder, compilation_cache
 from sharding.topology import Node, WorkerSlot, place_on_nodes
 
 # Seconds between looks at which nodes there are.
@@ -74,7 +74,7 @@ class Keeper(Receiver):
 
     def facts(self) -> Facts:
         """Return what this node is."""
-        from runner.machine import cores_here
+        from runner.common.machine import cores_here
         from runner.strategy import gpu_dtype
 
         return Facts(versions_here(), cores_here(), gpu_dtype(), compilation_cache())

@@ -1,6 +1,6 @@
 """Replicas fed with batches: a bounded number in flight, results as they come, the dead replaced.
 
-Does not know JAX, tables or files, nor how a batch passes through a replica (`groups.py`) or what
+Does not know JAX, tables or files, nor how a batch passes through a replica (`group.py`) or what
 becomes of one that failed (`recovery.py`). Every answer arrives through one `ray.wait`, so a dead
 worker is seen as a failed call; one that hangs is seen by the clock.
 """
@@ -17,27 +17,15 @@ import numpy as np
 import ray
 import ray.exceptions
 
-from runner.cluster import (
-    check_ray,
-    find_devices,
-    join_ray,
-    private_folder,
-    start_ray,
-    stop_ray,
-)
-from runner.errors import (
+from runner.common.errors import (
     ArenaRunnerError,
     ConfigError,
     DeviceMemoryError,
     WorkerError,
     first_line,
 )
-from runner.groups import Group, Step
-from runner.logs import keep_logs_of_ray, worker_log
-from runner.machine import cores_here
-from runner.nodes import Nodes
-from runner.progress import Progress
-from runner.records import (
+from runner.common.machine import cores_here
+from runner.common.records import (
     BatchResult,
     CompileInfo,
     Faults,
@@ -47,10 +35,22 @@ from runner.records import (
     WorkerStats,
     seconds_to_compile,
 )
-from runner.recovery import Recovery
-from runner.shipping import SHIP
+from runner.executors.ray.group import Group, Step
+from runner.executors.ray.nodes import Nodes
+from runner.executors.ray.session import (
+    check_ray,
+    find_devices,
+    join_ray,
+    private_folder,
+    start_ray,
+    stop_ray,
+)
+from runner.executors.ray.shipping import SHIP
+from runner.executors.recovery import Recovery
 from runner.strategy import Strategy, gpu_dtype
-from runner.timeline import Timeline
+from runner.telemetry.logs import keep_logs_of_ray, worker_log
+from runner.telemetry.progress import Progress
+from runner.telemetry.timeline import Timeline
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape
 from sharding.dealing import Dealer

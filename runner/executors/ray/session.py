@@ -22,8 +22,9 @@ import ray.exceptions
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
 
-from runner.allocator import ENVIRONMENT
-from runner.errors import ConfigError, WorkerError, first_line
+import runner
+from runner.common.errors import ConfigError, WorkerError, first_line
+from runner.model.cpu_allocator import ENVIRONMENT
 
 # What Ray adds to its folder's path for a socket, and the longest path that a socket may have.
 LONGEST_SOCKET = "/session_2026-11-24_12-00-00_123456_4194304/sockets/plasma_store"
@@ -107,7 +108,7 @@ def join_ray(address: str, *, verbose: bool) -> None:
     """
     global _has_joined
     _check_address(address)
-    here = Path(__file__).resolve().parent
+    code = Path(runner.__file__).resolve().parent
     if not verbose:
         # Ray shows the last words of a lost node's raylet, whatever it was told of logs.
         ray._private.worker.print_to_stdstream = lambda *said, **how: None
@@ -119,7 +120,7 @@ def join_ray(address: str, *, verbose: bool) -> None:
                 logging_level=logging.INFO if verbose else logging.CRITICAL,
                 configure_logging=verbose,
                 runtime_env={
-                    "py_modules": [str(here), str(here.parent / "sharding")],
+                    "py_modules": [str(code), str(code.parent / "sharding")],
                     "env_vars": ENVIRONMENT
                     | {
                         name: value

@@ -20,9 +20,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from runner.errors import DataError, WorkerError
-from runner.presets import read_preset
-from runner.records import ModelSpec
+from runner.common.errors import DataError, WorkerError
+from runner.common.records import ModelSpec
+from runner.preset.reader import read_preset
 
 PIECE_BYTES = 32 << 20
 # A file is known by its size and so many samples of its content, evenly spread, the first and last
