@@ -3,11 +3,10 @@
 Arithmetic on the preset's dimensions; does not know devices' processes.
 """
 
-import os
 from dataclasses import dataclass
 
 from runner.common.errors import ConfigError
-from runner.common.machine import ask_nvidia_smi
+from runner.common.machine import device_memory_bytes
 from runner.config.run_config import RunConfig
 from runner.preset.families import strategies
 from runner.preset.reader import Preset
@@ -117,37 +116,6 @@ def tokens_per_batch(config: RunConfig, preset: Preset, kind: str) -> int:
         sequence_length=config.sequence_length,
         most=default,
     )
-
-
-def device_memory_bytes() -> int | None:
-    """Return the memory of the smallest NVIDIA GPU here, None where there is none.
-
-    Asked of nvidia-smi, since the driver must not start JAX.
-    """
-    if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
-        return None
-    found = _numbers_of_gpus("memory.total")
-    return min(map(int, found)) << 20 if found else None
-
-
-def _numbers_of_gpus(field: str) -> list[str]:
-    """Return a number for each NVIDIA GPU, as text; none where one is not told."""
-    numbers = [line.strip() for line in ask_nvidia_smi(field)]
-    try:
-        return numbers if all(float(number) >= 0 for number in numbers) else []
-    except ValueError:
-        return []
-
-
-def gpu_dtype() -> str | None:
-    """Return the 16-bit dtype that the least of the NVIDIA GPUs here has, None where none is seen.
-
-    As `predictor.resolve_dtype`, for a driver that must not start JAX.
-    """
-    capabilities = _numbers_of_gpus("compute_cap")
-    if not capabilities:
-        return None
-    return "bfloat16" if min(map(float, capabilities)) >= 8.0 else "float16"
 
 
 def tensor_bytes_per_token(shape: ModelShape, members: int, item_bytes: int) -> int:

@@ -19,8 +19,9 @@ import runner.common.errors
 import runner.executors.single
 from runner import ConfigError, RunConfig, WorkerError, run
 from runner.api import _as_it_was
-from runner.cli import GROUPS, HELP, main, parse_arguments
-from runner.config.run_config import flag
+from runner.cli import main
+from runner.config.flags import GROUPS, HELP, flag
+from runner.config.parser import parse_arguments
 from runner.telemetry.progress import Progress
 from tests.conftest import ROOT, environment
 from tests.fakes import FakeReplica, write_fake_job

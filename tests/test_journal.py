@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from runner.common.errors import ConfigError, JournalError
-from runner.data.submission import check_writable, write_whole
+from runner.common.files import check_writable, write_whole
 from runner.results.fingerprint import WEIGHT_SAMPLE_BYTES, Fingerprint, fingerprint
 from runner.results.journal import Journal
 from tests.conftest import ROOT

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from runner.common.errors import DataError, WorkerError
-from runner.config.run_config import flag
+from runner.config.flags import flag
 from runner.telemetry import logs
 from runner.telemetry.logs import DRIVER_ERRORS, DRIVER_LOG, LogEvent, RunLogs, keep_logs_of_ray
 from runner.telemetry.progress import Progress

@@ -15,7 +15,7 @@ from runner import RunConfig, run
 from runner.cli import main
 from runner.common.errors import ConfigError
 from runner.common.records import Faults, WorkerStats
-from runner.config.run_config import flag
+from runner.config.flags import flag
 from runner.telemetry.metrics import Figures, Metrics
 from runner.telemetry.progress import Progress, Standing
 from tests.conftest import ROOT

@@ -17,6 +17,7 @@ from runner.common import machine
 from runner.common.errors import ConfigError, DataError
 from runner.common.machine import Devices, devices_here, named_devices
 from runner.common.records import Examples
+from runner.common.units import duration
 from runner.config.run_config import RunConfig, make_config
 from runner.config.task import CONTEST
 from runner.demo import make_rows, train_tokenizer, write_test_set
@@ -24,7 +25,7 @@ from runner.planner import calibration
 from runner.planner.calibration import calibrate, sample_rows
 from runner.planner.command import asked_option, recommend
 from runner.planner.text import render
-from runner.planner.ways import PlanInput, all_options, duration
+from runner.planner.ways import PlanInput, all_options
 from runner.preset.families import model_shape
 from runner.preset.reader import Preset, read_preset
 from runner.preset.resolve import check_head

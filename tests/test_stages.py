@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.common.errors import ConfigError, DataError, MergeError
+from runner.common.files import write_whole
 from runner.common.records import Examples, TokenTable
 from runner.config.run_config import RunConfig, make_config
 from runner.data.dataset import read_examples
 from runner.data.prompts import render_prompts
-from runner.data.submission import write_submission, write_whole
+from runner.data.submission import write_submission
 from runner.data.tokenization import tokenize
 from runner.demo import make_rows
 from runner.preset.reader import read_preset

@@ -3,64 +3,33 @@
 Does not open the files it names (the stage that reads a file checks it), nor know devices.
 """
 
-import math
-import os
-import re
 import tomllib
-from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from runner.common.errors import ConfigError
-from runner.config.task import CONTEST, Task, make_task
+from runner.config.flags import (
+    CHOICES,
+    COUNTS,
+    DEFAULT_LENGTH,
+    DEFAULT_POOLING,
+    MOST_COUNT,
+    converted,
+    flag,
+    typed,
+)
+from runner.config.task import CONTEST, Task
 from sharding.dtypes import dtype_beside
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "mode": ("data-parallel", "model-parallel", "single"),
-    "strategy": ("auto", "tensor", "pipeline"),
-    "pooling": ("padded-mean", "mean", "last", "first", "pooler"),
-    "text_format": ("raw", "turns"),
-    "dtype": ("auto", "float32", "float16", "bfloat16"),
-    "quantization": ("none", "int8", "int4"),
-    "on_deadline": ("shorten", "fill", "fail"),
-    "extra_passes": ("none", "swap"),
-    "resume": ("auto", "never", "require"),
-    "log_format": ("text", "json"),
-}
-PATHS = (
-    *("input", "output", "preset", "lora_weights", "head_kernel", "head_bias"),
-    *("journal", "report", "log_dir"),
-)
-COUNTS = (
-    *("sequence_length", "num_workers", "group_size", "max_tokens_per_batch"),
-    "min_sequence_length",
-)
 DEFAULT_GROUP_SIZE = 2
-SWITCHES = ("plan", "calibrate", "verbose")
 # Of the sequence length, what is always left of a row where no --min-sequence-length is named.
 FLOOR_DIVISOR = 4
 # Of the demo model's head.
 DEMO_CLASSES = 3
 # Of float32, in which the head's numbers are kept.
 MOST_VALUE = 3.4e38
-# Of int32, in which lengths go to the model.
-MOST_COUNT = 2**31 - 1
-LAST_PORT = 65535
-AUTO_COUNTS = ("num_workers", "max_tokens_per_batch")
-
-
-class DefaultLength(int):
-    """A sequence length that nobody asked for: a preset may bring its own (`resolve.settle`)."""
-
-
-class DefaultPooling(str):
-    """A pooling that nobody asked for, as `DefaultLength`."""
-
-    __slots__ = ()
-
-
-DEFAULT_LENGTH, DEFAULT_POOLING = DefaultLength(512), DefaultPooling("padded-mean")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -354,24 +323,7 @@ def _convert_values(config: "RunConfig | PrepareConfig") -> None:
         if value is None and field.default is None:
             continue
         # Frozen from here on.
-        object.__setattr__(config, field.name, _converted(field, value))
-
-
-def _converted(field: "Field[Any]", value: Any) -> Any:
-    name = field.name
-    if name in COUNTS:
-        return value if isinstance(value, DefaultLength) else parse_count(name, value)
-    if name in PARSERS:
-        return PARSERS[name](value)
-    if name in PATHS:
-        if not isinstance(value, (str, os.PathLike)) or "\0" in str(value):
-            raise ConfigError(f"{flag(name)} must be a path. Received: {name}={value!r}")
-        return Path(value)
-    expected = bool if name in SWITCHES else str
-    if not isinstance(value, expected):
-        kind = "true or false" if name in SWITCHES else "text"
-        raise ConfigError(f"{flag(name)} must be {kind}. Received: {name}={value!r}")
-    return value
+        object.__setattr__(config, field.name, converted(field, value))
 
 
 def check_dtype(dtype: str, quantization: str | None) -> None:
@@ -407,11 +359,6 @@ def _not_in_the_demo(task: Task) -> list[str]:
     return [name for name in task.input_columns if name not in CONTEST.input_columns]
 
 
-def flag(name: str) -> str:
-    """Return the flag of a field: head_kernel -> --head-kernel."""
-    return "--" + name.replace("_", "-")
-
-
 def make_config(flags: Mapping[str, Any], config_file: Path | None = None) -> RunConfig:
     """Return the config that a TOML file and flags make together; flags win.
 
@@ -438,83 +385,6 @@ def read_task(config_file: Path) -> Task:
     return task
 
 
-def parse_count(name: str, value: Any) -> int | None:
-    """Return a whole number, or None for `auto` where the field allows it.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    automatic = name in AUTO_COUNTS
-    if automatic and value == "auto":
-        return None
-    try:
-        if type(value) not in (int, str):
-            raise ValueError
-        return int(value)
-    except ValueError:
-        raise ConfigError(
-            f"{flag(name)} must be a whole number of at least 1{' or auto' if automatic else ''}. "
-            f"Received: {flag(name)} {value}"
-        ) from None
-
-
-def parse_time_limit(value: Any) -> float:
-    """Return seconds: 8h45m, 90m, 1h, 30s, 2h15m30s, or a finite number of seconds.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    if type(value) in (int, float) and math.isfinite(value):
-        return float(value)
-    parts = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", str(value).strip())
-    if isinstance(value, bool) or parts is None or not any(parts.groups()):
-        raise ConfigError(
-            "--time-limit must be hours, minutes and seconds such as 8h45m, 90m or 30s. "
-            f"Received: --time-limit {value}"
-        )
-    hours, minutes, seconds = (float(part or 0) for part in parts.groups())
-    return hours * 3600 + minutes * 60 + seconds
-
-
-def parse_fallback(value: Any) -> tuple[float, ...]:
-    """Return probabilities: 0.4,0.3,0.3, or a list of numbers.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    try:
-        return tuple(float(part) for part in (value.split(",") if type(value) is str else value))
-    except (TypeError, ValueError):
-        raise ConfigError(
-            "--fallback-probabilities must be numbers with commas between them, such as "
-            f"0.35,0.35,0.3. Received: --fallback-probabilities {value}"
-        ) from None
-
-
-def parse_port(value: Any) -> int:
-    """Return a port of this machine, 0 for any that is free.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    port = int(value) if type(value) is str and value.isascii() and value.isdigit() else value
-    if type(port) is not int or not 0 <= port <= LAST_PORT:
-        raise ConfigError(
-            f"--metrics-port must be a whole number from 0, any free port, to {LAST_PORT}. "
-            f"Received: --metrics-port {value}"
-        )
-    return port
-
-
-# Fields that are read from more than text, a count or a path.
-PARSERS: dict[str, Callable[[Any], Any]] = {
-    "time_limit": parse_time_limit,
-    "fallback_probabilities": parse_fallback,
-    "metrics_port": parse_port,
-    "task": make_task,
-}
-
-
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -526,21 +396,5 @@ def _read_toml(path: Path) -> dict[str, Any]:
         name = key.replace("-", "_")
         if name not in known:
             raise ConfigError(f"{path} names an unknown key. Received: {key} = {value!r}")
-        values[name] = _typed(path, name, value)
+        values[name] = typed(path, name, value)
     return values
-
-
-def _typed(path: Path, name: str, value: Any) -> Any:
-    if name in COUNTS:
-        return parse_count(name, value)
-    if name in PARSERS:
-        return PARSERS[name](value)
-    expected = bool if name in SWITCHES else str
-    if type(value) is not expected:
-        raise ConfigError(
-            f"{path} gives {name} a value of another type than {expected.__name__}. "
-            f"Received: {name} = {value!r}"
-        )
-    if name in PATHS and "\0" in str(value):
-        raise ConfigError(f"{path} must name files without NUL. Received: {name} = {value!r}")
-    return Path(str(value)) if name in PATHS else value

@@ -24,11 +24,13 @@ from runner.common.errors import (
     first_line,
     list_ids,
 )
+from runner.common.files import check_writable
 from runner.common.records import Examples, Faults, TokenTable
+from runner.common.versions import versions
 from runner.config.run_config import RunConfig
 from runner.data.dataset import read_examples
 from runner.data.prompts import render_prompts
-from runner.data.submission import check_writable, rehearse, write_submission
+from runner.data.submission import rehearse, write_submission
 from runner.data.tokenization import tokenize
 from runner.driver.deadline import Deadline, lengths_to_cut_to
 from runner.driver.guard import Guard
@@ -41,7 +43,6 @@ from runner.report.facts import (
     make_report,
     say_summary,
     summarize,
-    versions,
     what_happened,
     write_report,
     write_rows,

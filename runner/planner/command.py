@@ -15,23 +15,17 @@ from typing import Any
 import numpy as np
 
 from runner.common.errors import DataError
+from runner.common.files import check_writable, write_whole
 from runner.common.machine import Devices, devices_here, named_devices
+from runner.common.units import duration
 from runner.config.run_config import RunConfig
 from runner.config.task import CONTEST
 from runner.data.dataset import read_examples
 from runner.data.prompts import render_prompts
-from runner.data.submission import check_writable, write_whole
 from runner.data.tokenization import tokenize
 from runner.planner.calibration import calibrate
 from runner.planner.text import render
-from runner.planner.ways import (
-    Option,
-    PlanInput,
-    all_options,
-    command_flags,
-    duration,
-    pipeline_over,
-)
+from runner.planner.ways import Option, PlanInput, all_options, command_flags, pipeline_over
 from runner.preset.reader import Preset, read_preset
 from runner.preset.resolve import cache_folder, check_head, settle
 from runner.telemetry.progress import Progress

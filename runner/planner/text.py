@@ -7,7 +7,7 @@ import shlex
 import textwrap
 from typing import Any
 
-from runner.planner.ways import duration, flops_text, parameters_text
+from runner.common.units import duration, flops_text, parameters_text
 from sharding.dtypes import dtype_beside
 from sharding.times import EFFICIENCY
 

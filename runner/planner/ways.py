@@ -11,7 +11,14 @@ import numpy as np
 
 from runner.common.errors import ConfigError
 from runner.common.machine import Devices
-from runner.config.run_config import RunConfig, flag
+from runner.common.units import (
+    duration,
+    flops_text,
+    gb,
+    parameters_text,
+)
+from runner.config.flags import flag
+from runner.config.run_config import RunConfig
 from runner.driver.run import plan_run
 from runner.preset.families import strategies
 from runner.preset.reader import Preset
@@ -236,7 +243,7 @@ def _option(
     whole = shape.weight_bytes(item_bytes)
     weights = (
         f"{parameters_text(shape.weight_bytes(1))} weights x {item_bytes:g} byte"
-        f"{'' if item_bytes == 1 else 's'} = {_gb(whole)}"
+        f"{'' if item_bytes == 1 else 's'} = {gb(whole)}"
     )
     # A CPU's memory is the machine's: it has no device that a stage must stay within.
     limit = devices.memory_bytes if devices.kind != "cpu" else None
@@ -248,22 +255,22 @@ def _option(
         except ValueError:
             return replace(
                 option,
-                why_not=f"weights need {_gb(whole)}, more than {members} x "
-                f"{SHARE_FOR_WEIGHTS:g} x {_gb(devices.memory_bytes)}",
+                why_not=f"weights need {gb(whole)}, more than {members} x "
+                f"{SHARE_FOR_WEIGHTS:g} x {gb(devices.memory_bytes)}",
                 arithmetic=f"{weights} > {members} x {SHARE_FOR_WEIGHTS:g} x "
-                f"{_gb(devices.memory_bytes)} - does not fit",
+                f"{gb(devices.memory_bytes)} - does not fit",
             )
         held = max(stage.weight_bytes for stage in stages)
         share = max(stage.stop - stage.start for stage in stages) / shape.num_layers
-        weights += f", {_gb(held)} on the fullest of {members}"
+        weights += f", {gb(held)} on the fullest of {members}"
     elif members > 1:
-        weights += f", {_gb(held)} on each of {members}"
+        weights += f", {gb(held)} on each of {members}"
     if limit is not None and held > limit:
         return replace(
             option,
             need=Need(held, 0.0, 0.0),
-            why_not=f"weights need {_gb(held)}, a device has {_gb(limit)}",
-            arithmetic=f"{weights} > {_gb(limit)} - does not fit",
+            why_not=f"weights need {gb(held)}, a device has {gb(limit)}",
+            arithmetic=f"{weights} > {gb(limit)} - does not fit",
         )
 
     value_bytes = value_item_bytes(dtype, quantization)
@@ -306,8 +313,8 @@ def _option(
     )
     batch_tokens = max((batch.tokens for batch in plan.shapes), default=0)
     memory = (
-        f"{weights} + {_gb(needs.total_bytes - held)} for batches of {batch_tokens:,} tokens "
-        f"= {_gb(needs.total_bytes)}"
+        f"{weights} + {gb(needs.total_bytes - held)} for batches of {batch_tokens:,} tokens "
+        f"= {gb(needs.total_bytes)}"
     )
     option = replace(option, budget=budget, need=needs, host_bytes=host, plan=plan)
     if limit is not None:
@@ -315,19 +322,19 @@ def _option(
         if needs.total_bytes > room:
             return replace(
                 option,
-                why_not=f"needs {_gb(needs.total_bytes)}, {_gb(room)} of {_gb(limit)} can be used",
-                arithmetic=f"{memory} > {SHARE_IN_USE:g} x {_gb(limit)} - does not fit",
+                why_not=f"needs {gb(needs.total_bytes)}, {gb(room)} of {gb(limit)} can be used",
+                arithmetic=f"{memory} > {SHARE_IN_USE:g} x {gb(limit)} - does not fit",
             )
-        memory += f" of {SHARE_IN_USE:g} x {_gb(limit)}"
+        memory += f" of {SHARE_IN_USE:g} x {gb(limit)}"
     if devices.host_bytes is not None and host > devices.host_bytes:
         return replace(
             option,
-            why_not=f"needs {_gb(host)} of host memory, {_gb(devices.host_bytes)} are here",
-            arithmetic=f"{memory} a worker, {_gb(host)} with all libraries and loading > "
-            f"{_gb(devices.host_bytes)} of this machine - does not fit",
+            why_not=f"needs {gb(host)} of host memory, {gb(devices.host_bytes)} are here",
+            arithmetic=f"{memory} a worker, {gb(host)} with all libraries and loading > "
+            f"{gb(devices.host_bytes)} of this machine - does not fit",
         )
     if limit is None:
-        memory += f" a worker, {_gb(host)} in all of {_gb(devices.memory_bytes)}"
+        memory += f" a worker, {gb(host)} in all of {gb(devices.memory_bytes)}"
     seconds, range_s, how = _time(
         job,
         (mode, strategy, dtype, quantization),
@@ -514,27 +521,6 @@ def _time(
     return middle, (fast.total, slow.total), how
 
 
-def duration(seconds: float) -> str:
-    """Return seconds as a person says them: 40 s, 2.5 min, 3.1 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    if seconds < 100 * 60:
-        return f"{seconds / 60:.1f} min" if seconds < 600 else f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 100 * 3600 else f"{seconds / 3600:,.0f} h"
-
-
-def flops_text(count: float) -> str:
-    """Return FLOPs as a person says them: 262 PFLOP."""
-    units = {"E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6}
-    unit = next((unit for unit, size in units.items() if count >= size), "M")
-    return f"{count / units[unit]:.3g} {unit}FLOP"
-
-
-def parameters_text(count: float) -> str:
-    """Return a number of weights: 9.24 B, or 4.5 M."""
-    return f"{count / 1e9:.3g} B" if count >= 1e8 else f"{count / 1e6:.2g} M"
-
-
 def command_flags(config: RunConfig, **changes: object) -> list[str]:
     """Return the flags that make a config's run, with changes: None leaves a flag out."""
     plain = RunConfig()
@@ -555,7 +541,3 @@ def _times(workers: int) -> str:
 
 def _and(quantization: str) -> str:
     return f" with {quantization}" if quantization != "none" else ""
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 0.95e8 else f"{count / 1e6:.0f} MB"

@@ -11,16 +11,11 @@ from typing import TypeVar
 
 from runner.common.errors import ConfigError
 from runner.common.records import ModelSpec
-from runner.config.run_config import (
-    DefaultLength,
-    DefaultPooling,
-    PrepareConfig,
-    RunConfig,
-    check_dtype,
-)
+from runner.common.versions import versions
+from runner.config.flags import DefaultLength, DefaultPooling
+from runner.config.run_config import PrepareConfig, RunConfig, check_dtype
 from runner.config.task import CONTEST, Task
 from runner.preset.reader import Preset, check_lora, read_head, read_preset
-from runner.report.facts import versions
 from runner.results.fingerprint import Fingerprint, fingerprint
 from runner.telemetry.progress import Progress
 from sharding.dtypes import dtype_beside

@@ -1,8 +1,6 @@
 """Facts of a finished run -> the JSON report and a short summary in words."""
 
-import importlib.metadata
 import json
-import platform
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -10,27 +8,15 @@ from typing import Any
 
 import pandas as pd
 
-from runner import __version__
+from runner.common.files import write_whole
 from runner.common.records import Faults, WorkerInfo, WorkerStats
+from runner.common.versions import versions
 from runner.config.run_config import RunConfig
-from runner.data.submission import write_whole
 from runner.model.accuracy import describe
 from runner.results.table import Merger
 from runner.strategy import Strategy
 
 SCHEMA = 1
-PACKAGES = ("jax", "keras", "keras-hub", "keras-nlp", "numpy", "pandas", "ray", "sentencepiece")
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a run's numbers depend on."""
-    found = {"arena-runner": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def make_report(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from runner.data.submission import write_whole
+from runner.common.files import write_whole
 from runner.report import charts, lanes, page_text
 from runner.report.lanes import PARTS, Lane
 from runner.telemetry.timeline import COMPILING, PREDICTING, Event, Span, Stage

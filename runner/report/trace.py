@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from runner.data.submission import write_whole
+from runner.common.files import write_whole
 from runner.report.lanes import answers, rate_over_time
 from runner.telemetry.timeline import COMPILING, Event, Span, Stage
 

@@ -26,7 +26,7 @@ from urllib.parse import quote
 import numpy as np
 
 from runner.common.errors import ConfigError, JournalError
-from runner.data.submission import check_writable
+from runner.common.files import check_writable
 from runner.results.fingerprint import Fingerprint
 from runner.results.table import unsound
 

@@ -74,8 +74,7 @@ class Keeper(Receiver):
 
     def facts(self) -> Facts:
         """Return what this node is."""
-        from runner.common.machine import cores_here
-        from runner.strategy import gpu_dtype
+        from runner.common.machine import cores_here, gpu_dtype
 
         return Facts(versions_here(), cores_here(), gpu_dtype(), compilation_cache())
 

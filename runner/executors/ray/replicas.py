@@ -24,7 +24,7 @@ from runner.common.errors import (
     WorkerError,
     first_line,
 )
-from runner.common.machine import cores_here
+from runner.common.machine import cores_here, gpu_dtype
 from runner.common.records import (
     BatchResult,
     CompileInfo,
@@ -47,7 +47,7 @@ from runner.executors.ray.session import (
 )
 from runner.executors.ray.shipping import SHIP
 from runner.executors.recovery import Recovery
-from runner.strategy import Strategy, gpu_dtype
+from runner.strategy import Strategy
 from runner.telemetry.logs import keep_logs_of_ray, worker_log
 from runner.telemetry.progress import Progress
 from runner.telemetry.timeline import Timeline
