@@ -87,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     if options.device == "gpu":
-        from runner.model.worker import prepare_process
+        from runner.model.process import prepare_process
         from sharding.topology import WorkerSlot
 
         prepare_process(WorkerSlot(0, "auto"), verbose=False)

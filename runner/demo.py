@@ -231,7 +231,7 @@ def _make_text(rng: random.Random, words: list[str], weights: list[float], media
 
 
 if __name__ == "__main__":
-    from runner.model.worker import prepare_process
+    from runner.model.process import prepare_process
     from sharding.topology import WorkerSlot
 
     prepare_process(WorkerSlot(0, "cpu"), verbose=False)

@@ -141,7 +141,7 @@ def _check(config: PrepareConfig) -> Preset:
 
 
 def _start_keras() -> None:
-    from runner.model.worker import prepare_process
+    from runner.model.process import prepare_process
     from sharding.topology import WorkerSlot
 
     prepare_process(WorkerSlot(0, "cpu"), verbose=False)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from runner.common.records import BatchResult, CompileInfo, ModelSpec, TokenTable, Work, WorkerInfo
-from runner.model.worker import prepare_process
+from runner.model.process import prepare_process
 from sharding.batches import Batch, BatchShape
 from sharding.topology import WorkerSlot
 

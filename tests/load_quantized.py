@@ -5,7 +5,7 @@ import json
 import math
 import sys
 
-from runner.model.worker import peak_rss_bytes, prepare_process
+from runner.model.process import peak_rss_bytes, prepare_process
 from sharding.topology import WorkerSlot
 
 prepare_process(WorkerSlot(0, "cpu"), verbose=False)

@@ -77,7 +77,7 @@ class Head:
     """What turns pooled vectors into classes, all float32.
 
     kernel: (hidden, classes). bias: (classes,). dense: kernel and bias of a layer before them, None
-    where there is none; activation: that layer's, a key of `poolings.ACTIVATIONS`.
+    where there is none; activation: that layer's, a key of `heads.ACTIVATIONS`.
     """
 
     kernel: np.ndarray
@@ -92,7 +92,7 @@ class ModelSpec:
 
     head_kernel, head_bias: None where the preset is a classifier with a head of its own.
     quantization: what to make of a float preset while it is loaded; None where it is to stay as
-    it is on disk. stored_bytes: of its weight files. head: a key of `poolings.OUTPUTS`, or none:
+    it is on disk. stored_bytes: of its weight files. head: a key of `heads.OUTPUTS`, or none:
     then there are no head files, and a row gets its pooled states, `classes` numbers. is_int8:
     whether the weights are int8 in the end, on disk or made so.
     """

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from runner.common.errors import ConfigError
+from runner.common.poolings import POOLINGS
 from runner.config.task import make_task
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("data-parallel", "model-parallel", "single"),
     "strategy": ("auto", "tensor", "pipeline"),
-    "pooling": ("padded-mean", "mean", "last", "first", "pooler"),
+    "pooling": tuple(POOLINGS),
     "text_format": ("raw", "turns"),
     "dtype": ("auto", "float32", "float16", "bfloat16"),
     "quantization": ("none", "int8", "int4"),

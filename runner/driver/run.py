@@ -25,6 +25,7 @@ from runner.common.errors import (
     list_ids,
 )
 from runner.common.files import check_writable
+from runner.common.poolings import POOLINGS, padded_length
 from runner.common.records import Examples, Faults, TokenTable
 from runner.common.versions import versions
 from runner.config.run_config import RunConfig
@@ -186,7 +187,7 @@ def plan_run(
     chosen = np.arange(len(lengths)) if rows is None else np.asarray(rows, dtype=np.int64)
     limit = config.sequence_length if cap is None else min(cap, config.sequence_length)
     needed = np.minimum(lengths[chosen], limit)
-    if config.pooling == "padded-mean":
+    if POOLINGS[config.pooling].sees_padding:
         buckets: tuple[int, ...] = (limit,)
     elif known:
         buckets = tuple(sorted({one.length for one in known if one.length < limit} | {limit}))
@@ -362,7 +363,7 @@ class _Run:
         backlog = Backlog(self._plan.batches, cost=cost)
         rates = Rates(cost, compiling_takes=COMPILING_TAKES if executor.kind == "cpu" else 0.0)
         longest = int(lengths[self.merger.unfinished()].max(initial=1))
-        sees_padding = config.pooling == "padded-mean"
+        sees_padding = POOLINGS[config.pooling].sees_padding
         top = config.sequence_length if sees_padding else min(longest, config.sequence_length)
         floor = min(config.floor_length, top)
         self._steering = steering = Steering(
@@ -438,10 +439,10 @@ class _Run:
             if within_s <= 0:
                 return
             lengths = self._lengths[rows]
-            length = int(lengths.max())
-            if self.config.pooling == "padded-mean":
-                length = self.config.sequence_length
-            batch = Batch(0, tuple(rows), BatchShape(len(rows), max(1, length)))
+            length = padded_length(
+                self.config.pooling, int(lengths.max()), self.config.sequence_length
+            )
+            batch = Batch(0, tuple(rows), BatchShape(len(rows), length))
             try:
                 values = executor.predict_in_float(batch, within_s=within_s)
             except WorkerError as error:

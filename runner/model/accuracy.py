@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from runner.common.poolings import padded_length
 from sharding.batches import Batch, BatchShape
 
 # Rows whose probabilities are computed again in float32.
@@ -19,8 +20,8 @@ def reference_batch(lengths: np.ndarray, *, pooling: str, sequence_length: int) 
     lengths: (rows,) token counts.
     """
     rows = min(REFERENCE_ROWS, len(lengths))
-    longest = sequence_length if pooling == "padded-mean" else max(1, int(lengths[:rows].max()))
-    return Batch(0, tuple(range(rows)), BatchShape(rows, longest))
+    length = padded_length(pooling, int(lengths[:rows].max()), sequence_length)
+    return Batch(0, tuple(range(rows)), BatchShape(rows, length))
 
 
 def compare(

@@ -16,61 +16,13 @@ import keras
 import numpy as np
 from jax._src import distributed
 
+from runner.common.poolings import POOLINGS
 from runner.common.records import CompileInfo, Head
 from runner.model.attention import attention, choose_way
 from runner.model.cpu_rewrites import rewritten_for_cpu
+from runner.model.heads import ACTIVATIONS, OUTPUTS
 from sharding.batches import BatchShape
 from sharding.dtypes import dtype_beside
-
-
-def mean_over_all_positions(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
-    """GlobalAveragePooling1D without a mask, as the notebook's head was trained."""
-    return hidden.mean(axis=1)
-
-
-def mean_over_tokens(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Mean over the real tokens of each row; padding changes nothing."""
-    real = jnp.arange(hidden.shape[1])[None, :, None] < lengths[:, None, None]
-    return jnp.where(real, hidden, 0).sum(axis=1) / jnp.maximum(lengths, 1)[:, None]
-
-
-def last_token(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
-    """The hidden state of each row's last real token; padding changes nothing."""
-    return hidden[jnp.arange(hidden.shape[0]), jnp.maximum(lengths - 1, 0)]
-
-
-def first_token(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
-    """The hidden state of each row's first token, which in an encoder has seen the whole row."""
-    return hidden[:, 0]
-
-
-# (rows, length, hidden) float32 and (rows,) token counts -> (rows, hidden). A new pooling is one
-# function and one line here, its name in `flags.CHOICES` and in the families it goes with.
-POOLINGS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "padded-mean": mean_over_all_positions,
-    "mean": mean_over_tokens,
-    "last": last_token,
-    "first": first_token,
-}
-# The one pooling that is no function of hidden states: BERT's own layer on top of its first token.
-POOLER = "pooler"
-# Of the layer between pooling and head, in a `Head` that has one.
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "tanh": jnp.tanh,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-}
-
-
-# A head's sums (rows, labels) -> what is written of them. A new kind of head is a line here, and
-# its name in `task.HEADS`.
-OUTPUTS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "softmax": functools.partial(jax.nn.softmax, axis=-1),
-    "sigmoid": jax.nn.sigmoid,
-    "regression": lambda sums: sums,
-}
-
-# Poolings that see what becomes of the positions after a row's end.
-SEES_PADDING = ("padded-mean",)
 
 
 class Predictor:
@@ -82,7 +34,7 @@ class Predictor:
         model: a functional model over {"token_ids" or "hidden", "padding_mask"}, and "segment_ids"
             in BERT, LoRA merged; its weights stay where they are.
         head: None where hidden states are to come out.
-        pooling: a key of `POOLINGS`, or `POOLER`.
+        pooling: a key of `POOLINGS`.
         output: a key of `OUTPUTS`; or none, without a head: the pooled states come out.
         replicated: over a mesh of several processes, the sharding of what all of them hold whole.
         way: how to attend, a key of `attention.WAYS`; None chooses by device and checks it.
@@ -100,10 +52,9 @@ class Predictor:
     ) -> None:
         self._model = model
         self._entry = "token_ids" if "token_ids" in model.input else "hidden"
-        self._pooling = pooling
+        self._pooling = POOLINGS[pooling]
         self._dense = ACTIVATIONS[head.activation] if head is not None and head.dense else None
         self._output = output if head is not None or output == "none" else "hidden"
-        self._sees_padding = pooling in SEES_PADDING
         self.notes: tuple[str, ...] = ()
         self._replicated = replicated
         self._arguments = (
@@ -192,10 +143,10 @@ class Predictor:
         hidden = states["sequence_output"] if isinstance(states, dict) else states
         if self._output == "hidden":
             return hidden
-        if self._pooling == POOLER:
+        if self._pooling.pool is None:
             pooled = states["pooled_output"].astype(jnp.float32)
         else:
-            pooled = POOLINGS[self._pooling](hidden.astype(jnp.float32), lengths)
+            pooled = self._pooling.pool(jnp, hidden.astype(jnp.float32), lengths)
         if self._output == "none":
             return pooled
         kernel, bias, *dense = head
@@ -223,7 +174,7 @@ class Predictor:
         rows, length, *trailing = entry.shape
         if self.way == "keras":
             return call(entry, jnp.arange(length)[None, :] < lengths[:, None])
-        seen = lengths if self._sees_padding else None
+        seen = lengths if self._pooling.sees_padding else None
         with attention(self._model, self.way, rows, length, seen):
             end_to_end = entry.reshape(rows * length, 1, *trailing)
             hidden = call(end_to_end, jnp.ones(end_to_end.shape[:2], bool))

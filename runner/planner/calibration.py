@@ -18,6 +18,7 @@ import numpy as np
 
 import runner
 from runner.common.errors import ConfigError, WorkerError
+from runner.common.poolings import padded_length
 from runner.common.records import Examples
 from runner.planner.ways import FLAGS_OF_A_LONG_RUN, Measured, Option, PlanInput, command_flags
 from runner.telemetry.progress import Progress
@@ -117,9 +118,9 @@ def sample_rows(job: PlanInput, option: Option) -> np.ndarray:
     chosen = []
     for place in PLACES:
         row = int(order[min(np.searchsorted(up_to, place * up_to[-1]), order.size - 1)])
-        padded = job.config.sequence_length
-        if job.config.pooling != "padded-mean":
-            padded = max(1, int(job.lengths[row]))
+        padded = padded_length(
+            job.config.pooling, int(job.lengths[row]), job.config.sequence_length
+        )
         rows_of_batch = max(1, option.budget // padded)
         batches = replicas * FEWEST_BATCHES
         if option.seconds and option.seconds.predict:

@@ -7,6 +7,7 @@ import shlex
 import textwrap
 from typing import Any
 
+from runner.common.poolings import POOLINGS
 from runner.common.units import duration, flops_text, parameters_text
 from sharding.dtypes import dtype_beside
 from sharding.times import EFFICIENCY
@@ -89,9 +90,10 @@ def _batches(plan: dict[str, Any]) -> list[str]:
         f"{flops_text(flops['real'])} without ({flops_text(flops['per_token'])} a token, "
         f"attention {flops['attention_share']:.1%} more)"
     )
-    if plan["config"]["pooling"] == "padded-mean" and plan["padding"] > 0.1:
+    pooling = plan["config"]["pooling"]
+    if POOLINGS[pooling].sees_padding and plan["padding"] > 0.1:
         lines.append(
-            "  --pooling padded-mean pads every row to the sequence length, as in the notebook."
+            f"  --pooling {pooling} pads every row to the sequence length, as in the notebook."
         )
     return lines
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from runner.common.poolings import DECODER, ENCODER, poolings_of
 from sharding.costs import ModelShape, encoder, gated, gated_halves
 from sharding.layouts import RULES
 
@@ -70,7 +71,7 @@ class Classifier:
     """A KerasHub `TextClassifier` of a family: the head that a whole task preset brings.
 
     pooling: a key of `poolings.POOLINGS`. dense: the activation of the layer between that and the
-    logits, a key of `poolings.ACTIVATIONS`; None where there is no such layer.
+    logits, a key of `heads.ACTIVATIONS`; None where there is no such layer.
     """
 
     class_name: str
@@ -78,9 +79,7 @@ class Classifier:
     dense: str | None = None
 
 
-DECODER_POOLINGS = ("padded-mean", "mean", "last")
-# The first token of a decoder sees itself alone; the last of an encoder is its end token.
-ENCODER_POOLINGS = (*DECODER_POOLINGS, "first")
+DECODER_POOLINGS = poolings_of(DECODER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,11 +112,10 @@ def _encoder(
     has_stages: bool = True,
     has_positions: bool = True,
 ) -> Family:
-    has_pooler = classifier.pooling == "pooler"
     return Family(
         shape=encoder,
         tokenizer=tokenizer,
-        poolings=(*ENCODER_POOLINGS, *(["pooler"] if has_pooler else [])),
+        poolings=poolings_of(ENCODER, own=classifier.pooling),
         checkpoints=checkpoints,
         shares_seam=False,
         has_stages=has_stages,

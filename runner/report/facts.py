@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from runner.common.files import write_whole
+from runner.common.poolings import POOLINGS
 from runner.common.records import Faults, WorkerInfo, WorkerStats
 from runner.common.versions import versions
 from runner.config.run_config import RunConfig
@@ -165,7 +166,7 @@ def _describe_rows(report: dict[str, Any]) -> Iterator[str]:
         yield f"{rows['resumed']:,} rows were in the journal already."
     if rows["shortened"]:
         said = f"{rows['shortened']:,} rows were made from fewer tokens than asked for"
-        if report["config"]["pooling"] == "padded-mean":
+        if POOLINGS[report["config"]["pooling"]].sees_padding:
             said += ", and pooled over another length than the head was trained with"
         yield said + "."
     if rows["filled"]:

@@ -19,7 +19,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from runner.common.records import BatchResult, ModelSpec, WorkerInfo, WorkerStats
 from runner.executors.ray.session import private_folder
-from runner.model.worker import PipelineStage, Replica, TensorMember
+from runner.model.slice_worker import TensorMember
+from runner.model.stage_worker import PipelineStage
+from runner.model.worker import Replica
 from runner.strategy import Strategy
 from runner.telemetry.timeline import COMPILING, LOADING, LOST, STARTING, Timeline
 from sharding.batches import Batch, BatchShape
