@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from runner.driver.deadline import Deadline, lengths_to_cut_to
 from runner.driver.guard import Guard
 from runner.driver.steering import Steering
 from runner.driver.swap_pass import in_waves, predict_swapped, rows_to_swap, swap
+from runner.executors.executor import Executor
 from runner.model.accuracy import compare, reference_batch
 from runner.preset.reader import Preset
 from runner.preset.resolve import Job, compilation_cache, find_job, settle
@@ -61,12 +62,6 @@ from sharding.batches import Batch, BatchShape, Plan, plan_batches
 from sharding.buckets import choose_buckets
 from sharding.rates import COMPILING_TAKES, Rates
 from sharding.topology import BUCKET_MULTIPLES
-
-if TYPE_CHECKING:
-    from runner.executors.ray.replicas import RayReplicas
-    from runner.executors.single import InProcess
-
-    Executor = RayReplicas | InProcess
 
 T = TypeVar("T")
 
@@ -245,7 +240,7 @@ class _Run:
             rehearse(self.config.output, ids, task=task, width=width, kept=kept)
         )
 
-    def tokens(self, examples: Examples, executor: "Executor") -> TokenTable | None:
+    def tokens(self, examples: Examples, executor: Executor) -> TokenTable | None:
         """Return the token ids of all rows, made while workers start; None where time is over."""
         texts = self._texts if examples is self.examples else self._render(examples)
         tokenizing = _in_background(lambda: self._tokenize(texts))
@@ -285,7 +280,7 @@ class _Run:
             )
         return tokens
 
-    def open_executor(self) -> "Executor":
+    def open_executor(self) -> Executor:
         config, progress = self.config, self._progress
         progress.stage("starting")
         if config.mode == "single" or not self.examples:
@@ -351,7 +346,7 @@ class _Run:
             )
         self._resumed = len(self.examples) - len(self.merger.unfinished())
 
-    def predict(self, executor: "Executor", tokens: TokenTable) -> None:
+    def predict(self, executor: Executor, tokens: TokenTable) -> None:
         """Predict the rows that have no full answer yet, for as long as there is time: where it
         may be short, first those that have none at all."""
         config, preset, lengths = self.config, self.job.preset, tokens.lengths
@@ -401,7 +396,7 @@ class _Run:
 
     def _plan_rows(
         self,
-        executor: "Executor",
+        executor: Executor,
         lengths: np.ndarray,
         rows: Sequence[int],
         *,
@@ -419,7 +414,7 @@ class _Run:
             known=known,
         )
 
-    def repeat_broken_rows(self, executor: "Executor") -> None:
+    def repeat_broken_rows(self, executor: Executor) -> None:
         """Predict rows that came out as NaN or infinity again, in float32."""
         broken = self._steering.broken if self._steering is not None else []
         if not broken:
@@ -509,7 +504,7 @@ class _Run:
         """Return the rows that an extra pass is asked for, the most uncertain first."""
         return rows_to_swap(self.merger) if self.config.extra_passes == "swap" else []
 
-    def improve(self, executor: "Executor") -> None:
+    def improve(self, executor: Executor) -> None:
         """Use the time that is left for an extra pass, and write what came of it, whatever ends
         it."""
         rows, began = self.rows_to_improve(), self.now()
@@ -546,7 +541,7 @@ class _Run:
             executor.predict_s = predict_s
             self.write()
 
-    def measure_quantization(self, executor: "Executor") -> dict[str, Any] | None:
+    def measure_quantization(self, executor: Executor) -> dict[str, Any] | None:
         """Return how far quantization moved the first rows, or what its preparation measured."""
         preset, mode = self.job.preset, self.job.quantization
         if preset.quantization is not None:
@@ -583,7 +578,7 @@ class _Run:
         last_call_s = self.deadline.last_call_s(is_starting=is_starting)
         return None if last_call_s is None else self._started + last_call_s
 
-    def end_without(self, executor: "Executor") -> int:
+    def end_without(self, executor: Executor) -> int:
         """Write the submission although the run is inside something that does not end; return the
         exit code. Runs in a thread of its own, after which the process ends."""
         self._logs.release()
@@ -599,7 +594,7 @@ class _Run:
         return 0
 
     def write_reports(
-        self, executor: "Executor", quantization: dict[str, Any] | None
+        self, executor: Executor, quantization: dict[str, Any] | None
     ) -> dict[str, Any]:
         """Write the report and how each row was made; return the report."""
         report = self.report(executor, quantization)
@@ -656,7 +651,7 @@ class _Run:
         )
         write_page(path, story)
 
-    def report(self, executor: "Executor", quantization: dict[str, Any] | None) -> dict[str, Any]:
+    def report(self, executor: Executor, quantization: dict[str, Any] | None) -> dict[str, Any]:
         """Return the run's report."""
         steering = self._steering
         self.seconds |= {
@@ -707,7 +702,7 @@ class _Run:
             },
         )
 
-    def figures(self, executor: "Executor") -> Figures:
+    def figures(self, executor: Executor) -> Figures:
         """Return how the run stands, from any thread."""
         how, steering = self.merger.how, self._steering
         return Figures(
@@ -737,7 +732,7 @@ class _Run:
             yield
         self.seconds[name] += time.monotonic() - started
 
-    def _describe(self, executor: "Executor") -> dict[str, Any]:
+    def _describe(self, executor: Executor) -> dict[str, Any]:
         plan = self._plan
         return {
             "batches": len(plan.batches),

@@ -6,7 +6,6 @@ or files.
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -23,12 +22,13 @@ from runner.driver.deadline import (
     longest_that_fits,
     spread,
 )
+from runner.executors.executor import Executor
 from runner.results.journal import Journal
 from runner.results.table import PREDICTED, SHORTENED, Merger
 from runner.telemetry.progress import Progress
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape, Plan
-from sharding.forecast import Pace, seconds_left, seconds_of, work_of
+from sharding.forecast import seconds_left, seconds_of, work_of
 from sharding.rates import Rates
 
 # Rows that may come out as no numbers before one comes out well: more, and the model is broken.
@@ -38,18 +38,6 @@ MOST_BROKEN_ROWS = 64
 FORECAST_S, FORECAST_TIMES, FORECAST_SHARE = 0.5, 20.0, 0.05
 # Forecasts kept for the report.
 MOST_FORECASTS = 400
-
-
-class Executor(Protocol):
-    """What steering asks of the executor that runs a backlog."""
-
-    def paces(self, shapes: Iterable[BatchShape] | None = None) -> list[Pace]: ...
-
-    def warm(self) -> set[BatchShape]: ...
-
-    def is_measured(self) -> bool: ...
-
-    def compile_s(self) -> float: ...
 
 
 class Steering:

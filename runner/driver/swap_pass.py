@@ -5,14 +5,14 @@ not know Ray, JAX or files.
 """
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from runner.common.records import BatchResult, Examples, TokenTable
 from runner.config.task import CONTEST, Task
 from runner.driver.deadline import Deadline
+from runner.executors.executor import Executor
 from runner.results.journal import Journal
 from runner.results.table import FILLED, SWAPPED, Merger
 from runner.telemetry.progress import Progress
@@ -24,14 +24,6 @@ from sharding.rates import Rates
 WAVES = 8
 # Seconds after which what has been improved is written again.
 WRITE_EVERY_S = 60.0
-
-
-class Executor(Protocol):
-    """What an extra pass asks of the executor that runs a backlog."""
-
-    def run(
-        self, backlog: Backlog, tokens: TokenTable, *, rates: Rates, ids: Sequence[str]
-    ) -> Generator[BatchResult | None, None, None]: ...
 
 
 def swap(examples: Examples, task: Task = CONTEST) -> Examples:
