@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from runner.common.errors import ConfigError, WorkerError
+from runner.common.files import cache_folder
+from runner.config.run_config import RunConfig
 from runner.telemetry.progress import Progress
 
 # Raise it when anything below changes, so that an old cache is not taken for the new demo.
@@ -61,6 +63,19 @@ class DemoFiles:
             "head_kernel": self.folder / "head_kernel.npy",
             "head_bias": self.folder / "head_bias.npy",
         }
+
+
+def stand_in(config: RunConfig, progress: Progress) -> dict[str, Path]:
+    """Return field name -> file of the demo, for what a config leaves out: model, test set or both.
+
+    Raises:
+        ConfigError, WorkerError: as `ensure_demo`.
+    """
+    if config.preset is not None and config.input is not None:
+        return {}
+    demo = ensure_demo(cache_folder(), progress)
+    model = demo.model_files if config.preset is None else {}
+    return model | ({"input": demo.test_set} if config.input is None else {})
 
 
 def ensure_demo(cache: Path, progress: Progress) -> DemoFiles:

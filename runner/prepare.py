@@ -160,21 +160,15 @@ def _measure(
     config: PrepareConfig, spec: ModelSpec, preset: Preset, backbone: Any
 ) -> dict[str, Any]:
     """Compare the quantized model with float32 on the first rows."""
-    from runner.data.dataset import read_examples
-    from runner.data.prompts import render_prompts
-    from runner.data.tokenization import tokenize
+    from runner.data.inputs import read_rows, render, to_tokens
     from runner.model.predictor import Predictor
     from runner.model.worker import load_head, predict_in_float
 
-    task = config.task
-    examples = read_examples(config.input, task) if config.input is not None else _made_up(task)
-    texts = render_prompts(examples, text_format=config.text_format, task=task)
-    tokens = tokenize(
-        texts,
-        preset.tokenizer,
-        sequence_length=config.sequence_length,
-        on_progress=lambda rows: None,
-    )
+    if config.input is not None:
+        _, texts = read_rows(config.input, config)
+    else:
+        texts = render(_made_up(config.task), config)
+    tokens = to_tokens(texts, preset, sequence_length=config.sequence_length)
     batch = reference_batch(
         tokens.lengths, pooling=config.pooling, sequence_length=config.sequence_length
     )

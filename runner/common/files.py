@@ -1,6 +1,7 @@
-"""An output file that appears whole: its folder tried before the work, written aside, renamed.
+"""Output files that appear whole, and the folder that is kept between runs.
 
-Does not know what is in a file.
+An output's folder is tried before the work; the file is written aside and renamed. Does not know
+what is in it.
 """
 
 import os
@@ -88,3 +89,14 @@ def write_whole(path: Path, content: str | bytes, *, private: bool = False) -> N
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """Return the folder for the demo and for compiled programs, kept between runs."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "arena-runner"
+
+
+def compilation_cache() -> str:
+    """Return the folder for compiled programs."""
+    return str(cache_folder() / "xla")

@@ -18,21 +18,19 @@ import numpy as np
 from runner.common.errors import (
     EXIT_DEADLINE,
     ArenaRunnerError,
-    DataError,
     DeadlineError,
     WorkerError,
     first_line,
     list_ids,
 )
-from runner.common.files import check_writable
+from runner.common.files import check_writable, compilation_cache
 from runner.common.poolings import POOLINGS, padded_length
 from runner.common.records import Examples, Faults, TokenTable
 from runner.common.versions import versions
 from runner.config.run_config import RunConfig
-from runner.data.dataset import read_examples
-from runner.data.prompts import render_prompts
+from runner.data.inputs import read_rows, render, to_tokens
 from runner.data.submission import rehearse, write_submission
-from runner.data.tokenization import tokenize
+from runner.demo import stand_in
 from runner.driver.deadline import Deadline, lengths_to_cut_to
 from runner.driver.guard import Guard
 from runner.driver.steering import Steering
@@ -40,7 +38,7 @@ from runner.driver.swap_pass import in_waves, predict_swapped, rows_to_swap, swa
 from runner.executors.executor import Executor
 from runner.model.accuracy import compare, reference_batch
 from runner.preset.reader import Preset
-from runner.preset.resolve import Job, compilation_cache, find_job, settle
+from runner.preset.resolve import Job, find_job, settle
 from runner.report.facts import (
     make_report,
     say_summary,
@@ -115,7 +113,7 @@ def run(
             check_writable("--report", path)
         check_writable("--journal", config.journal_path)
         logs.check()
-        job = find_job(config, progress)
+        job = find_job(config, stand_in(config, progress))
         config = settle(config, job.preset)
         this = _Run(config, job, progress, started, logs)
         progress.stage(f"reading {this.job.test_set.name}")
@@ -232,8 +230,7 @@ class _Run:
     def read(self) -> None:
         """Read the test set and render its texts."""
         task, width = self.config.task, self.job.width(self.config.task)
-        self.examples: Examples = read_examples(self.job.test_set, task)
-        self._texts = self._render(self.examples)
+        self.examples, self._texts = read_rows(self.job.test_set, self.config)
         ids, kept = self.examples.ids, self.examples.kept
         self.merger = Merger(ids, width, task.head)
         self.deadline.rehearsed(
@@ -242,7 +239,7 @@ class _Run:
 
     def tokens(self, examples: Examples, executor: Executor) -> TokenTable | None:
         """Return the token ids of all rows, made while workers start; None where time is over."""
-        texts = self._texts if examples is self.examples else self._render(examples)
+        texts = self._texts if examples is self.examples else render(examples, self.config)
         tokenizing = _in_background(lambda: self._tokenize(texts))
         while not tokenizing.done():
             executor.poll()
@@ -250,10 +247,6 @@ class _Run:
             if self.deadline.is_over(self.now()):
                 return None
         return tokenizing.result()
-
-    def _render(self, examples: Examples) -> list[str]:
-        config = self.config
-        return render_prompts(examples, text_format=config.text_format, task=config.task)
 
     def _tokenize(self, texts: list[str]) -> TokenTable:
         def count(rows: int) -> None:
@@ -264,21 +257,13 @@ class _Run:
                 else f"tokenizing {rows:,}/{len(texts):,} rows"
             )
 
-        preset = self.job.preset
         with self.timed("tokenize"):
-            tokens = tokenize(
+            return to_tokens(
                 texts,
-                preset.tokenizer,
+                self.job.preset,
                 sequence_length=self.config.sequence_length,
                 on_progress=count,
             )
-        largest = int(tokens.values.max(initial=tokens.pad_id))
-        if largest >= preset.shape.vocabulary_size:
-            raise DataError(
-                f"{preset.tokenizer.vocabulary} does not belong to the backbone: expected token "
-                f"ids below {preset.shape.vocabulary_size}. Received: {largest}"
-            )
-        return tokens
 
     def open_executor(self) -> Executor:
         config, progress = self.config, self._progress

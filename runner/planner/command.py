@@ -14,20 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from runner.common.errors import DataError
 from runner.common.files import check_writable, write_whole
 from runner.common.machine import Devices, devices_here, named_devices
 from runner.common.units import duration
 from runner.config.run_config import RunConfig
 from runner.config.task import CONTEST
-from runner.data.dataset import read_examples
-from runner.data.prompts import render_prompts
-from runner.data.tokenization import tokenize
+from runner.data.inputs import read_rows, to_tokens
+from runner.demo import stand_in
 from runner.planner.calibration import calibrate
 from runner.planner.text import render
 from runner.planner.ways import Option, PlanInput, all_options, command_flags, pipeline_over
 from runner.preset.reader import Preset, read_preset
-from runner.preset.resolve import cache_folder, check_head, settle
+from runner.preset.resolve import check_head, named_files, settle
 from runner.telemetry.progress import Progress
 from sharding.buckets import bucket_of
 from sharding.dtypes import dtype_beside
@@ -55,8 +53,9 @@ def plan(config: RunConfig, *, started: float | None = None) -> dict[str, Any]:
     started = time.monotonic() if started is None else started
     with Progress(started=started) as progress:
         check_writable("the plan beside --output", config.plan_path)
-        preset_path, input_path = _find_files(config, progress)
-        preset = read_preset(preset_path, needs_weights=config.calibrate)
+        files = named_files(config, stand_in(config, progress))
+        input_path = files["input"]
+        preset = read_preset(files["preset"], needs_weights=config.calibrate)
         config = settle(config, preset)
         if config.calibrate and config.preset is not None and config.task.head != "none":
             check_head(preset, config.head_kernel, config.head_bias, config.task)
@@ -65,20 +64,14 @@ def plan(config: RunConfig, *, started: float | None = None) -> dict[str, Any]:
         )
         progress.stage(f"reading {input_path.name}")
         read_started = time.monotonic()
-        examples = read_examples(input_path, config.task)
-        texts = render_prompts(examples, text_format=config.text_format, task=config.task)
+        examples, texts = read_rows(input_path, config)
         tokenize_started = time.monotonic()
-        tokens = tokenize(
+        tokens = to_tokens(
             texts,
-            preset.tokenizer,
+            preset,
             sequence_length=UNCUT,
             on_progress=lambda done: progress.stage(f"tokenizing {done:,}/{len(texts):,} rows"),
         )
-        if tokens.values.max(initial=0) >= preset.shape.vocabulary_size:
-            raise DataError(
-                f"{preset.tokenizer.vocabulary} does not belong to the backbone: expected token "
-                f"ids below {preset.shape.vocabulary_size}. Received: {tokens.values.max()}"
-            )
         uncut = tokens.lengths
         job = PlanInput(
             config=config,
@@ -222,16 +215,6 @@ def describe(job: PlanInput, uncut: np.ndarray, options: list[Option]) -> dict[s
             "command": ["python", "run.py", *_command(job, best)],
         }
     return document
-
-
-def _find_files(config: RunConfig, progress: Progress) -> tuple[Path, Path]:
-    """Return preset and test set, the demo's where the person named none."""
-    if config.preset is not None and config.input is not None:
-        return config.preset, config.input
-    from runner.demo import ensure_demo
-
-    demo = ensure_demo(cache_folder(), progress)
-    return config.preset or demo.model_files["preset"], config.input or demo.test_set
 
 
 def _file_bytes(preset: Preset) -> float:

@@ -3,13 +3,13 @@
 Everything here is found before anything starts. Does not know rows, devices or workers.
 """
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from runner.common.errors import ConfigError
+from runner.common.files import compilation_cache
 from runner.common.records import ModelSpec
 from runner.common.versions import versions
 from runner.config.flags import DefaultLength, DefaultPooling
@@ -17,7 +17,6 @@ from runner.config.run_config import PrepareConfig, RunConfig, check_dtype
 from runner.config.task import CONTEST, Task
 from runner.preset.reader import Preset, check_lora, read_head, read_preset
 from runner.results.fingerprint import Fingerprint, fingerprint
-from runner.telemetry.progress import Progress
 from sharding.dtypes import dtype_beside
 
 # Packages whose versions may change an answer.
@@ -101,28 +100,23 @@ class Job:
         )
 
 
-def find_job(config: RunConfig, progress: Progress) -> Job:
-    """Find and check the files that a config names, making the demo's where it names none.
+def named_files(config: RunConfig, others: Mapping[str, Path]) -> dict[str, Path]:
+    """Return field name -> file, of those that a config names or else `others` has."""
+    names = ("preset", "lora_weights", "head_kernel", "head_bias", "input")
+    named = {name: getattr(config, name) for name in names} | dict(others)
+    return {name: path for name, path in named.items() if path is not None}
+
+
+def find_job(config: RunConfig, others: Mapping[str, Path]) -> Job:
+    """Find and check the files of a run.
+
+    Args:
+        others: field name -> file, in place of those that the config does not name.
 
     Raises:
         ConfigError, DataError: a file is missing or cannot be used.
     """
-    named = {
-        "preset": config.preset,
-        "lora_weights": config.lora_weights,
-        "head_kernel": config.head_kernel,
-        "head_bias": config.head_bias,
-        "input": config.input,
-    }
-    if config.preset is None or config.input is None:
-        from runner.demo import ensure_demo
-
-        demo = ensure_demo(cache_folder(), progress)
-        if config.preset is None:
-            named |= demo.model_files
-        if config.input is None:
-            named["input"] = demo.test_set
-    files = {name: path for name, path in named.items() if path is not None}
+    files = named_files(config, others)
     preset = read_preset(files["preset"])
     check_dtype(config.dtype, preset.quantization)
     lora = files.get("lora_weights")
@@ -220,17 +214,6 @@ def _settings_of(config: RunConfig) -> dict[str, object]:
     ):
         settings["swapped"] = f"{' and '.join(task.swap)}, labels to {task.swapped_labels}"
     return settings
-
-
-def cache_folder() -> Path:
-    """Return the folder for the demo and for compiled programs, kept between runs."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "arena-runner"
-
-
-def compilation_cache() -> str:
-    """Return the folder for compiled programs."""
-    return str(cache_folder() / "xla")
 
 
 def _quantization_to_do(config: RunConfig, preset: Preset) -> str | None:

@@ -22,10 +22,11 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from runner.common.errors import ArenaRunnerError, ConfigError, WorkerError, first_line
+from runner.common.files import cache_folder, compilation_cache
 from runner.common.records import ModelSpec
 from runner.executors.ray.session import find_devices
 from runner.executors.ray.shipping import Parcel, Receiver, at, parcels, pieces
-from runner.preset.resolve import ANSWERS_DEPEND_ON, cache_folder, compilation_cache
+from runner.preset.resolve import ANSWERS_DEPEND_ON
 from sharding.topology import Node, WorkerSlot, place_on_nodes
 
 # Seconds between looks at which nodes there are.
