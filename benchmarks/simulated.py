@@ -29,8 +29,8 @@ from sharding.batches import Batch, BatchShape, Plan
 from sharding.costs import ModelShape
 from sharding.dealing import Dealer
 from sharding.forecast import Pace
+from sharding.kinds import KINDS
 from sharding.rates import COMPILING_TAKES, Intervals, Rates
-from sharding.topology import BUCKET_MULTIPLES
 
 # Seconds between the dispatcher's looks at the clock.
 WAIT_S = 0.2
@@ -186,7 +186,7 @@ class Simulated:
             caps=lengths_to_cut_to(
                 min(sequence_length // 4, top),
                 top,
-                multiple_of=BUCKET_MULTIPLES[KIND],
+                multiple_of=KINDS[KIND].bucket_multiple,
                 others=(one.length for one in self.first_plan.shapes),
             ),
             full_length=sequence_length if pooling == "padded-mean" else None,

@@ -11,9 +11,9 @@ from runner.config.run_config import RunConfig
 from runner.preset.families import strategies
 from runner.preset.reader import Preset
 from sharding.costs import ModelShape
+from sharding.kinds import KINDS
 from sharding.memory import ITEM_BYTES, QUANTIZED_BYTES, batch_budget, cut_layers, fullest_bytes
 from sharding.stages import Stage
-from sharding.topology import DEFAULT_TOKENS_PER_BATCH
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +90,8 @@ def tokens_per_batch(config: RunConfig, preset: Preset, kind: str) -> int:
     """
     if config.max_tokens_per_batch is not None:
         return config.max_tokens_per_batch
-    default = DEFAULT_TOKENS_PER_BATCH[kind]
-    memory = device_memory_bytes() if kind == "gpu" else None
+    default = KINDS[kind].tokens_per_batch
+    memory = device_memory_bytes() if KINDS[kind].fits_batches else None
     if memory is None:
         return default
     item_bytes = ITEM_BYTES.get(config.dtype, 2)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from runner.common.errors import ConfigError
 from sharding.devices import DEVICES, DeviceModel, find_model, recognize
+from sharding.kinds import KINDS, auto_dtype, named_by_jax
 from sharding.times import CPU_LINK_BYTES_PER_S
 
 # Time of a whole model in float32 over that of another form, on a core with AVX-512 BF16 and VNNI
@@ -60,11 +61,16 @@ class Devices:
     notes: tuple[str, ...] = ()
 
     @property
+    def is_host(self) -> bool:
+        """Whether workers share this machine's cores and memory."""
+        return KINDS[self.kind].is_host
+
+    @property
     def native_dtype(self) -> str:
         """What --dtype auto will be."""
-        if self.kind == "cpu":
-            return "float32"
-        return self.model.native_dtype if self.model else "bfloat16"
+        if self.model is not None and not KINDS[self.kind].auto_dtype:
+            return self.model.native_dtype
+        return KINDS[self.kind].auto_dtype or "bfloat16"
 
     def rate(self, dtype: str, quantization: str) -> float | None:
         """Return the FLOP/s of a large matmul on one device or core, None where not known.
@@ -72,7 +78,7 @@ class Devices:
         int8 is counted at the rate of the dtype around it where no run has shown it to be faster;
         int4 always, since it is unpacked first.
         """
-        if self.kind == "cpu":
+        if self.is_host:
             form = (dtype, "none" if quantization == "int4" else quantization)
             speedup = CPU_SPEEDUPS.get(form)
             if speedup is None or (speedup != 1 and not self.is_fast_in_16_bits):
@@ -117,8 +123,7 @@ def devices_here() -> Devices:
 
     JAX_PLATFORMS decides the kind where it is set, as it does for a run.
     """
-    wanted = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
-    kind = {"cuda": "gpu"}.get(wanted, wanted)
+    kind = named_by_jax(os.environ.get("JAX_PLATFORMS", ""))
     gpus = _gpus() if kind in ("", "gpu") else []
     chips = _tpu_chips() if kind in ("", "tpu") else 0
     host = memory_of_machine()
@@ -272,11 +277,11 @@ def _numbers_of_gpus(field: str) -> list[str]:
 
 
 def gpu_dtype() -> str | None:
-    """Return the 16-bit dtype that the least of the NVIDIA GPUs here has, None where none is seen.
+    """Return what --dtype auto means on the least of the NVIDIA GPUs here, None if none is seen.
 
-    As `predictor.resolve_dtype`, for a driver that must not start JAX.
+    Asked of nvidia-smi, since the driver must not start JAX.
     """
     capabilities = _numbers_of_gpus("compute_cap")
     if not capabilities:
         return None
-    return "bfloat16" if min(map(float, capabilities)) >= 8.0 else "float16"
+    return auto_dtype("gpu", min(map(float, capabilities)))

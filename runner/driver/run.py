@@ -58,8 +58,8 @@ from runner.telemetry.timeline import Event, Timeline
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape, Plan, plan_batches
 from sharding.buckets import choose_buckets
+from sharding.kinds import KINDS
 from sharding.rates import COMPILING_TAKES, Rates
-from sharding.topology import BUCKET_MULTIPLES
 
 T = TypeVar("T")
 
@@ -190,7 +190,7 @@ def plan_run(
             sequence_length=limit,
             cost=lambda length: shape.batch_flops(BatchShape(1, length)),
             cost_of_shape=shape.compile_flops(kind, replicas),
-            multiple_of=BUCKET_MULTIPLES[kind],
+            multiple_of=KINDS[kind].bucket_multiple,
         )
     budget = tokens_per_batch(config, preset, kind)
     return plan_batches(
@@ -341,7 +341,9 @@ class _Run:
         self._plan = self._plan_rows(executor, lengths, rows)
         cost = preset.shape.batch_flops
         backlog = Backlog(self._plan.batches, cost=cost)
-        rates = Rates(cost, compiling_takes=COMPILING_TAKES if executor.kind == "cpu" else 0.0)
+        rates = Rates(
+            cost, compiling_takes=COMPILING_TAKES if KINDS[executor.kind].is_host else 0.0
+        )
         longest = int(lengths[self.merger.unfinished()].max(initial=1))
         sees_padding = POOLINGS[config.pooling].sees_padding
         top = config.sequence_length if sees_padding else min(longest, config.sequence_length)
@@ -361,7 +363,7 @@ class _Run:
             caps=lengths_to_cut_to(
                 floor,
                 top,
-                multiple_of=BUCKET_MULTIPLES[executor.kind],
+                multiple_of=KINDS[executor.kind].bucket_multiple,
                 others=(shape.length for shape in self._plan.shapes),
             ),
             full_length=config.sequence_length if sees_padding else None,

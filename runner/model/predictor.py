@@ -23,6 +23,7 @@ from runner.model.cpu_rewrites import rewritten_for_cpu
 from runner.model.heads import ACTIVATIONS, OUTPUTS
 from sharding.batches import BatchShape
 from sharding.dtypes import dtype_beside
+from sharding.kinds import KINDS, auto_dtype
 
 
 class Predictor:
@@ -70,7 +71,7 @@ class Predictor:
             with jax.default_matmul_precision(self._precision):
                 self.way, self.notes = choose_way(model, device, replicated)
         # A GPU or TPU queues programs; a CPU would run two at once, each half as fast.
-        self._is_cpu = device.platform == "cpu"
+        self._is_cpu = KINDS[device.platform].is_host
         self._turns = threading.Lock()
         self._function: Callable[..., jax.Array] = self._forward
         if self._is_cpu:
@@ -225,21 +226,14 @@ def _cache_hits() -> _CacheHits:
 
 
 def resolve_dtype(requested: str, device: jax.Device, *, is_int8: bool = False) -> str:
-    """Return the dtype that `auto` means on a device, float32 beside int8 weights where it has no
-    bfloat16.
-
-    bfloat16 is native from compute capability 8.0 on (NVIDIA Ampere) and on TPUs; a T4 (7.5)
-    emulates it at a twentieth of its float16 rate. On a CPU both are slower than float32.
-    """
+    """Return the dtype that `auto` means on a device, float32 beside int8 weights if it has no
+    bfloat16."""
     if requested != "auto":
         return requested
-    if device.platform == "cpu":
-        return "float32"
-    if device.platform == "gpu":
-        capability = float(getattr(device, "compute_capability", "0") or 0)
-        half = "bfloat16" if capability >= 8.0 else "float16"
-        return dtype_beside("int8" if is_int8 else None, half)
-    return "bfloat16"
+    capability = float(getattr(device, "compute_capability", "0") or 0)
+    dtype = auto_dtype(device.platform, capability)
+    assert dtype is not None, "this is a bug: a capability decides"
+    return dtype_beside("int8" if is_int8 else None, dtype)
 
 
 def matmul_rate(dtype: str, device: jax.Device) -> float:

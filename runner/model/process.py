@@ -16,6 +16,7 @@ from typing import Any
 from runner.common.errors import DeviceMemoryError, WorkerError, first_line
 from runner.common.machine import cores_here
 from runner.model import cpu_allocator
+from sharding.kinds import KINDS
 from sharding.topology import WorkerSlot
 
 # Share of a GPU that JAX takes at its start: the process has the card to itself.
@@ -38,9 +39,10 @@ def prepare_process(slot: WorkerSlot, *, verbose: bool) -> None:
     cpu_allocator.use_one_heap()
     os.environ["KERAS_BACKEND"] = "jax"
     if slot.kind != "auto":
-        os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}[slot.kind]
+        os.environ["JAX_PLATFORMS"] = KINDS[slot.kind].platform
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY_FRACTION)
-    if slot.kind == "cpu" and (slot.cores or slot.node):
+    is_host = slot.kind != "auto" and KINDS[slot.kind].is_host
+    if is_host and (slot.cores or slot.node):
         os.environ["NPROC"] = str(len(slot.cores) or slot.cpus)
         if slot.cores and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, slot.cores)
@@ -144,9 +146,10 @@ def start_jax(kind: str, compilation_cache: str | None) -> Any:
     try:
         device = jax.local_devices()[0]
     except RuntimeError as error:
+        extra = (KINDS[kind].extra if kind in KINDS else "") or kind
         raise WorkerError(
             f"There is a {kind}, but JAX cannot use it: {error}. Install the extra for it, "
-            f"'arena-runner[{ {'gpu': 'cuda'}.get(kind, kind) }]', or set JAX_PLATFORMS=cpu."
+            f"'arena-runner[{extra}]', or set JAX_PLATFORMS=cpu."
         ) from error
     if compilation_cache is not None:
         # XLA divides a CPU program for the threads it finds when it compiles, but JAX's cache key

@@ -31,6 +31,7 @@ from runner.model.process import (
 )
 from runner.telemetry.logs import write_to_folder
 from sharding.batches import Batch, BatchShape
+from sharding.kinds import KINDS
 from sharding.topology import WorkerSlot
 
 
@@ -145,13 +146,13 @@ class Replica:
     ) -> WorkerInfo:
         from runner.model.predictor import matmul_rate
 
-        if device.platform == "cpu":
+        if KINDS[device.platform].is_host:
             cpu_allocator.keep_work_space()
         load_s = time.perf_counter() - started
         name = device.device_kind
         if self._slot.cores:
             name = f"cpu, cores {','.join(map(str, self._slot.cores))}"
-        elif self._slot.node and self._slot.kind == "cpu":
+        elif self._slot.node and KINDS[self._slot.kind].is_host:
             name = f"cpu, {self._slot.cpus} of its node's"
         return WorkerInfo(
             kind=device.platform,

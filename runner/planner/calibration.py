@@ -60,7 +60,7 @@ def calibrate(job: PlanInput, option: Option, examples: Examples, progress: Prog
     progress.stage("calibrating: a run of a few batches")
     first = _measure(job, sample)
     second = first
-    if job.devices.kind == "cpu" and any(worker["compiled_shapes"] for worker in first["workers"]):
+    if job.devices.is_host and any(worker["compiled_shapes"] for worker in first["workers"]):
         # Compiling took cores from the batches. Now it is in the cache.
         progress.stage("calibrating: the same again, with nothing left to compile")
         second = _measure(job, sample)

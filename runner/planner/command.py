@@ -277,7 +277,7 @@ def _reasons(job: PlanInput, best: Option, wanted: str, options: list[Option]) -
 
 def _what_would_fit(job: PlanInput) -> str:
     """Say how many devices would do, where none of the ways fits."""
-    if job.devices.kind == "cpu":
+    if job.devices.is_host:
         return "Nothing fits the memory of this machine."
     quantization = job.preset.quantization or job.config.quantization
     for members in range(2, min(MOST_MEMBERS, job.preset.shape.num_layers) + 1):

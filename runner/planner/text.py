@@ -10,7 +10,7 @@ from typing import Any
 from runner.common.poolings import POOLINGS
 from runner.common.units import duration, flops_text, parameters_text
 from sharding.dtypes import dtype_beside
-from sharding.times import EFFICIENCY
+from sharding.kinds import KINDS
 
 WIDTH = 100
 BAR_WIDTH = 46
@@ -35,7 +35,7 @@ def _head(plan: dict[str, Any]) -> list[str]:
     model, device = plan["model"], plan["device"]
     files = "" if model["weight_files_are_here"] else " (its weights are not here)"
     where = "here" if device["is_here"] else "not here: figures of a table"
-    count = f"{device['count']} x " if device["kind"] != "cpu" else ""
+    count = f"{device['count']} x " if not KINDS[device["kind"]].is_host else ""
     lines = [
         f"Plan for {plan['rows']:,} rows, {parameters_text(model['parameters'])} weights in "
         f"{model['layers']} layers of {model['family']}{files}",
@@ -133,7 +133,7 @@ def _arithmetic(plan: dict[str, Any]) -> list[str]:
 def _caveats(plan: dict[str, Any]) -> list[str]:
     """What the times rest on."""
     device, measured = plan["device"], plan["calibration"]
-    expected, low, high = EFFICIENCY[device["kind"]]
+    expected, low, high = KINDS[device["kind"]].efficiency
     if measured:
         text = (
             f"Calibrated on {measured['batches']} batches here: "
@@ -145,7 +145,7 @@ def _caveats(plan: dict[str, Any]) -> list[str]:
             )
             + "; other ways are scaled by that."
         )
-    elif device["kind"] == "cpu":
+    elif KINDS[device["kind"]].is_host:
         text = (
             f"Times: on CPUs this project measured that a model reaches {low:g} to {high:g} of a "
             "large matmul's rate; --calibrate measures it here."
@@ -158,7 +158,7 @@ def _caveats(plan: dict[str, Any]) -> list[str]:
             "Loading assumes a disk of 0.5 GB/s, compiling 0.3 s a layer and shape."
         )
     lines = textwrap.wrap(text, WIDTH)
-    if device["kind"] != "cpu":
+    if not KINDS[device["kind"]].is_host:
         for dtype, rate in device["rates"].items():
             if dtype in {option["dtype"] for option in _shown(plan)}:
                 lines.append(f"- {dtype}: {rate['used'] / 1e12:.3g} TFLOP/s used, {_origin(rate)}")

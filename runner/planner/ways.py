@@ -25,9 +25,9 @@ from runner.preset.reader import Preset
 from runner.strategy import tensor_bytes_per_token
 from sharding.batches import Plan
 from sharding.dtypes import dtype_beside
+from sharding.kinds import KINDS
 from sharding.memory import (
     DRIVER_BYTES,
-    IMPORTED_BYTES,
     ITEM_BYTES,
     SHARE_FOR_WEIGHTS,
     SHARE_IN_USE,
@@ -40,7 +40,6 @@ from sharding.memory import (
     weight_item_bytes,
 )
 from sharding.times import (
-    EFFICIENCY,
     ONE_PROCESS_ON_A_CPU,
     START_S,
     Seconds,
@@ -48,7 +47,7 @@ from sharding.times import (
     load_seconds,
     predict_seconds,
 )
-from sharding.topology import DEFAULT_TOKENS_PER_BATCH, place_workers
+from sharding.topology import place_workers
 
 # In the order in which the first of equals is taken.
 LAYOUTS: tuple[tuple[str, str | None], ...] = (
@@ -129,7 +128,7 @@ class PlanInput:
     def peak(self, mode: str, dtype: str, quantization: str, workers: int) -> float | None:
         """Return the FLOP/s of large matmuls in one of so many workers, None where not known."""
         rate = self.devices.rate(dtype, quantization)
-        if rate is None or self.devices.kind != "cpu":
+        if rate is None or not self.devices.is_host:
             return rate
         cores = len(self.devices.cores) / workers
         return rate * cores * (ONE_PROCESS_ON_A_CPU if mode == "single" and cores > 1 else 1.0)
@@ -212,7 +211,7 @@ def _first_that_fits(tried: Iterator[Option]) -> Option:
 def _group_sizes(job: PlanInput, mode: str) -> Sequence[int]:
     if mode != "model-parallel":
         return (1,)
-    if job.config.group_size is not None or job.devices.kind == "cpu":
+    if job.config.group_size is not None or job.devices.is_host:
         return (job.config.group_size or 2,)
     count = job.config.num_workers or job.devices.count
     sizes = [size for size in (2, 4, 8, 16, 32, 64) if size <= count and count % size == 0]
@@ -246,7 +245,7 @@ def _option(
         f"{'' if item_bytes == 1 else 's'} = {gb(whole)}"
     )
     # A CPU's memory is the machine's: it has no device that a stage must stay within.
-    limit = devices.memory_bytes if devices.kind != "cpu" else None
+    limit = devices.memory_bytes if not devices.is_host else None
     share = 1 / members
     held = whole / members
     if strategy == "pipeline":
@@ -274,8 +273,8 @@ def _option(
         )
 
     value_bytes = value_item_bytes(dtype, quantization)
-    budget = job.config.max_tokens_per_batch or DEFAULT_TOKENS_PER_BATCH[devices.kind]
-    if job.config.max_tokens_per_batch is None and devices.kind == "gpu":
+    budget = job.config.max_tokens_per_batch or KINDS[devices.kind].tokens_per_batch
+    if job.config.max_tokens_per_batch is None and KINDS[devices.kind].fits_batches:
         budget = batch_budget(
             shape,
             memory_bytes=devices.memory_bytes,
@@ -358,7 +357,7 @@ def _workers(job: PlanInput, mode: str, members: int) -> int:
     devices, wanted = job.devices, job.config.num_workers
     if mode == "single":
         return 1
-    if devices.kind != "cpu" and devices.count < members:
+    if not devices.is_host and devices.count < members:
         return 0
     if wanted is not None:
         # Other modes than the asked one take as many of its workers as make whole groups.
@@ -377,9 +376,11 @@ def _workers(job: PlanInput, mode: str, members: int) -> int:
 
 
 def _memory_per_worker(devices: Devices, workers: int) -> float:
-    if devices.kind != "cpu":
+    if not devices.is_host:
         return devices.memory_bytes
-    return max(0.0, (devices.memory_bytes - DRIVER_BYTES) / workers - IMPORTED_BYTES["cpu"])
+    return max(
+        0.0, (devices.memory_bytes - DRIVER_BYTES) / workers - KINDS[devices.kind].imported_bytes
+    )
 
 
 def _impossible(
@@ -390,7 +391,7 @@ def _impossible(
     if mode == "model-parallel":
         if strategy not in strategies(job.preset.class_name):
             return f"{job.preset.class_name} is not held by several workers in this way"
-        if devices.kind != "cpu" and devices.count < members:
+        if not devices.is_host and devices.count < members:
             return f"needs {members} devices, there is {devices.count}"
         if strategy == "pipeline" and members > shape.num_layers:
             return f"{shape.num_layers} layers cannot be cut into {members} stages"
@@ -425,7 +426,7 @@ def _time(
     shape, devices, measured = job.preset.shape, job.devices, job.measured
     replicas = workers // members
     peak = job.peak(mode, dtype, quantization, workers)
-    expected, low, high = EFFICIENCY[devices.kind]
+    expected, low, high = KINDS[devices.kind].efficiency
     rates = None
     if measured is not None and measured.way == way:
         rates = (measured.flops_per_s,) * 3
@@ -487,7 +488,7 @@ def _time(
     )
     if measured is not None and measured.way == way:
         start, load = measured.before_predict_s, 0.0
-        others = (len(plan.shapes) - 1) / replicas if devices.kind == "cpu" else 0.0
+        others = (len(plan.shapes) - 1) / replicas if devices.is_host else 0.0
         compiling = measured.compile_s * others
         before = f"start, load and first compile {duration(start)} as measured"
         if compiling:

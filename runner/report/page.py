@@ -16,6 +16,7 @@ from runner.common.files import write_whole
 from runner.report import charts, lanes, page_text
 from runner.report.lanes import PARTS, Lane
 from runner.telemetry.timeline import COMPILING, PREDICTING, Event, Span, Stage
+from sharding.kinds import KINDS
 
 # Rows of the table of workers, and events in words.
 MOST_LISTED = 200
@@ -262,7 +263,7 @@ def _memory(story: Story) -> Iterator[str]:
     if not any(worker["peak_rss_bytes"] for worker in workers):
         return
     imports = [worker["rss_after_imports_bytes"] for worker in workers]
-    on_host = story.report["model"]["kind"] == "cpu"
+    on_host = KINDS[story.report["model"]["kind"]].is_host
     weights = [worker["weight_bytes"] if on_host else 0 for worker in workers]
     rest = [
         max(0, worker["peak_rss_bytes"] - imported - weight)

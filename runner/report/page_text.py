@@ -7,6 +7,7 @@ import numpy as np
 
 from runner.report.lanes import ENDING, IDLE, PADDING, SLOWER, WORKING
 from runner.telemetry.timeline import COMPILING, LOADING, LOST, PREDICTING, STARTING, Event
+from sharding.kinds import KINDS
 
 # From so many rows on, a model of which one of these is true is doubted.
 ROWS_TO_DOUBT = 50
@@ -189,7 +190,7 @@ def how_to_read_lengths(report: dict[str, Any], lengths: np.ndarray, buckets: in
 
 def how_to_read_memory(report: dict[str, Any]) -> str:
     said = "The most that each worker's process had resident."
-    if report["model"]["kind"] != "cpu":
+    if not KINDS[report["model"]["kind"]].is_host:
         most = max(worker["weight_bytes"] for worker in report["workers"]) / 1e9
         said += f" Weights are on the devices instead, {most:,.1f} GB at most on one."
     return said

@@ -25,6 +25,7 @@ from runner.model.worker import Replica
 from runner.strategy import Strategy
 from runner.telemetry.timeline import COMPILING, LOADING, LOST, STARTING, Timeline
 from sharding.batches import Batch, BatchShape
+from sharding.kinds import GPU, KINDS
 from sharding.rates import Intervals
 from sharding.topology import WorkerSlot
 
@@ -39,7 +40,6 @@ EXTRA_IN_PIPELINE = 2
 # start batches in the same order.
 PREDICTING_THREADS = {None: 2, "pipeline": 2, "tensor": 1}
 ACTORS = {None: Replica, "pipeline": PipelineStage, "tensor": TensorMember}
-DEVICES = {"cpu": {}, "gpu": {"GPU": 1.0}, "tpu": {"TPU": 1.0}}
 
 
 @dataclass(slots=True, eq=False)
@@ -361,10 +361,11 @@ class Group:
     def _actor_class(self, plain: type, member: int = 0) -> Any:
         """Return the Ray actor class of a plain one, for the device of a member."""
         threads = {"compile": 1, "predict": PREDICTING_THREADS[self._name]}
+        devices = _devices(self.slots[member])
         return ray.remote(concurrency_groups=threads)(plain).options(
             num_cpus=self.slots[member].cpus,
-            num_gpus=int(self.slots[member].kind == "gpu"),
-            resources={"TPU": 1} if self.slots[member].kind == "tpu" else None,
+            num_gpus=devices.pop(GPU.resource, 0),  # Ray takes it by this name alone
+            resources=devices or None,
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(
@@ -380,10 +381,16 @@ class Group:
             self.calls[reference] = (step, place)
 
 
+def _devices(slot: WorkerSlot) -> dict[str, int]:
+    """What a worker takes of a machine beside CPUs, as Ray names it."""
+    kind = KINDS[slot.kind]
+    return {} if kind.is_host else {kind.resource: 1}
+
+
 def _reserve(slots: Sequence[WorkerSlot]) -> Any:
     """Reserve what a group's members need: in a cluster on the nodes that were chosen, else on
     one node where one has room for them."""
-    bundles = [{"CPU": float(slot.cpus), **DEVICES[slot.kind]} for slot in slots]
+    bundles = [{"CPU": float(slot.cpus), **_devices(slot)} for slot in slots]
     nodes = [slot.node for slot in slots]
     if not all(nodes):
         return placement_group(bundles, strategy="PACK")

@@ -27,6 +27,7 @@ from runner.common.records import ModelSpec
 from runner.executors.ray.session import find_devices
 from runner.executors.ray.shipping import Parcel, Receiver, at, parcels, pieces
 from runner.preset.resolve import ANSWERS_DEPEND_ON
+from sharding.kinds import KINDS, auto_dtype
 from sharding.topology import Node, WorkerSlot, place_on_nodes
 
 # Seconds between looks at which nodes there are.
@@ -230,7 +231,7 @@ class Nodes:
         free = ray._private.state.available_resources_per_node()
         alive = [one for one in ray.nodes() if one["Alive"]]
         self._asking_since = None
-        found = {}
+        found, kind = {}, KINDS[self.kind]
         names = Counter(one["NodeName"] for one in alive)
         for one in alive:
             name, number = one["NodeName"], one["NodeID"]
@@ -240,7 +241,7 @@ class Nodes:
             found[number] = Node(
                 number,
                 cpus=int(resources.get("CPU", 0)),
-                devices=int(resources.get(self.kind.upper(), 0)) if self.kind != "cpu" else 0,
+                devices=0 if kind.is_host else int(resources.get(kind.resource, 0)),
             )
         return dict(sorted(found.items(), key=lambda pair: (self._names[pair[0]], pair[0])))
 
@@ -281,11 +282,10 @@ class Nodes:
         if len(slots) == num_workers or (slots and num_workers is None):
             return
         places = sum(node.places(self.kind) for node in nodes.values())
-        kind = {"cpu": "CPU", "gpu": "GPU and a CPU", "tpu": "TPU chip and a CPU"}[self.kind]
         groups = f" and groups of {self._group_size}" if self._group_size > 1 else ""
         raise ConfigError(
-            f"Each worker needs a {kind} of its own{groups}: {places} are free on the "
-            f"{len(nodes)} nodes that can take part. Received: --num-workers "
+            f"Each worker needs a {KINDS[self.kind].place} of its own{groups}: {places} are free on "
+            f"the {len(nodes)} nodes that can take part. Received: --num-workers "
             f"{num_workers or 'auto'}"
         )
 
@@ -310,8 +310,8 @@ class Nodes:
             self._refuse(node, message)
 
     def _dtype(self) -> str:
-        if self.kind != "gpu":
-            return {"cpu": "float32", "tpu": "bfloat16"}[self.kind]
+        if known := auto_dtype(self.kind):
+            return known
         found = {self.name(slot.node): self._facts[slot.node].gpu_dtype for slot in self._first}
         if len(set(found.values())) > 1:
             raise ConfigError(

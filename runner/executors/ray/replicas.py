@@ -55,6 +55,7 @@ from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape
 from sharding.dealing import Dealer
 from sharding.forecast import Pace
+from sharding.kinds import auto_dtype
 from sharding.rates import Rates
 from sharding.topology import WorkerSlot, place_workers
 
@@ -187,7 +188,7 @@ class RayReplicas:
         self.replicas = len(self._slots) // self._group_size
         if dtype != "auto":
             return dtype
-        return {"cpu": "float32", "tpu": "bfloat16"}.get(self.kind) or gpu_dtype() or "auto"
+        return auto_dtype(self.kind) or gpu_dtype() or "auto"
 
     def _join(self, address: str, dtype: str) -> str:
         join_ray(address, verbose=self._verbose)

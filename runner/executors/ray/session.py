@@ -25,6 +25,7 @@ from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ig
 import runner
 from runner.common.errors import ConfigError, WorkerError, first_line
 from runner.model.cpu_allocator import ENVIRONMENT
+from sharding.kinds import KINDS, named_by_jax
 
 # What Ray adds to its folder's path for a socket, and the longest path that a socket may have.
 LONGEST_SOCKET = "/session_2026-11-24_12-00-00_123456_4194304/sockets/plasma_store"
@@ -327,12 +328,15 @@ def find_devices() -> tuple[str, int]:
         ConfigError: JAX_PLATFORMS names a kind that is not known here.
     """
     resources = ray.cluster_resources()
-    found = {"gpu": int(resources.get("GPU", 0)), "tpu": int(resources.get("TPU", 0))}
-    wanted = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
-    kind = {"cuda": "gpu"}.get(wanted, wanted)
+    found = {
+        kind.name: int(resources.get(kind.resource, 0))
+        for kind in KINDS.values()
+        if not kind.is_host
+    }
+    kind = named_by_jax(os.environ.get("JAX_PLATFORMS", ""))
     if not kind:
         kind = next((name for name, count in found.items() if count), "cpu")
-    if kind not in ("cpu", *found):
+    if kind not in KINDS:
         raise ConfigError(
             f"Devices are cpu, cuda or tpu. Received: JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}"
         )
