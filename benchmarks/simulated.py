@@ -18,8 +18,8 @@ import numpy as np
 from runner.common.records import COMPILING_TO_READING, BatchResult
 from runner.config.run_config import RunConfig
 from runner.driver.deadline import Deadline, lengths_to_cut_to
-from runner.driver.run import plan_run
 from runner.driver.steering import Steering
+from runner.preset.auto import plan_run
 from runner.preset.reader import Preset
 from runner.results.journal import Journal
 from runner.results.table import Merger

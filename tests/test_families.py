@@ -12,6 +12,7 @@ import pytest
 from runner.common.errors import ConfigError
 from runner.config.run_config import RunConfig
 from runner.data.tokenization import tokenize
+from runner.preset.auto import choose_strategy
 from runner.preset.families import (
     DECODER_POOLINGS,
     FAMILIES,
@@ -22,7 +23,6 @@ from runner.preset.families import (
 )
 from runner.preset.reader import read_head, read_preset
 from runner.preset.resolve import settle
-from runner.strategy import choose_strategy
 from sharding.batches import BatchShape
 from tests.conftest import PLAIN_LENGTH, ROOT, TOLERANCE
 

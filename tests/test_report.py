@@ -7,7 +7,7 @@ import pytest
 from runner.common.records import Faults, WorkerInfo, WorkerStats
 from runner.config.run_config import RunConfig
 from runner.report.facts import make_report, say_summary
-from runner.strategy import Strategy
+from sharding.strategies import Strategy
 
 INFO = WorkerInfo("cpu", "cpu, cores 0", "float32", 9_000_000, 400_000_000, 5.0, 1e11, "chunked")
 

@@ -37,6 +37,7 @@ from runner.driver.steering import Steering
 from runner.driver.swap_pass import in_waves, predict_swapped, rows_to_swap, swap
 from runner.executors.executor import Executor
 from runner.model.accuracy import compare, reference_batch
+from runner.preset.auto import choose_strategy, plan_run, tokens_per_batch
 from runner.preset.reader import Preset
 from runner.preset.resolve import Job, find_job, settle
 from runner.report.facts import (
@@ -50,16 +51,15 @@ from runner.report.facts import (
 from runner.results.fingerprint import Fingerprint
 from runner.results.journal import Journal
 from runner.results.table import FILLED, PREDICTED, SHORTENED, SWAPPED, WIDER, Merger
-from runner.strategy import Strategy, choose_strategy, tokens_per_batch
 from runner.telemetry.logs import LogEvent, RunLogs
 from runner.telemetry.metrics import Figures, Metrics
 from runner.telemetry.progress import Progress
 from runner.telemetry.timeline import Event, Timeline
 from sharding.backlog import Backlog
-from sharding.batches import Batch, BatchShape, Plan, plan_batches
-from sharding.buckets import choose_buckets
+from sharding.batches import Batch, BatchShape, Plan
 from sharding.kinds import KINDS
 from sharding.rates import COMPILING_TAKES, Rates
+from sharding.strategies import Strategy
 
 T = TypeVar("T")
 
@@ -154,50 +154,6 @@ def run(
     return report
 
 
-def plan_run(
-    lengths: np.ndarray,
-    config: RunConfig,
-    preset: Preset,
-    *,
-    kind: str,
-    replicas: int,
-    rows: Sequence[int] | None = None,
-    cap: int | None = None,
-    known: Sequence[BatchShape] = (),
-) -> Plan:
-    """Return the batches for these rows on so many replicas on this kind of device.
-
-    `padded-mean` averages over every position up to the sequence length, so every row is padded
-    to it; the other poolings do not see padding, and rows get the shortest bucket.
-
-    Args:
-        lengths: int64 (rows,), tokens of each row.
-        rows: those to plan, None for all.
-        cap: the tokens that rows are cut to, where time is short.
-        known: shapes that are compiled already, of which others are to be few.
-    """
-    shape = preset.shape
-    chosen = np.arange(len(lengths)) if rows is None else np.asarray(rows, dtype=np.int64)
-    limit = config.sequence_length if cap is None else min(cap, config.sequence_length)
-    needed = np.minimum(lengths[chosen], limit)
-    if POOLINGS[config.pooling].sees_padding:
-        buckets: tuple[int, ...] = (limit,)
-    elif known:
-        buckets = tuple(sorted({one.length for one in known if one.length < limit} | {limit}))
-    else:
-        buckets = choose_buckets(
-            needed,
-            sequence_length=limit,
-            cost=lambda length: shape.batch_flops(BatchShape(1, length)),
-            cost_of_shape=shape.compile_flops(kind, replicas),
-            multiple_of=KINDS[kind].bucket_multiple,
-        )
-    budget = tokens_per_batch(config, preset, kind)
-    return plan_batches(
-        needed, buckets=buckets, max_tokens_per_batch=budget, rows=chosen, known=known
-    )
-
-
 class _Run:
     """One run's state between its stages."""
 
@@ -217,6 +173,7 @@ class _Run:
         self._logs = logs
         self._started = started
         self._plan = Plan((), (), 0)
+        self._budget: int | None = None
         self._steering: Steering | None = None
         self._stands_s = 0.0
         self._fingerprint: Fingerprint | None = None
@@ -390,12 +347,15 @@ class _Run:
         cap: int | None = None,
         known: Sequence[BatchShape] = (),
     ) -> Plan:
+        if self._budget is None:
+            self._budget = tokens_per_batch(self.config, self.job.preset, executor.kind)
         return plan_run(
             lengths,
             self.config,
             self.job.preset,
             kind=executor.kind,
             replicas=executor.replicas,
+            budget=self._budget,
             rows=rows,
             cap=cap,
             known=known,

@@ -19,10 +19,9 @@ from runner.common.units import (
 )
 from runner.config.flags import flag
 from runner.config.run_config import RunConfig
-from runner.driver.run import plan_run
+from runner.preset.auto import plan_run
 from runner.preset.families import strategies
 from runner.preset.reader import Preset
-from runner.strategy import tensor_bytes_per_token
 from sharding.batches import Plan
 from sharding.dtypes import dtype_beside
 from sharding.kinds import KINDS
@@ -39,6 +38,7 @@ from sharding.memory import (
     value_item_bytes,
     weight_item_bytes,
 )
+from sharding.strategies import auto_strategy, tensor_bytes_per_token
 from sharding.times import (
     ONE_PROCESS_ON_A_CPU,
     START_S,
@@ -119,9 +119,8 @@ class PlanInput:
         """The way that the config names."""
         strategy = self.config.strategy
         if self.config.mode == "model-parallel" and strategy in (None, "auto"):
-            is_short = self.config.members > self.preset.shape.num_layers
-            has_tensor = "tensor" in strategies(self.preset.class_name)
-            strategy = "tensor" if is_short and has_tensor else "pipeline"
+            known = strategies(self.preset.class_name)
+            strategy = auto_strategy(known, self.config.members, self.preset.shape.num_layers)
         quantization = self.preset.quantization or self.config.quantization
         return self.config.mode, strategy, self.dtype(quantization), quantization
 
@@ -139,10 +138,11 @@ class PlanInput:
         if key not in self.plans:
             self.plans[key] = plan_run(
                 self.lengths,
-                replace(self.config, max_tokens_per_batch=budget),
+                self.config,
                 self.preset,
                 kind=self.devices.kind,
                 replicas=replicas,
+                budget=budget,
             )
         return self.plans[key]
 

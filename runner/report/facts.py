@@ -15,7 +15,7 @@ from runner.common.versions import versions
 from runner.config.run_config import RunConfig
 from runner.model.accuracy import describe
 from runner.results.table import Merger
-from runner.strategy import Strategy
+from sharding.strategies import Strategy
 
 SCHEMA = 1
 

@@ -22,11 +22,11 @@ from runner.executors.ray.session import private_folder
 from runner.model.slice_worker import TensorMember
 from runner.model.stage_worker import PipelineStage
 from runner.model.worker import Replica
-from runner.strategy import Strategy
 from runner.telemetry.timeline import COMPILING, LOADING, LOST, STARTING, Timeline
 from sharding.batches import Batch, BatchShape
 from sharding.kinds import GPU, KINDS
 from sharding.rates import Intervals
+from sharding.strategies import Strategy
 from sharding.topology import WorkerSlot
 
 # One batch computes while the next waits in the worker's queue.

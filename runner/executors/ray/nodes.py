@@ -284,8 +284,8 @@ class Nodes:
         places = sum(node.places(self.kind) for node in nodes.values())
         groups = f" and groups of {self._group_size}" if self._group_size > 1 else ""
         raise ConfigError(
-            f"Each worker needs a {KINDS[self.kind].place} of its own{groups}: {places} are free on "
-            f"the {len(nodes)} nodes that can take part. Received: --num-workers "
+            f"Each worker needs a {KINDS[self.kind].place} of its own{groups}: {places} are free "
+            f"on the {len(nodes)} nodes that can take part. Received: --num-workers "
             f"{num_workers or 'auto'}"
         )
 

@@ -47,7 +47,6 @@ from runner.executors.ray.session import (
 )
 from runner.executors.ray.shipping import SHIP
 from runner.executors.recovery import Recovery
-from runner.strategy import Strategy
 from runner.telemetry.logs import keep_logs_of_ray, worker_log
 from runner.telemetry.progress import Progress
 from runner.telemetry.timeline import Timeline
@@ -57,6 +56,7 @@ from sharding.dealing import Dealer
 from sharding.forecast import Pace
 from sharding.kinds import auto_dtype
 from sharding.rates import Rates
+from sharding.strategies import Strategy
 from sharding.topology import WorkerSlot, place_workers
 
 # A replica is given up after this many replacements that no batch explains.
