@@ -24,8 +24,9 @@ from runner.demo import make_rows, train_tokenizer, write_test_set
 from runner.planner import calibration
 from runner.planner.calibration import calibrate, sample_rows
 from runner.planner.command import asked_option, recommend
+from runner.planner.records import PlanInput
 from runner.planner.text import render
-from runner.planner.ways import PlanInput, all_options
+from runner.planner.ways import all_options
 from runner.preset.families import model_shape
 from runner.preset.reader import Preset, read_preset
 from runner.preset.resolve import check_head

@@ -20,7 +20,8 @@ import runner
 from runner.common.errors import ConfigError, WorkerError
 from runner.common.poolings import padded_length
 from runner.common.records import Examples
-from runner.planner.ways import FLAGS_OF_A_LONG_RUN, Measured, Option, PlanInput, command_flags
+from runner.config.command import FLAGS_OF_A_LONG_RUN, command_flags
+from runner.planner.records import Measured, Option, PlanInput
 from runner.telemetry.progress import Progress
 from sharding.batches import BatchShape
 from sharding.times import compile_seconds

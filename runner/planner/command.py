@@ -17,13 +17,15 @@ import numpy as np
 from runner.common.files import check_writable, write_whole
 from runner.common.machine import Devices, devices_here, named_devices
 from runner.common.units import duration
+from runner.config.command import command_flags
 from runner.config.run_config import RunConfig
 from runner.config.task import CONTEST
 from runner.data.inputs import read_rows, to_tokens
 from runner.demo import stand_in
 from runner.planner.calibration import calibrate
+from runner.planner.records import Option, PlanInput
 from runner.planner.text import render
-from runner.planner.ways import Option, PlanInput, all_options, command_flags, pipeline_over
+from runner.planner.ways import all_options, pipeline_over
 from runner.preset.reader import Preset, read_preset
 from runner.preset.resolve import check_head, named_files, settle
 from runner.telemetry.progress import Progress
