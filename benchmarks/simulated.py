@@ -22,6 +22,7 @@ from runner.driver.steering import Steering
 from runner.preset.auto import plan_run
 from runner.preset.reader import Preset
 from runner.results.journal import Journal
+from runner.results.ledger import Ledger
 from runner.results.table import Merger
 from runner.telemetry.progress import Progress
 from sharding.backlog import Backlog
@@ -177,8 +178,7 @@ class Simulated:
             self.backlog,
             self.rates,
             self,
-            merger=self.merger,
-            journal=cast(Journal, journal),
+            ledger=Ledger(self.merger, cast(Journal, journal)),
             progress=cast(Progress, progress),
             deadline=self.deadline,
             lengths=self.lengths,

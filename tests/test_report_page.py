@@ -18,8 +18,7 @@ import pytest
 from runner.common.errors import ConfigError
 from runner.common.records import Work
 from runner.config.run_config import RunConfig
-from runner.driver import run
-from runner.report import charts
+from runner.report import charts, gather
 from runner.report import page as report_page
 from runner.report.lanes import (
     ENDING,
@@ -410,22 +409,22 @@ class TestFailing:
         monkeypatch.setattr(charts, "draw", lambda *_: 1 / 0)
         page = tmp_path / "page.html"
         page.write_text("of an older run")
-        said = run.try_to_write("page", page, lambda: write_page(page, make_story()))
+        said = gather.try_to_write("page", page, lambda: write_page(page, make_story()))
         assert list(tmp_path.iterdir()) == []
         assert said == (
             "the submission stands; its page does not: ZeroDivisionError: division by zero"
         )
 
     def test_a_hang(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(run, "PAGE_WITHIN_S", 0.05)
+        monkeypatch.setattr(gather, "PAGE_WITHIN_S", 0.05)
         forever = threading.Event()
-        said = run.try_to_write("page", tmp_path / "p", forever.wait)
+        said = gather.try_to_write("page", tmp_path / "p", forever.wait)
         forever.set()
         assert said is not None
         assert "TimeoutError" in said
 
     def test_success(self, tmp_path):
-        assert run.try_to_write("page", tmp_path / "p", lambda: None) is None
+        assert gather.try_to_write("page", tmp_path / "p", lambda: None) is None
 
 
 def _real_tokens():

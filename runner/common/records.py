@@ -265,3 +265,26 @@ class Faults:
     retried_batches: int = 0
     nonfinite_rows: int = 0
     quarantined_rows: int = 0
+
+
+@dataclass(slots=True)
+class Tally:
+    """What was counted while answers came.
+
+    answered: rows that came out well. broken: rows that came out as NaN or infinity. lengths: of
+    the rows of each batch, the tokens that were computed. journal_s: seconds of keeping answers.
+    forecasts: seconds since the start, and the total seconds that were forecast then.
+    """
+
+    answered: int = 0
+    broken: list[int] = field(default_factory=list)
+    lengths: list[np.ndarray] = field(default_factory=list)
+    real_tokens: int = 0
+    padded_tokens: int = 0
+    journal_s: float = 0.0
+    forecasts: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def lengths_done(self) -> np.ndarray:
+        """Tokens of the rows that were answered: int64 (rows,)."""
+        return np.concatenate(self.lengths or [np.zeros(0, dtype=np.int64)])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from runner.common.errors import WorkerError
-from runner.common.records import BatchResult
+from runner.common.records import BatchResult, Tally
 from runner.driver.deadline import (
     BRIDGE_SHARE,
     COMPILE_SHARE,
@@ -23,8 +23,8 @@ from runner.driver.deadline import (
     spread,
 )
 from runner.executors.executor import Executor
-from runner.results.journal import Journal
-from runner.results.table import PREDICTED, SHORTENED, Merger
+from runner.results.ledger import Ledger
+from runner.results.table import PREDICTED, SHORTENED
 from runner.telemetry.progress import Progress
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape, Plan
@@ -52,7 +52,7 @@ class Steering:
         started: of the process, by `clock`.
 
     Attributes:
-        broken: rows that came out as no numbers. answered: how many came out well.
+        tally: what was counted so far.
         cap: the length that rows are cut to now, None for none.
     """
 
@@ -62,8 +62,7 @@ class Steering:
         rates: Rates,
         executor: Executor,
         *,
-        merger: Merger,
-        journal: Journal,
+        ledger: Ledger,
         progress: Progress,
         deadline: Deadline,
         lengths: np.ndarray,
@@ -76,8 +75,7 @@ class Steering:
         self._backlog = backlog
         self._rates = rates
         self._executor = executor
-        self._merger = merger
-        self._journal = journal
+        self._ledger = ledger
         self._progress = progress
         self._deadline = deadline
         self._lengths = lengths
@@ -88,22 +86,11 @@ class Steering:
         self._clock = clock
         self._cheapest_first = False
         self._uncounted = set(backlog.rows_left)
-        self._lengths_done: list[np.ndarray] = []
         self._first_forecast_at: float | None = None
         self._forecast_next = self._decided_at = float("-inf")
         self._improving = self._is_bridging = False
-        self.answered = 0
-        self.broken: list[int] = []
+        self.tally = Tally()
         self.cap: int | None = None
-        self.forecasts: list[tuple[float, float]] = []
-        self.real_tokens = self.padded_tokens = 0
-        self.journal_s = 0.0
-
-    @property
-    def lengths_done(self) -> np.ndarray:
-        """Tokens of the rows that were answered: int64 (rows,)."""
-        none = [np.zeros(0, dtype=np.int64)]
-        return np.concatenate(self._lengths_done or none)
 
     def take(self, result: BatchResult) -> None:
         """Keep the answers of a batch, on disk and in the table.
@@ -112,7 +99,7 @@ class Steering:
             WorkerError: nothing but NaN and infinity comes out.
             JournalError: they cannot be kept.
         """
-        batch = result.batch
+        batch, tally = result.batch, self.tally
         finite = result.finite
         cut = self._is_cut(batch)
         lengths = np.minimum(self._lengths[list(batch.rows)], batch.shape.length)
@@ -121,27 +108,24 @@ class Steering:
             if not rows:
                 continue
             began = time.perf_counter()
-            self._journal.add(
+            self._ledger.add(
                 rows,
                 result.probabilities[chosen],
                 how=how,
+                lengths=lengths[chosen],
                 worker=str(result.replica),
-                lengths=lengths[chosen].tolist(),
             )
-            self.journal_s += time.perf_counter() - began
-            self._merger.add(
-                rows, result.probabilities[chosen], how=how, lengths=lengths[chosen], again=True
-            )
-        self.broken += result.rows_where(~finite)
-        self.answered += int(finite.sum())
-        if not self.answered and len(self.broken) >= MOST_BROKEN_ROWS:
+            tally.journal_s += time.perf_counter() - began
+        tally.broken += result.rows_where(~finite)
+        tally.answered += int(finite.sum())
+        if not tally.answered and len(tally.broken) >= MOST_BROKEN_ROWS:
             raise WorkerError(
-                f"The first {len(self.broken)} rows came out as NaN or infinity. If the dtype is "
+                f"The first {len(tally.broken)} rows came out as NaN or infinity. If the dtype is "
                 "float16, try --dtype bfloat16 or float32; else look at the weights and the head."
             )
-        self._lengths_done.append(lengths)
-        self.real_tokens += int(lengths.sum())
-        self.padded_tokens += batch.shape.tokens
+        tally.lengths.append(lengths)
+        tally.real_tokens += int(lengths.sum())
+        tally.padded_tokens += batch.shape.tokens
         new = self._uncounted.intersection(batch.rows)
         self._uncounted -= new
         self._progress.advance(rows=len(new), tokens=int(lengths.sum()))
@@ -181,7 +165,7 @@ class Steering:
             return
         now = self._clock() - self._started
         rows = [
-            row for row, how in enumerate(self._merger.how)
+            row for row, how in enumerate(self._ledger.table.how)
             if how == SHORTENED and row not in self._backlog.rows_left
         ]  # fmt: skip
         if not rows:
@@ -211,7 +195,9 @@ class Steering:
     def _is_done_but_for_length(self) -> bool:
         """Whether nothing waits, and what is computed now are rows that have an answer."""
         backlog = self._backlog
-        return not backlog.counts() and all(self._merger.how[row] for row in backlog.rows_left)
+        return not backlog.counts() and all(
+            self._ledger.table.how[row] for row in backlog.rows_left
+        )
 
     def _decide(self, now: float, left: float) -> None:
         """Give up no more than the time asks for, and take back what it does not."""
@@ -346,10 +332,10 @@ class Steering:
 
     def _withdraw(self, kept: Iterable[Batch] = ()) -> list[int]:
         """Take back the rows that wait; those that have an answer already stand with it."""
-        return [row for row in self._backlog.withdraw(kept) if not self._merger.how[row]]
+        return [row for row in self._backlog.withdraw(kept) if not self._ledger.table.how[row]]
 
     def _unanswered(self, batches: Iterable[Batch]) -> list[int]:
-        return [row for batch in batches for row in batch.rows if not self._merger.how[row]]
+        return [row for batch in batches for row in batch.rows if not self._ledger.table.how[row]]
 
     def _longer(self, rows: Sequence[int], cap: int) -> int:
         """Return how many rows a cut makes shorter."""
@@ -371,9 +357,10 @@ class Steering:
         return self._lengths[list(batch.rows)] > batch.shape.length
 
     def _keep(self, now: float, left: float) -> None:
-        if len(self.forecasts) >= MOST_FORECASTS:
-            self.forecasts = self.forecasts[::2]
-        self.forecasts.append((round(now, 2), round(now + left, 2)))
+        forecasts = self.tally.forecasts
+        if len(forecasts) >= MOST_FORECASTS:
+            del forecasts[1::2]
+        forecasts.append((round(now, 2), round(now + left, 2)))
 
     def _say(self, now: float, what: str) -> None:
         self._progress.note(f"deadline: {self._deadline.note(now, what)}")

@@ -13,7 +13,7 @@ from runner.common.records import BatchResult, Examples, TokenTable
 from runner.config.task import CONTEST, Task
 from runner.driver.deadline import Deadline
 from runner.executors.executor import Executor
-from runner.results.journal import Journal
+from runner.results.ledger import Ledger
 from runner.results.table import FILLED, SWAPPED, Merger
 from runner.telemetry.progress import Progress
 from sharding.backlog import Backlog
@@ -52,8 +52,7 @@ def predict_swapped(
     batches: Sequence[Batch],
     *,
     labels: Sequence[int],
-    merger: Merger,
-    journal: Journal,
+    ledger: Ledger,
     deadline: Deadline,
     progress: Progress,
     cost: Callable[[BatchShape], float],
@@ -74,10 +73,10 @@ def predict_swapped(
     """
     backlog, rates = Backlog(batches, cost=cost, first_index=first_index), Rates(cost)
     averaged, written_at = 0, time.monotonic()
-    results = executor.run(backlog, tokens, rates=rates, ids=merger.ids)
+    results = executor.run(backlog, tokens, rates=rates, ids=ledger.table.ids)
     for result in results:
         if result is not None:
-            averaged += _average(result, tokens, labels, merger, journal)
+            averaged += _average(result, tokens, labels, ledger)
             progress.stage(
                 f"{averaged:,} rows predicted again with their responses swapped, and averaged"
             )
@@ -94,16 +93,14 @@ def _average(
     result: BatchResult,
     tokens: TokenTable,
     labels: Sequence[int],
-    merger: Merger,
-    journal: Journal,
+    ledger: Ledger,
 ) -> int:
     finite = result.finite
     rows = result.rows_where(finite)
     if not rows:
         return 0
     back = result.probabilities[finite][:, list(labels)]
-    mean = (merger.probabilities(rows) + back) / 2
-    lengths = np.minimum(tokens.lengths[rows], result.batch.shape.length).tolist()
-    journal.add(rows, mean, how=SWAPPED, worker=str(result.replica), lengths=lengths)
-    merger.add(rows, mean, how=SWAPPED, lengths=lengths, again=True)
+    mean = (ledger.table.probabilities(rows) + back) / 2
+    lengths = np.minimum(tokens.lengths[rows], result.batch.shape.length)
+    ledger.add(rows, mean, how=SWAPPED, lengths=lengths, worker=str(result.replica))
     return len(rows)
