@@ -293,14 +293,15 @@ CLUSTER = """
 import sys
 import ray
 from ray.cluster_utils import Cluster
-from runner import cli; from runner.executors.ray import replicas as dispatch
+from runner import cli
+from runner.executors.ray import places, replicas
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
 second = cluster.add_node(num_cpus=1)
-dispatch.start_ray = lambda num_cpus, verbose: ray.init(
+places.start_ray = lambda num_cpus, verbose: ray.init(
     address=cluster.address, log_to_driver=False, configure_logging=False
 )
-predict = dispatch.RayReplicas._run
+predict = replicas.RayReplicas._run
 
 def run(self, backlog):
     came = 0
@@ -312,7 +313,7 @@ def run(self, backlog):
         yield result
     assert came > 5, "the second node had no part in it"
 
-dispatch.RayReplicas._run = run
+replicas.RayReplicas._run = run
 code = cli.main(sys.argv[1:])
 ray.shutdown()
 cluster.shutdown()

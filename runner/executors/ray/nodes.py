@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from runner.common.errors import ArenaRunnerError, ConfigError, WorkerError, first_line
 from runner.common.files import cache_folder, compilation_cache
 from runner.common.records import ModelSpec
+from runner.executors.ray.calls import ray_errors
 from runner.executors.ray.session import find_devices
 from runner.executors.ray.shipping import Parcel, Receiver, at, parcels, pieces
 from runner.preset.resolve import ANSWERS_DEPEND_ON
@@ -127,16 +128,18 @@ class Nodes:
         self._first: tuple[WorkerSlot, ...] = ()
         self._thread: threading.Thread | None = None
         self.kind = "cpu"
+        self.may_grow = True
         # Ids of nodes that have had workers and are gone.
         self.lost: frozenset[str] = frozenset()
 
     def open(self, dtype: str) -> tuple[int, str]:
         """Find places for the first workers; return how many replicas they make, and what `dtype`
         means on them, `auto` where only a worker can tell."""
-        self.kind, _ = find_devices()
-        self._first = self._place(self._wait_for_room(), self._num_workers, is_first=True)
-        if dtype == "auto":
-            dtype = self._dtype()
+        with ray_errors():
+            self.kind, _ = find_devices()
+            self._first = self._place(self._wait_for_room(), self._num_workers, is_first=True)
+            if dtype == "auto":
+                dtype = self._dtype()
         return len(self._first) // self._group_size, dtype
 
     def start(self, spec: ModelSpec) -> None:
