@@ -4,7 +4,7 @@ Numbers alone: `runner/planner/ways.py` says in words how they come about.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sharding.batches import Plan
 from sharding.costs import ModelShape
@@ -103,26 +103,10 @@ def fit(
         asked_budget: padded tokens of a batch, None to choose.
         plan: padded tokens of a batch -> the batches.
     """
-    item_bytes = weight_item_bytes(way.dtype, way.quantization)
-    whole = shape.weight_bytes(item_bytes)
-    limit = room.limit_bytes
-    held, share = whole / way.members, 1 / way.members
-    if way.strategy == "pipeline":
-        try:
-            stages = cut_layers(shape, way.members, item_bytes, limit)
-        except ValueError:
-            return Fit(exceeds=STAGE, item_bytes=item_bytes, whole_bytes=whole)
-        held = max(stage.weight_bytes for stage in stages)
-        share = max(stage.stop - stage.start for stage in stages) / shape.num_layers
-    if limit is not None and held > limit:
-        return Fit(
-            exceeds=WEIGHTS,
-            item_bytes=item_bytes,
-            whole_bytes=whole,
-            held_bytes=held,
-            need=Need(held, 0.0, 0.0),
-        )
-    value_bytes = value_item_bytes(way.dtype, way.quantization)
+    weights, limit = _fit_weights(shape, room, way), room.limit_bytes
+    if weights.exceeds is not None:
+        return weights
+    held, value_bytes = weights.held_bytes, value_item_bytes(way.dtype, way.quantization)
     budget = asked_budget or KINDS[room.kind].tokens_per_batch
     if asked_budget is None and KINDS[room.kind].fits_batches:
         budget = batch_budget(
@@ -164,17 +148,28 @@ def fit(
         exceeds = DEVICE
     elif room.host_bytes is not None and host > room.host_bytes:
         exceeds = HOST
-    return Fit(
-        exceeds=exceeds,
-        item_bytes=item_bytes,
-        whole_bytes=whole,
-        held_bytes=held,
-        share=share,
-        budget=budget,
-        plan=batches,
-        need=needs,
-        host_bytes=host,
+    return replace(
+        weights, exceeds=exceeds, budget=budget, plan=batches, need=needs, host_bytes=host
     )
+
+
+def _fit_weights(shape: ModelShape, room: Room, way: Way) -> Fit:
+    """Return whether the weights alone fit."""
+    item_bytes = weight_item_bytes(way.dtype, way.quantization)
+    whole, limit = shape.weight_bytes(item_bytes), room.limit_bytes
+    found = Fit(exceeds=None, item_bytes=item_bytes, whole_bytes=whole)
+    held, share = whole / way.members, 1 / way.members
+    if way.strategy == "pipeline":
+        try:
+            stages = cut_layers(shape, way.members, item_bytes, limit)
+        except ValueError:
+            return replace(found, exceeds=STAGE)
+        held = max(stage.weight_bytes for stage in stages)
+        share = max(stage.stop - stage.start for stage in stages) / shape.num_layers
+    found = replace(found, held_bytes=held, share=share)
+    if limit is not None and held > limit:
+        return replace(found, exceeds=WEIGHTS, need=Need(held, 0.0, 0.0))
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,47 +63,51 @@ def run(
         _check_outputs(config)
         logs.check()
         setting = _settle(config, progress, logs, started)
-        config, job = setting.config, setting.job
-        progress.stage(f"reading {job.test_set.name}")
-        rows = read(setting)
-        if not rows.examples:
-            progress.note(f"warning: {job.test_set} has no rows; the submission is a header.")
-        outcome = Outcome(rows=len(rows.examples))
-        reports = _reports(setting, rows, outcome)
-        _open_logs(setting)
-
-        def write_reports() -> dict[str, Any]:
-            return reports.write(_computed(executor))
-
-        with (
-            _open_executor(setting, rows) as executor,
-            Guard(
-                setting.last_call(is_starting=True),
-                lambda: end_without(setting, rows, outcome, write_reports),
-            ) as guard,
-        ):
-            metrics.watch(lambda: reports.figures(_computed(executor)))
-            dtype = executor.open(config.dtype, compilation_cache()) if rows.examples else ""
-            dtype = job.dtype(config, dtype)
-            on_signals_taken()
-            with open_ledger(setting, rows, outcome, dtype) as ledger:
-                passes = Passes(setting, rows, outcome, executor, ledger)
-                if rows.table.unfinished() or passes.rows_to_improve():
-                    executor.start(job.spec(config, dtype))
-                if rows.table.unfinished():
-                    guard.postpone(setting.last_call())
-                    passes.predict()
-                    passes.repeat_broken_rows()
-                guard.call_off()
-                fill(setting, rows, ledger)
-                progress.stage("merging and writing")
-                write(setting, rows, outcome)
-                passes.improve()
-                quantization = passes.measure_quantization()
-        report = reports.write(_computed(executor), quantization)
-        logs.record(LogEvent("end", summarize(report, config)))
-    print(say_summary(report, config), flush=True)
+        report = _run(setting, metrics, on_signals_taken)
+        logs.record(LogEvent("end", summarize(report, setting.config)))
+    print(say_summary(report, setting.config), flush=True)
     return report
+
+
+def _run(
+    setting: Setting, metrics: Metrics, on_signals_taken: Callable[[], None]
+) -> dict[str, Any]:
+    """Read, predict, write and report."""
+    config, job, progress = setting.config, setting.job, setting.progress
+    progress.stage(f"reading {job.test_set.name}")
+    rows = read(setting)
+    if not rows.examples:
+        progress.note(f"warning: {job.test_set} has no rows; the submission is a header.")
+    outcome = Outcome(rows=len(rows.examples))
+    reports = _reports(setting, rows, outcome)
+    _open_logs(setting)
+
+    def end() -> int:
+        return end_without(setting, rows, outcome, lambda: reports.write(_computed(executor)))
+
+    with (
+        _open_executor(setting, rows) as executor,
+        Guard(setting.last_call(is_starting=True), end) as guard,
+    ):
+        metrics.watch(lambda: reports.figures(_computed(executor)))
+        dtype = executor.open(config.dtype, compilation_cache()) if rows.examples else ""
+        dtype = job.dtype(config, dtype)
+        on_signals_taken()
+        with open_ledger(setting, rows, outcome, dtype) as ledger:
+            passes = Passes(setting, rows, outcome, executor, ledger)
+            if rows.table.unfinished() or passes.rows_to_improve():
+                executor.start(job.spec(config, dtype))
+            if rows.table.unfinished():
+                guard.postpone(setting.last_call())
+                passes.predict()
+                passes.repeat_broken_rows()
+            guard.call_off()
+            fill(setting, rows, ledger)
+            progress.stage("merging and writing")
+            write(setting, rows, outcome)
+            passes.improve()
+            quantization = passes.measure_quantization()
+    return reports.write(_computed(executor), quantization)
 
 
 def _check_outputs(config: RunConfig) -> None:

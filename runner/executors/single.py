@@ -46,6 +46,23 @@ WAIT_S = 0.2
 Answer = tuple[Any, Any, BaseException | None]
 
 
+class _Compiling:
+    """The one shape that is being compiled, and when any was. asked_s: by the timeline."""
+
+    def __init__(self) -> None:
+        self.shape: BatchShape | None = None
+        self.asked_s = 0.0
+        self.times = Intervals()
+
+    def begin(self, shape: BatchShape, asked_s: float) -> None:
+        self.shape, self.asked_s = shape, asked_s
+        self.times.begin(time.monotonic())
+
+    def end(self) -> None:
+        self.shape = None
+        self.times.end(time.monotonic())
+
+
 class InProcess:
     """One replica on the first device JAX finds, on all cores where that is the CPU."""
 
@@ -165,73 +182,87 @@ class InProcess:
     def _run(
         self, backlog: Backlog, recovery: Recovery, rates: Rates, threads: "_Threads"
     ) -> Generator[BatchResult | None, None, None]:
-        stats, started = self.stats[0], 0.0
         self._warm, self._used = set(), set()
-        warm = self._warm
-        compiling: BatchShape | None = None
-        compiling_s = 0.0
-        compile_times = Intervals()
+        compiling = _Compiling()
         in_flight: deque[Batch] = deque()
+        started = 0.0
         while backlog:
-            while len(in_flight) < BATCHES_IN_FLIGHT:
-                if any(map(backlog.is_suspect, in_flight)):
-                    break
-                batch = backlog.take(0, runnable=warm.__contains__, alone=not in_flight)
-                if batch is None:
-                    break
+            while batch := self._next_batch(backlog, in_flight):
                 in_flight.append(batch)
                 threads.predict(self._replica.predict, batch)
                 started = started or time.monotonic()
-            if compiling is None and (rates.is_measured(0) or not in_flight):
-                # What a batch takes is known sooner where no compiler is beside it. From then on
-                # one thread compiles in the order of use, ahead of the batches.
-                shapes = backlog.shapes(0)
-                compiling = next((shape for shape in shapes if shape not in warm), None)
-                if compiling is not None:
-                    threads.compile(self._replica.compile, compiling)
-                    compile_times.begin(time.monotonic())
-                    compiling_s = self._timeline.now()
-                    if not warm:
-                        self._progress.set_worker(0, f"compiling 1/{len(shapes)}")
+            if compiling.shape is None and (rates.is_measured(0) or not in_flight):
+                # What a batch takes is known sooner if no compiler is beside it. From then on one
+                # thread compiles in the order of use, ahead of the batches.
+                self._compile_next(backlog, compiling, threads)
             answer = threads.wait(WAIT_S)
             if answer is None:
                 yield None
                 continue
             asked, value, error = answer
             if isinstance(asked, BatchShape):
-                if error is not None and not isinstance(error, DeviceMemoryError):
-                    raise error
-                # Where memory was short, predicting says so of a batch that can be split.
-                stats.count_compiled(value or CompileInfo(0.0, cached=False))
-                is_cached = value is not None and value.cached
-                self._timeline.add(COMPILING, 0, 0, compiling_s, shape=asked, is_cached=is_cached)
-                warm.add(asked)
-                compiling = None
-                compile_times.end(time.monotonic())
-                self._progress.set_worker(0, "busy")
+                self._take_compiled(asked, value, error, compiling)
                 continue
             in_flight.remove(asked)
             if error is not None:
                 self._take_failure(recovery, asked, error)
                 continue
-            result: BatchResult = value
-            now = time.monotonic()
-            seconds = result.work[0].seconds
-            rates.learn(
-                0,
-                asked.shape,
-                seconds,
-                is_first=asked.shape not in self._used,
-                compiling_s=compile_times.within(now - seconds, now),
-            )
-            self._used.add(asked.shape)
+            self._count(value, rates, compiling, started)
             recovery.answered()
-            stats.count(len(asked.rows), result.work[0])
-            self._timeline.predicted(asked, 0, result.work, 0.0)
-            self.predict_s = now - started
-            stats.idle_s = max(0.0, self.predict_s - stats.busy_s)
             if backlog.finish(asked):
-                yield result
+                yield value
+
+    def _next_batch(self, backlog: Backlog, in_flight: deque[Batch]) -> Batch | None:
+        """Return what to compute next, None if enough is under way."""
+        if len(in_flight) >= BATCHES_IN_FLIGHT or any(map(backlog.is_suspect, in_flight)):
+            return None
+        return backlog.take(0, runnable=self._warm.__contains__, alone=not in_flight)
+
+    def _compile_next(self, backlog: Backlog, compiling: "_Compiling", threads: "_Threads") -> None:
+        shapes = backlog.shapes(0)
+        shape = next((shape for shape in shapes if shape not in self._warm), None)
+        if shape is None:
+            return
+        threads.compile(self._replica.compile, shape)
+        compiling.begin(shape, self._timeline.now())
+        if not self._warm:
+            self._progress.set_worker(0, f"compiling 1/{len(shapes)}")
+
+    def _take_compiled(
+        self,
+        shape: BatchShape,
+        info: CompileInfo | None,
+        error: BaseException | None,
+        compiling: "_Compiling",
+    ) -> None:
+        if error is not None and not isinstance(error, DeviceMemoryError):
+            raise error
+        # If memory was short, predicting says so of a batch that can be split.
+        info = info or CompileInfo(0.0, cached=False)
+        self.stats[0].count_compiled(info)
+        self._timeline.add(COMPILING, 0, 0, compiling.asked_s, shape=shape, is_cached=info.cached)
+        self._warm.add(shape)
+        compiling.end()
+        self._progress.set_worker(0, "busy")
+
+    def _count(
+        self, result: BatchResult, rates: Rates, compiling: "_Compiling", started: float
+    ) -> None:
+        """Count a batch that went well, and learn from it."""
+        now, shape, stats = time.monotonic(), result.batch.shape, self.stats[0]
+        seconds = result.work[0].seconds
+        rates.learn(
+            0,
+            shape,
+            seconds,
+            is_first=shape not in self._used,
+            compiling_s=compiling.times.within(now - seconds, now),
+        )
+        self._used.add(shape)
+        stats.count(len(result.batch.rows), result.work[0])
+        self._timeline.predicted(result.batch, 0, result.work, 0.0)
+        self.predict_s = now - started
+        stats.idle_s = max(0.0, self.predict_s - stats.busy_s)
 
     def _take_failure(self, recovery: Recovery, batch: Batch, error: BaseException) -> None:
         if isinstance(error, DeviceMemoryError):
