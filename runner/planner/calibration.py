@@ -24,6 +24,7 @@ from runner.config.command import FLAGS_OF_A_LONG_RUN, command_flags
 from runner.planner.records import Measured, Option, PlanInput
 from runner.telemetry.progress import Progress
 from sharding.batches import BatchShape
+from sharding.fit import plan_flops
 from sharding.times import compile_seconds
 
 # What the batches of all lengths together should take by the forecast before.
@@ -48,10 +49,7 @@ def calibrate(job: PlanInput, option: Option, examples: Examples, progress: Prog
             f"{option.why_not}. Leave it out to see what does. Received: --mode {option.mode}"
         )
     rows = sample_rows(job, option)
-    sample = Examples(
-        tuple(str(number) for number in range(len(rows))),
-        {name: tuple(cells[row] for row in rows) for name, cells in examples.columns.items()},
-    )
+    sample = _rows_of(examples, rows)
     replicas = max(1, option.workers // option.group_size)
     of_sample = replace(job, lengths=job.lengths[rows], plans={})
     plan = of_sample.plan(budget=option.budget, replicas=replicas)
@@ -65,8 +63,11 @@ def calibrate(job: PlanInput, option: Option, examples: Examples, progress: Prog
         # Compiling took cores from the batches. Now it is in the cache.
         progress.stage("calibrating: the same again, with nothing left to compile")
         second = _measure(job, sample)
-    flops = float(sum(job.preset.shape.batch_flops(batch.shape) for batch in plan.batches))
-    flops_per_s = flops * _busiest_share(job, option) / _busy_s(second["workers"])
+    flops_per_s = (
+        plan_flops(job.preset.shape, plan)
+        * _busiest_share(job, option)
+        / _busy_s(second["workers"])
+    )
     peak = job.peak(option.mode, option.dtype, option.quantization, option.workers)
     before_predict_s = first["seconds"]["total"] - first["seconds"]["predict"]
     one_shape_s = compile_seconds(
@@ -81,12 +82,7 @@ def calibrate(job: PlanInput, option: Option, examples: Examples, progress: Prog
     if option.seconds is not None:
         expected_s = option.seconds.start + option.seconds.load + one_shape_s
         slowness = before_predict_s / expected_s
-    compiled = [worker for worker in first["workers"] if worker["compiled_shapes"]]
-    # Where all came from the cache, other shapes may still have to be compiled.
-    compile_s = max(
-        (worker["compile_s"] / worker["compiled_shapes"] for worker in compiled),
-        default=one_shape_s,
-    )
+    compile_s = _compile_s(first["workers"], one_shape_s)
     others = len(plan.shapes) - 1
     if second is not first and others:
         # Batches and compiles shared the cores: what a shape added is less than what it took.
@@ -133,6 +129,23 @@ def sample_rows(job: PlanInput, option: Option) -> np.ndarray:
             )  # fmt: skip
         chosen += [row] * (batches * rows_of_batch)
     return np.array(chosen)
+
+
+def _rows_of(examples: Examples, rows: np.ndarray) -> Examples:
+    """Return some rows under ids of their own."""
+    return Examples(
+        tuple(str(number) for number in range(len(rows))),
+        {name: tuple(cells[row] for row in rows) for name, cells in examples.columns.items()},
+    )
+
+
+def _compile_s(workers: list[dict[str, Any]], default: float) -> float:
+    """Return the seconds that a shape took to compile at most; `default` if all came from the
+    cache, since other shapes may still have to be compiled."""
+    compiled = [worker for worker in workers if worker["compiled_shapes"]]
+    return max(
+        (worker["compile_s"] / worker["compiled_shapes"] for worker in compiled), default=default
+    )
 
 
 def _measure(job: PlanInput, sample: Examples) -> dict[str, Any]:

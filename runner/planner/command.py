@@ -7,6 +7,7 @@ batches by the ordinary command. `ways.py` does the arithmetic, `text.py` the wo
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -29,8 +30,10 @@ from runner.planner.ways import all_options, pipeline_over
 from runner.preset.reader import Preset, read_preset
 from runner.preset.resolve import check_head, named_files, settle
 from runner.telemetry.progress import Progress
+from sharding.batches import Plan
 from sharding.buckets import bucket_of
 from sharding.dtypes import dtype_beside
+from sharding.fit import plan_flops
 from sharding.memory import weight_item_bytes
 
 SCHEMA = 1
@@ -140,7 +143,6 @@ def describe(job: PlanInput, uncut: np.ndarray, options: list[Option]) -> dict[s
     asked = asked_option(job, options)
     shown = asked if asked.fits else best
     batches = shown.plan if shown else None
-    cut = uncut > config.sequence_length
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "config": {
@@ -148,26 +150,7 @@ def describe(job: PlanInput, uncut: np.ndarray, options: list[Option]) -> dict[s
             for key, value in asdict(config).items()
         },
         "rows": int(uncut.size),
-        "lengths": {
-            "mean": float(uncut.mean()) if uncut.size else 0.0,
-            "percentiles": {
-                str(place): int(value)
-                for place, value in zip(
-                    PERCENTILES,
-                    np.percentile(uncut, PERCENTILES) if uncut.size else [],
-                    strict=False,
-                )
-            },
-            "quartiles": [int(v) for v in np.percentile(uncut, (0, 25, 50, 75, 100))]
-            if uncut.size
-            else [],
-            "histogram": _histogram(uncut, config.sequence_length),
-            "cut": {
-                "rows": int(cut.sum()),
-                "share": float(cut.mean()) if uncut.size else 0.0,
-                "tokens_lost": int((uncut - job.lengths).sum()),
-            },
-        },
+        "lengths": _describe_lengths(job, uncut),
         "plan_of": _name(shown) if shown else None,
         "buckets": [],
         "shapes": [],
@@ -194,29 +177,56 @@ def describe(job: PlanInput, uncut: np.ndarray, options: list[Option]) -> dict[s
         "recommendation": {"why": why, **(_name(best) if best else {"mode": None})},
     }
     if batches is not None and batches.batches:
-        of_shape = dict.fromkeys(batches.shapes, 0)
-        for batch in batches.batches:
-            of_shape[batch.shape] += 1
-        edges = tuple(sorted(one.length for one in batches.shapes))
-        rows = bucket_of(job.lengths, edges)
-        document["buckets"] = [
-            {"length": edge, "rows": int((rows == edge).sum())} for edge in edges
-        ]
-        document["shapes"] = [
-            {"rows": one.rows, "length": one.length, "batches": count}
-            for one, count in of_shape.items()
-        ]
-        document["padding"] = 1 - batches.real_tokens / batches.padded_tokens
-        document["tokens"] = {"real": batches.real_tokens, "padded": batches.padded_tokens}
-        padded = float(sum(shape.batch_flops(batch.shape) for batch in batches.batches))
-        matmuls = batches.padded_tokens * shape.flops_per_token
-        document["flops"] |= {"padded": padded, "attention_share": padded / matmuls - 1}
+        _add_batches(document, job, batches)
     if best is not None:
         document["recommendation"] |= {
             "seconds": best.total_s,
             "command": ["python", "run.py", *_command(job, best)],
         }
     return document
+
+
+def _describe_lengths(job: PlanInput, uncut: np.ndarray) -> dict[str, Any]:
+    most = job.config.sequence_length
+    cut = uncut > most
+
+    def percentiles(places: Sequence[int]) -> list[int]:
+        return [int(value) for value in np.percentile(uncut, places)] if uncut.size else []
+
+    return {
+        "mean": float(uncut.mean()) if uncut.size else 0.0,
+        "percentiles": {
+            str(place): value
+            for place, value in zip(PERCENTILES, percentiles(PERCENTILES), strict=False)
+        },
+        "quartiles": percentiles((0, 25, 50, 75, 100)),
+        "histogram": _histogram(uncut, most),
+        "cut": {
+            "rows": int(cut.sum()),
+            "share": float(cut.mean()) if uncut.size else 0.0,
+            "tokens_lost": int((uncut - job.lengths).sum()),
+        },
+    }
+
+
+def _add_batches(document: dict[str, Any], job: PlanInput, batches: Plan) -> None:
+    """Fill in what is known of the batches."""
+    shape = job.preset.shape
+    of_shape = dict.fromkeys(batches.shapes, 0)
+    for batch in batches.batches:
+        of_shape[batch.shape] += 1
+    edges = tuple(sorted(one.length for one in batches.shapes))
+    rows = bucket_of(job.lengths, edges)
+    document["buckets"] = [{"length": edge, "rows": int((rows == edge).sum())} for edge in edges]
+    document["shapes"] = [
+        {"rows": one.rows, "length": one.length, "batches": count}
+        for one, count in of_shape.items()
+    ]
+    document["padding"] = 1 - batches.real_tokens / batches.padded_tokens
+    document["tokens"] = {"real": batches.real_tokens, "padded": batches.padded_tokens}
+    padded = plan_flops(shape, batches)
+    matmuls = batches.padded_tokens * shape.flops_per_token
+    document["flops"] |= {"padded": padded, "attention_share": padded / matmuls - 1}
 
 
 def _file_bytes(preset: Preset) -> float:
