@@ -5,20 +5,25 @@ once: `python -m tests.warm` imports all of it, starts no thread and no JAX back
 child for each command that it is asked to run. A child is a process of its own, with its own
 environment, streams, folder, signals and exit code; what it shares is what it imported.
 
+Ray's workers of such a command begin in the same way: instead of Python, Ray starts
+`warm_worker.py`, which asks this server for a child and lives as long as it does.
+
 Settings that a library reads while it is imported must not differ between children: a command that
 sets one (see `NEEDS_COLD`) is to be started cold.
 """
 
 import array
 import contextlib
-import io
+import importlib
 import json
 import os
+import re
 import select
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -30,7 +35,10 @@ ROOT = Path(__file__).resolve().parent.parent
 NEEDS_COLD = ("JAX_", "KERAS_", "PYTHON", "RAY_", "TF_", "MPL")
 STARTS_WITHIN_S = 300.0
 MOST_REQUEST_BYTES = 1 << 18
-POLL_S = 0.02
+# Words of a command line that needs no Ray.
+WITHOUT_RAY = frozenset(("single", "--plan", "--help", "--version", "prepare"))
+# In a child's environment: the socket at which `warm_worker.py` asks for children.
+WORKERS_AT = "ARENA_TEST_WORKERS_AT"
 
 
 class WarmProcess:
@@ -114,11 +122,14 @@ class WarmPython:
     def __init__(self) -> None:
         self._server: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        # A socket's path must be short.
+        self._folder = tempfile.TemporaryDirectory(prefix="arena-warm-", dir="/tmp")
+        self._workers_at = f"{self._folder.name}/workers"
 
     @staticmethod
-    def can_run(env: dict[str, str]) -> bool:
-        """Whether a child with this environment is what a cold start would be."""
-        return not any(name.startswith(NEEDS_COLD) for name in env)
+    def can_run(extra: dict[str, str]) -> bool:
+        """Whether a child with these settings of its own is what a cold start would be."""
+        return not any(name.startswith(NEEDS_COLD) for name in extra)
 
     def start(
         self,
@@ -129,6 +140,7 @@ class WarmPython:
         script: Path | None = None,
         stdout: int | IO[Any] | None = subprocess.PIPE,
         stderr: int | IO[Any] | None = subprocess.PIPE,
+        warm_workers: bool = True,
     ) -> WarmProcess:
         """Run `python run.py ARGV`, or `python SCRIPT ARGV`, in a child and a session of its own.
 
@@ -141,15 +153,16 @@ class WarmPython:
         request = {
             "argv": [str(part) for part in argv],
             "script": str(script) if script else None,
-            "env": env,
+            "env": env | ({WORKERS_AT: self._workers_at} if warm_workers else {}),
             "cwd": str(cwd or Path.cwd()),
+            "is_worker": False,
         }
         pipes: dict[str, IO[str]] = {}
         given, opened = [], []
         for name, target in (("stdout", stdout), ("stderr", stderr)):
             if target == subprocess.PIPE:
                 reader, writer = os.pipe()
-                pipes[name] = io.open(reader, encoding="utf-8", errors="replace")
+                pipes[name] = open(reader, encoding="utf-8", errors="replace")  # noqa: SIM115 - the process closes it
                 opened.append(writer)
                 given.append(writer)
             else:
@@ -177,15 +190,14 @@ class WarmPython:
             process.kill()
             raise
         assert process.returncode is not None
-        return subprocess.CompletedProcess(
-            process.args, process.returncode, out or "", err or ""
-        )
+        return subprocess.CompletedProcess(process.args, process.returncode, out or "", err or "")
 
     def close(self) -> None:
         if self._control is not None:
             self._control.close()
         if self._server is not None:
             self._server.wait(timeout=60)
+        self._folder.cleanup()
 
     def _start_server(self, env: dict[str, str]) -> None:
         if self._server is not None and self._server.poll() is None:
@@ -193,7 +205,7 @@ class WarmPython:
         self._control, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with its:
             self._server = subprocess.Popen(
-                [sys.executable, "-m", "tests.warm", str(its.fileno())],
+                [sys.executable, "-m", "tests.warm", str(its.fileno()), self._workers_at],
                 cwd=ROOT,
                 env=env | {"KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "3"},
                 pass_fds=[its.fileno()],
@@ -202,97 +214,120 @@ class WarmPython:
 
 
 def import_all() -> None:
-    """Import what commands import, as a worker does: without TensorFlow."""
+    """Import what commands and workers import, as a worker does: without TensorFlow.
+
+    Ray is left to the children, but for the libraries that it imports: it takes settings such as a
+    worker's job from the environment of the process that loads it.
+    """
     for module in ("tensorflow", "tensorflow_text"):
         sys.modules[module] = None  # type: ignore[assignment]
-    import jax.numpy  # noqa: F401
-    import keras_hub  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
-
-    import runner.attention
-    import runner.cli
-    import runner.demo
-    import runner.dispatch
-    import runner.loading
-    import runner.pipeline
-    import runner.planner
-    import runner.predictor
-    import runner.prepare
-    import runner.quantization
-    import runner.report_page
-    import runner.single  # noqa: F401
+    for module in (
+        *("jax.numpy", "keras_hub", "matplotlib.pyplot", "matplotlib.backends.backend_svg"),
+        *("google.protobuf.descriptor_pb2", "jsonschema", "msgpack", "psutil", "yaml"),
+        *("runner.cli", "runner.demo", "runner.pipeline", "runner.planner", "runner.prepare"),
+        *("runner.report_page", "runner.single", "runner.workers", "runner.attention"),
+        *("runner.loading", "runner.predictor", "runner.quantization", "runner.rewrites"),
+    ):
+        importlib.import_module(module)
+    assert "ray" not in sys.modules
 
 
-def serve(control: socket.socket) -> None:
-    """Fork a child for each message until the other end is closed; say how each ended."""
-    import_all()
-    import gc
+class Server:
+    """Forks a child for each request until the other end of `control` is closed.
 
-    gc.freeze()  # children copy no page for a collection
-    own_threads = len(os.listdir("/proc/self/task"))
-    if own_threads > 1:
-        print(f"warning: the warm Python has {own_threads} threads", file=sys.stderr)
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    os.set_blocking(reader, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    # Ctrl-C at a terminal is for the tests, which end this process by closing the socket.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    running: dict[int, socket.socket] = {}
-    while True:
-        ready, _, _ = select.select([control, reader], [], [])
-        if reader in ready:
-            with contextlib.suppress(BlockingIOError):
-                os.read(reader, 4096)
-            while running:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-                if not pid:
+    Args:
+        control: where `WarmPython` asks; each request brings a socket for its answers.
+        workers: where `warm_worker.py` asks; its own connection is that socket, and its end is
+            the end of the child.
+    """
+
+    def __init__(self, control: socket.socket, workers: socket.socket) -> None:
+        self._control, self._workers = control, workers
+        self._running: dict[int, socket.socket] = {}
+        self._clients: dict[socket.socket, int] = {}
+        self._woken, self._wake = os.pipe()
+
+    def serve(self) -> bool:
+        """Return True in a child that is to run a request, False in the server at its end."""
+        for end in (self._woken, self._wake):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        # Ctrl-C at a terminal is for the tests, which end this process by closing the socket.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        while True:
+            waited = [self._control, self._workers, self._woken, *self._clients]
+            ready, _, _ = select.select(waited, [], [])
+            if self._woken in ready:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._woken, 4096)
+                self._reap()
+            for client in [client for client in self._clients if client in ready]:
+                self._end(client)
+            if self._workers in ready:
+                client, _ = self._workers.accept()
+                message, rights, _, _ = socket.recv_fds(client, MOST_REQUEST_BYTES, 2)
+                if message and self._fork(message, rights, client):
+                    return True
+            if self._control in ready:
+                message, rights, _, _ = socket.recv_fds(self._control, MOST_REQUEST_BYTES, 3)
+                if not message:
                     break
-                with running.pop(pid) as waiting, contextlib.suppress(OSError):
-                    waiting.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
-        if control in ready:
-            message, rights, _, _ = socket.recv_fds(control, MOST_REQUEST_BYTES, 3)
-            if not message:
-                break
-            out, err, status_fd = rights
-            waiting = socket.socket(fileno=status_fd)
-            pid = os.fork()
-            if not pid:
-                _become(json.loads(message), out, err, [control, waiting], [reader, writer])
-                return
-            for descriptor in (out, err):
-                os.close(descriptor)
-            running[pid] = waiting
+                if self._fork(message, rights[:2], socket.socket(fileno=rights[2])):
+                    return True
+        for pid in self._running:
             with contextlib.suppress(OSError):
-                waiting.sendall(f"{pid}\n".encode())
-    for pid in running:
+                os.kill(pid, signal.SIGKILL)
+        return False
+
+    def _fork(self, message: bytes, streams: Sequence[int], answers: socket.socket) -> bool:
+        """Fork; return whether this is the child, which is what its request asks for then."""
+        request = json.loads(message)
+        pid = os.fork()
+        if not pid:
+            signal.set_wakeup_fd(-1)
+            for one in (self._control, self._workers, answers, *self._running.values()):
+                one.close()
+            os.close(self._woken)
+            os.close(self._wake)
+            _become(request, *streams)
+            return True
+        for stream in streams:
+            os.close(stream)
+        self._running[pid] = answers
+        if request["is_worker"]:
+            self._clients[answers] = pid
         with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
+            answers.sendall(f"{pid}\n".encode())
+        return False
+
+    def _reap(self) -> None:
+        while self._running:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                return
+            with self._running.pop(pid) as answers, contextlib.suppress(OSError):
+                self._clients.pop(answers, None)
+                answers.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+
+    def _end(self, client: socket.socket) -> None:
+        """Kill a worker whose `warm_worker.py` has ended: it says nothing after its request."""
+        with contextlib.suppress(OSError):
+            os.kill(self._clients.pop(client), signal.SIGKILL)
 
 
 _request: dict[str, Any] = {}
 
 
-def _become(
-    request: dict[str, Any],
-    out: int,
-    err: int,
-    sockets: list[socket.socket],
-    descriptors: list[int],
-) -> None:
-    """Make this child what the command's process would be; `serve` returns then."""
+def _become(request: dict[str, Any], out: int, err: int) -> None:
+    """Make this child what the command's process would be."""
     os.setsid()
-    signal.set_wakeup_fd(-1)
     for number in (signal.SIGCHLD, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for one in sockets:
-        one.close()
-    os.dup2(out, 1)
-    os.dup2(err, 2)
-    for descriptor in (out, err, *descriptors):
-        os.close(descriptor)
+    for stream, place in ((out, 1), (err, 2)):
+        os.dup2(stream, place)
+        os.close(stream)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
@@ -302,19 +337,49 @@ def _become(
 
 def run_child() -> None:
     """Run what the child was forked for, and leave as a script would."""
-    script = _request["script"]
+    script, is_worker = _request["script"], _request["is_worker"]
+    sys.argv = [script or str(ROOT / "run.py"), *_request["argv"]]
+    if not is_worker and WORKERS_AT in os.environ and not WITHOUT_RAY.intersection(sys.argv):
+        _start_workers_warm()
     if script is None:
         from runner.cli import main
 
-        sys.argv = [str(ROOT / "run.py"), *_request["argv"]]
         sys.exit(main())
     import runpy
 
-    sys.argv = [script, *_request["argv"]]
     runpy.run_path(script, run_name="__main__")
 
 
+def _start_workers_warm() -> None:
+    """Make the Ray of this process start `warm_worker.py` where it would start Python."""
+    from ray._private import services
+
+    start_process = services.start_ray_process
+    shim = f"{sys.executable} -I -S {ROOT / 'tests' / 'warm_worker.py'}"
+
+    def start(command: list[str], *rest: Any, **options: Any) -> Any:
+        command = [
+            # PYTHON SETUP_WORKER.py default_worker.py --flags
+            re.sub(r"^(--python_worker_command=)\S+ \S+", rf"\1{shim}", part)
+            for part in command
+        ]
+        return start_process(command, *rest, **options)
+
+    services.start_ray_process = start
+
+
+def main(control: socket.socket, path: str) -> None:
+    import_all()
+    import gc
+
+    gc.freeze()  # children copy no page for a collection
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as workers:
+        workers.bind(path)
+        workers.listen(64)
+        if not Server(control, workers).serve():
+            return
+    run_child()
+
+
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
-    if _request:
-        run_child()
+    main(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])
