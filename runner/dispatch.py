@@ -582,13 +582,15 @@ class RayReplicas:
     def _explain(
         self, group: Group, step: Step, failure: Exception, cause: BaseException
     ) -> ArenaRunnerError:
-        """Return the error that a worker raised, named by replica, batch and rows."""
-        if isinstance(cause, ArenaRunnerError):
-            return cause
-        return WorkerError(
-            f"{group.noun.capitalize()} {group.number} failed in {step.what}: "
-            f"{type(cause).__name__}: {first_line(cause)}"
-        )
+        """Return the error that a worker raised, named by replica and step, or by batch and rows;
+        of files that do not fit nothing more is to be said."""
+        replica = f"{group.noun.capitalize()} {group.number}"
+        if not isinstance(cause, ArenaRunnerError):
+            said = f"{type(cause).__name__}: {first_line(cause)}"
+            return WorkerError(f"{replica} failed in {step.what}: {said}")
+        if step.what == "predict":
+            return self._recovery.explain(replica, step.payload, cause)
+        return cause
 
     def _look_at_the_clock(self) -> None:
         """Move the dispatcher's clock, which stands still while the machine is suspended."""

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from runner import dispatch
-from runner.errors import DataError, DeviceMemoryError
+from runner.errors import DataError, DeviceMemoryError, WorkerError
 from sharding.dealing import COMPILE_WITHIN_S
 from tests.conftest import TOLERANCE
 from tests.simulated_ray import Command, Job, Server
@@ -301,6 +301,18 @@ class TestErrors:
         noun = NOUNS[mode].capitalize()
         assert f"error: {noun} 0 failed in {step}: ValueError: no such thing\n" in done.err
         assert "No row is done yet" in done.err
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_a_batch_whose_worker_says_why_is_named(self, command, job, mode):
+        error = WorkerError("the device is gone")
+        command.ray.fails(PREDICTING[mode][-1], error, replica=0, after=1)
+        done = command(*MODES[mode], *BATCHES)
+        assert_failed(done)
+        noun = NOUNS[mode].capitalize()
+        named = r"batch \d+ \(3 rows: id (\d+), (\d+), (\d+)\)"
+        found = re.search(rf"error: {noun} 0 failed at {named}: the device is gone\n", done.err)
+        assert found, done.err
+        assert set(found.groups()) <= set(job.ids)
 
     def test_dtypes_that_differ(self, command):
         command.ray.dtypes = {0: "bfloat16", 1: "float16"}

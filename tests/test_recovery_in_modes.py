@@ -4,11 +4,14 @@ The faults are those of `runner/faults.py`, struck in the real actor shells; the
 out by hand.
 """
 
+import re
+
 import numpy as np
 import pytest
 
+from runner.errors import WorkerError
 from tests.conftest import TOLERANCE
-from tests.simulated_ray import Command, Job
+from tests.simulated_ray import Command, Job, SimulatedReplica
 
 MODES = {
     "single": ("--mode", "single"),
@@ -155,6 +158,20 @@ def test_nothing_but_errors_ends_the_run(command, tmp_path, mode):
     assert "No row is done yet" in done.err
     assert "Traceback" not in done.err
     assert list(tmp_path.glob("s.csv*")) == [tmp_path / "s.csv.logs"]
+
+
+def test_a_batch_whose_replica_says_why_is_named(command, monkeypatch):
+    """In single mode; `test_dispatch.py` has the others."""
+
+    def predict(self, batch):
+        raise WorkerError("the device is gone")
+
+    monkeypatch.setattr(SimulatedReplica, "predict", predict)
+    done = command(*MODES["single"], "--max-tokens-per-batch", "4096")
+    assert done.code == 1
+    named = r"batch \d+ \(3 rows: id \d+, \d+, \d+\)"
+    assert re.search(rf"error: Worker 0 failed at {named}: the device is gone\n", done.err)
+    assert "Traceback" not in done.err
 
 
 @pytest.mark.parametrize("mode", MODES)
