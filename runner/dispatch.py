@@ -540,6 +540,13 @@ class RayReplicas:
                 "--num-workers or a smaller --max-tokens-per-batch need less; its last words are "
                 f"in {worker_log(group.number, '*')}."
             ) from cause
+        self._progress.note(
+            f"warning: {group.noun} {group.number} died {MAX_RESTARTS + 1} times and is given up; "
+            "the others do its work",
+            event="fault",
+            replica=group.number,
+            log=worker_log(group.number, "*"),
+        )
 
     def _take_failure(self, group: Group, step: Step, failure: ray.exceptions.RayTaskError) -> None:
         """A worker raised an error: find another way for the batch, or end the run."""

@@ -156,6 +156,7 @@ class TestDeaths:
         assert done.report["faults"]["worker_deaths"] == dispatch.MAX_RESTARTS + 1
         assert restarts(done) == [0, dispatch.MAX_RESTARTS]
         assert len(command.ray.actors) == 2 + dispatch.MAX_RESTARTS
+        assert done.err.count("warning: worker 1 died 4 times and is given up") == 1
         assert [worker["rows"] for worker in done.report["workers"]] == [40, 0]
 
     @pytest.mark.parametrize("moment", ["ping", "load", "compile"])
