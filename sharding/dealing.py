@@ -29,6 +29,8 @@ BATCH_WITHIN_S = 15.0
 HANG_SHARE, PATIENCE_FACTOR, PATIENCE_S = 0.1, 3.0, 4.0
 # A copy is worth while that would end sooner by this factor.
 SOONER = 1.2
+# A program that is made only for a copy is taken to cost so many seconds: often it is in the cache.
+COMPILES_S = 3.0
 # What is known of all replicas together is looked up anew after so many seconds.
 LOOK_S = 0.1
 
@@ -93,6 +95,8 @@ class Dealer:
         self._complete: dict[int, tuple[int, int]] = {}
         self._speed_of_all, self._alive, self._looked_at = 0.0, 1, float("-inf")
         self._late, self._late_at = _Late(), float("-inf")
+        # Shapes that some replica compiles; one is enough for a copy.
+        self._compiled_to_copy: set[BatchShape] = set()
         self._by_node: dict[str, list[Standing]] = {}
         self.copied_batches = 0
 
@@ -124,8 +128,10 @@ class Dealer:
     def next_shape(self, replica: Standing, now: float) -> BatchShape | None:
         """Return the shape that a replica compiles next; None where it has them all, compiles
         already, or others compile those that it lacks: then they will be in the cache."""
-        if replica.compiling is not None or self._has_all(replica):
+        if replica.compiling is not None:
             return None
+        if self._has_all(replica):
+            return self._shape_to_copy(replica, now)
         if replica.in_flight and not self._rates.is_measured(replica.number):
             return None  # what a batch takes is known sooner where no compiler is beside it
         lacking = [one for one in self.shapes(replica) if one not in replica.warm]
@@ -237,20 +243,25 @@ class Dealer:
             return 1 / max(1, self._alive)
         return min(1.0, own / self._speed_of_all)
 
+    def _shape_to_copy(self, replica: Standing, now: float) -> BatchShape | None:
+        """Return the shape of a batch that this idle replica would end sooner than the one that
+        computes it, compiling included; nothing waits of that shape, and so it has no program."""
+        if replica.in_flight or self._backlog.counts():
+            return None
+        self._look_for_late(now)
+        for shape in self._late.shapes():
+            if shape in replica.warm or shape in self._compiled_to_copy:
+                continue  # a batch is copied once
+            takes_s = self._rates.seconds(replica.number, shape) + COMPILES_S
+            if self._late.find(shape, now, takes_s, self._may_be_copied) is not None:
+                self._compiled_to_copy.add(shape)
+                return shape
+        return None
+
     def _copy(self, replica: Standing, now: float) -> Batch | None:
         """Return a batch that this idle replica would end sooner than the one that computes it: the
         first answer counts, so that no row waits for a slow or hung worker."""
-        if now - self._late_at >= LOOK_S:
-            self._late_at = now
-            self._late = _Late()
-            for other in self._replicas:
-                end = None
-                for batch in other.in_flight:
-                    began = self.began(other, batch) if end is None else end
-                    seconds = self._rates.seconds(other.number, batch.shape)
-                    end = began + seconds * self._rates.slowness(other.number)
-                    self._late.add(batch, end)
-            self._late.sort()
+        self._look_for_late(now)
         latest: tuple[float, Batch] | None = None
         for shape in self._late.shapes():
             if shape not in replica.warm:
@@ -265,6 +276,23 @@ class Dealer:
         self._backlog.copy(latest[1], replica.number)
         self.copied_batches += 1
         return latest[1]
+
+    def _look_for_late(self, now: float) -> None:
+        """Look up by when the batches under way should end."""
+        if now - self._late_at >= LOOK_S:
+            self._late_at = now
+            self._late = _Late()
+            self._compiled_to_copy = {
+                one.compiling for one in self._replicas if one.compiling is not None
+            }
+            for other in self._replicas:
+                end = None
+                for batch in other.in_flight:
+                    began = self.began(other, batch) if end is None else end
+                    seconds = self._rates.seconds(other.number, batch.shape)
+                    end = began + seconds * self._rates.slowness(other.number)
+                    self._late.add(batch, end)
+            self._late.sort()
 
     def _may_be_copied(self, batch: Batch) -> bool:
         return len(self._backlog.replicas_of(batch)) == 1 and not self._backlog.is_suspect(batch)

@@ -461,7 +461,8 @@ class SimulatedRay:
             members_hear_s: until the other members of its group fail, None for never.
         strikes: called as each call begins; may raise `Dies`, `Hangs` or an error.
         store_is_full: whether nothing can be put.
-        calls: (seconds, replica, member, method) of all calls, in order.
+        calls: (seconds, replica, member, method) of all calls, in order. compiled: (replica,
+            shape) of all programs.
     """
 
     exceptions = ray.exceptions
@@ -481,6 +482,7 @@ class SimulatedRay:
         self.current: Call | None = None
         self.actors: list[Actor] = []
         self.calls: list[tuple[float, int | None, int | None, str]] = []
+        self.compiled: list[tuple[int | None, BatchShape]] = []
         self.dead_servers: list[tuple[str, Server]] = []
         self.alive: dict[str, int] = {}
         self._placed: dict[Actor, tuple[PlacementGroup, int]] = {}
@@ -664,7 +666,9 @@ class SimulatedRay:
         done_at = max(call.ends_at, call.actor.device_free_at) + seconds
         call.actor.device_free_at, call.spent_s = done_at, done_at - call.started
 
-    def compile(self, program: Any) -> CompileInfo:
+    def compile(self, program: tuple[object, BatchShape]) -> CompileInfo:
+        if self.current is not None:
+            self.compiled.append((self.current.actor.replica, program[1]))
         is_cached = program in self._programs
         self._programs.add(program)
         seconds = self.from_cache_s if is_cached else self.compiles_s

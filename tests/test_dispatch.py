@@ -260,7 +260,7 @@ class TestHangs:
         assert done.faults == {}
         assert done.report["seconds"]["total"] > 3600
 
-    @pytest.mark.parametrize("slow", [0])
+    @pytest.mark.parametrize("slow", [0, 1])
     def test_a_straggler_is_overtaken(self, command, job, slow):
         """The first answer counts: nobody waits for the slow one's last batch."""
         command.ray.speeds = {slow: 0.05}
@@ -271,6 +271,23 @@ class TestHangs:
         assert command.ray.clock.now < 20, "a batch takes the slow one 15 s"
         rows = [worker["rows"] for worker in done.report["workers"]]
         assert rows[1 - slow] > rows[slow]
+
+    @pytest.mark.parametrize("workers", [2, 4])
+    def test_a_last_batch_whose_shape_nobody_else_has(self, command, job, workers):
+        """One that is idle makes a program for it, instead of waiting until it is sure to hang."""
+        row = int(job.lengths.argmin())
+        command.ray.strike("load", lambda call: command.ray.spend(0.2), replica=1)
+        done = command(*MODES["data-parallel"], "--num-workers", str(workers), *BATCHES,
+                       faults=[{"kind": "hang", "rows": [row],
+                                "once": str(command.folder / "once")}])  # fmt: skip
+        assert_whole(done, job)
+        assert done.faults == {}
+        assert done.report["plan"]["copied_batches"] >= 1
+        assert command.ray.clock.now < 14, "a hang is seen after 15 s"
+        # Of those that are idle one makes it.
+        shapes = [shape for _, shape in command.ray.compiled]
+        made = [shape for shape in shapes if shape == shapes[-1]]
+        assert len(made) == 2
 
 
 class TestErrors:
