@@ -32,6 +32,7 @@ from runner.errors import (
     WorkerError,
     first_line,
 )
+from runner.faults import patience_s
 from runner.groups import Group, Step
 from runner.logs import keep_logs_of_ray, worker_log
 from runner.machine import cores_here
@@ -253,7 +254,7 @@ class RayReplicas:
         """
         self._copied_before = self.copied_batches
         self._backlog, self._rates = backlog, rates
-        self._dealer = Dealer(backlog, rates, self._groups)
+        self._dealer = Dealer(backlog, rates, self._groups, patience_s=patience_s())
         note = partial(self._progress.note, event="fault")
         self._recovery = Recovery(backlog, self.faults, ids, note, self._timeline.event)
         with _ray_errors():

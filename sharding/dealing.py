@@ -79,15 +79,25 @@ class Dealer:
 
     Args:
         replicas: those of the run; more may be appended.
+        patience_s: the most seconds that a batch may take beyond its forecast, before its replica
+            is taken to hang.
 
     Attributes:
         copied_batches: that two replicas computed.
     """
 
-    def __init__(self, backlog: Backlog, rates: Rates, replicas: Sequence[Standing]) -> None:
+    def __init__(
+        self,
+        backlog: Backlog,
+        rates: Rates,
+        replicas: Sequence[Standing],
+        *,
+        patience_s: float = float("inf"),
+    ) -> None:
         self._backlog = backlog
         self._rates = rates
         self._replicas = replicas
+        self._patience_s = patience_s
         # Of each replica when it was given what it has in flight, by batch index.
         self._given_at: dict[int, dict[int, float]] = defaultdict(dict)
         # Of each node the shapes that were compiled there, and so are in its cache.
@@ -207,7 +217,8 @@ class Dealer:
         """
         is_known = self._rates.knows(replica.number)
         seconds = self._rates.seconds(replica.number, batch.shape) * replica.members
-        limit = (BATCH_WITHIN_S if is_known else FIRST_BATCH_WITHIN_S) + HANG_FACTOR * seconds
+        patience_s = BATCH_WITHIN_S if is_known else FIRST_BATCH_WITHIN_S
+        limit = min(patience_s, self._patience_s) + HANG_FACTOR * seconds
         if is_known:
             least = PATIENCE_S + PATIENCE_FACTOR * seconds
             limit = min(limit, max(least, HANG_SHARE * left_s))

@@ -241,6 +241,14 @@ class TestHangs:
         assert "group 0 hangs: 12" in done.err
         assert 120 < command.ray.clock.now < 180
 
+    @pytest.mark.parametrize("after", [0, 3])
+    def test_patience_that_a_test_has_lowered(self, command, job, after):
+        command.ray.hangs("predict", after=2 * after)
+        done = command(*MODES["tensor"], *BATCHES, faults=[{"kind": "patience", "seconds": 2.5}])
+        assert_whole(done, job)
+        assert done.faults == {"hangs": 1, "retried_batches": 1}
+        assert command.ray.clock.now < (40 if after else 30)
+
     @pytest.mark.parametrize("mode", ["pipeline", "tensor"])
     @pytest.mark.parametrize("member", [0, 1])
     def test_a_later_batch(self, command, job, mode, member):
