@@ -42,6 +42,7 @@ import runner.nodes
 import runner.pipeline
 import runner.progress
 import runner.single
+import runner.strategy
 import runner.submission
 import runner.timeline
 import runner.workers
@@ -115,7 +116,11 @@ class Clock:
         if own is not None:
             own.park(is_done, until)
             return
-        while not is_done():
+        while True:
+            for one in [*self.threads]:
+                one.go_on()
+            if is_done():
+                return
             due = self._events[0][0] if self._events else FOREVER
             due = min(due, *(one.until for one in self.threads), FOREVER)
             assert min(due, until) < FOREVER, "this is a bug: nothing will happen any more"
@@ -125,8 +130,6 @@ class Clock:
             self.now = max(self.now, due)
             if self._events and self._events[0][0] <= due:
                 heapq.heappop(self._events)[2]()
-            for one in [*self.threads]:
-                one.go_on()
 
 
 class SimulatedThread:
@@ -445,6 +448,7 @@ class PlacementGroup:
     """Bundles that are reserved; each holds one actor at a time, and others wait for it."""
 
     nodes: list[str]
+    cpus: list[float]
     held: dict[int, Actor] = field(default_factory=dict)
     waiting: dict[int, deque[Actor]] = field(default_factory=lambda: defaultdict(deque))
     is_removed: bool = False
@@ -485,6 +489,7 @@ class SimulatedRay:
         self.compiled: list[tuple[int | None, BatchShape]] = []
         self.dead_servers: list[tuple[str, Server]] = []
         self.alive: dict[str, int] = {}
+        self._groups: list[PlacementGroup] = []
         self._placed: dict[Actor, tuple[PlacementGroup, int]] = {}
         self._meetings: dict[str, dict[Any, Meeting]] = defaultdict(dict)
         self._programs: set[Any] = set()
@@ -539,7 +544,7 @@ class SimulatedRay:
 
     def nodes(self) -> list[dict[str, Any]]:
         return [
-            {"NodeID": name, "NodeName": f"host-{name}", "Alive": cpus > 0}
+            {"NodeID": _node_id(name), "NodeName": name, "Alive": cpus > 0}
             for name, cpus in self.alive.items()
         ]
 
@@ -551,7 +556,10 @@ class SimulatedRay:
         bundle_label_selector: Sequence[dict[str, str]] | None = None,
     ) -> PlacementGroup:
         chosen = bundle_label_selector or [{} for _ in bundles]
-        return PlacementGroup([one.get("ray.io/node-id", "") for one in chosen])
+        nodes = [one.get("ray.io/node-id", "") for one in chosen]
+        made = PlacementGroup(nodes, [bundle["CPU"] for bundle in bundles])
+        self._groups.append(made)
+        return made
 
     def remove_placement_group(self, group: PlacementGroup) -> None:
         group.is_removed = True
@@ -638,7 +646,7 @@ class SimulatedRay:
         def lose() -> None:
             self.alive[name] = 0
             for actor in self.actors:
-                if actor.node == name:
+                if actor.node == _node_id(name):
                     actor.die()
 
         self.clock.at(at, lose)
@@ -727,10 +735,16 @@ class SimulatedRay:
         self.calls.append((self.clock.now, actor.replica, actor.member, call.method))
 
     def _free_on_nodes(self) -> dict[str, dict[str, float]]:
-        held = defaultdict(int)
-        for actor, (placement, _) in self._placed.items():
-            held[actor.node] += not actor.is_dead and not placement.is_removed
-        return {name: {"CPU": float(cpus - held[name])} for name, cpus in self.alive.items()}
+        free = {_node_id(name): float(cpus) for name, cpus in self.alive.items()}
+        for group in self._groups:
+            for node, cpus in zip(group.nodes, group.cpus, strict=True):
+                free[node] -= 0.0 if group.is_removed else cpus
+        return {name: {"CPU": count} for name, count in free.items()}
+
+
+def _node_id(name: str) -> str:
+    """Ray's own are 28 bytes, in hexadecimal digits."""
+    return name.encode().hex().ljust(56, "0")
 
 
 def _copied(value: Any) -> Any:
@@ -948,7 +962,11 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, *, cores: int = 2) ->
     patch(runner.groups, "placement_group", world.placement_group)
     patch(runner.groups, "remove_placement_group", world.remove_placement_group)
     patch(runner.dispatch, "start_ray", lambda num_cpus, verbose: None)
-    patch(runner.dispatch, "join_ray", lambda address, verbose: None)
+    patch(
+        runner.dispatch,
+        "join_ray",
+        lambda address, verbose: patch(runner.cluster, "_folder", None),
+    )
     patch(runner.dispatch, "stop_ray", lambda: None)
     patch(runner.dispatch, "find_devices", lambda: ("cpu", 0))
     patch(runner.nodes, "find_devices", lambda: ("cpu", 0))
@@ -974,6 +992,7 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, *, cores: int = 2) ->
     patch(runner.workers, "write_to_folder", lambda *_: None)
     patch(runner.workers, "prepare_process", lambda slot, verbose: None)
     patch(runner.workers, "address_here", lambda: "127.0.0.1")
+    patch(runner.strategy, "gpu_dtype", lambda: None)
     patch(runner.workers, "peak_rss_bytes", lambda: 1)
 
     def predict_in_float(spec: ModelSpec, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ some 5 to predict 40 rows in 11 batches.
 """
 
 import re
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -530,3 +531,114 @@ class TestRestarts:
         later = [at for at in command.ray.called("predict", replica=1) if at > 8]
         assert later, "it predicted after its second start"
         assert done.report["workers"][1]["compiled_shapes"] >= 1
+
+
+class TestNodes:
+    """A cluster whose machines come and go."""
+
+    JOIN = ("--address", "head:6379")
+    MODES: ClassVar = {
+        "data-parallel": ("--mode", "data-parallel"),
+        "pipeline": MODES["pipeline"],
+        "tensor": MODES["tensor"],
+    }
+
+    @pytest.fixture
+    def cluster(self, command):
+        """Two machines with a core each."""
+        for name in ("host-a", "host-b"):
+            command.ray.add_node(name, 1)
+        return command
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_two_machines(self, cluster, job, mode):
+        done = cluster(*self.MODES[mode], *self.JOIN, *BATCHES)
+        assert_whole(done, job)
+        assert done.faults == {}
+        # A group has a member on each.
+        assert [worker["node"] for worker in done.report["workers"]] == ["host-a", "host-b"]
+        assert all(worker["rows"] > 0 for worker in done.report["workers"])
+
+    def test_one_is_lost(self, cluster, job):
+        cluster.ray.lose_node("host-b", at=7.0)
+        done = cluster(*self.MODES["data-parallel"], *self.JOIN, *BATCHES)
+        assert_whole(done, job)
+        assert done.report["faults"]["worker_deaths"] == 1
+        assert "worker 1 is gone with its node (host-b)" in done.err
+        assert "started again" not in done.err
+        assert [worker["node"] for worker in done.report["workers"]] == ["host-a", "host-b"]
+
+    @pytest.mark.parametrize("mode", ["pipeline", "tensor"])
+    def test_a_group_is_lost_with_the_machine_of_one_member(self, cluster, job, mode):
+        """It goes on where it fits, once another machine has come."""
+        cluster.ray.lose_node("host-b", at=7.0)
+        cluster.ray.add_node("host-c", 1, at=20.0)
+        done = cluster(*self.MODES[mode], *self.JOIN, "--num-workers", "2", *BATCHES)
+        assert_whole(done, job)
+        assert "group 0 is gone with its node (host-a, host-b)" in done.err
+        nodes = [worker["node"] for worker in done.report["workers"]]
+        assert nodes == ["host-a", "host-b", "host-a", "host-c"]
+        assert done.report["faults"]["retried_batches"] <= IN_FLIGHT[mode]
+
+    def test_one_joins(self, cluster, job):
+        cluster.ray.token_s *= 4
+        cluster.ray.add_node("host-c", 2, at=6.0)
+        done = cluster(*self.MODES["data-parallel"], *self.JOIN, *BATCHES)
+        assert_whole(done, job)
+        assert "node host-c joins with 2 workers" in done.err
+        nodes = [worker["node"] for worker in done.report["workers"]]
+        assert nodes == ["host-a", "host-b", "host-c", "host-c"]
+        assert sum(worker["rows"] for worker in done.report["workers"][2:]) > 0
+
+    def test_a_lost_one_is_made_up_for_and_no_more(self, cluster, job):
+        cluster.ray.token_s *= 8
+        cluster.ray.add_node("host-c", 2, at=6.0)
+        cluster.ray.lose_node("host-b", at=12.0)
+        done = cluster(*self.MODES["data-parallel"], *self.JOIN, "--num-workers", "2", *BATCHES)
+        assert_whole(done, job)
+        nodes = [worker["node"] for worker in done.report["workers"]]
+        assert nodes == ["host-a", "host-b", "host-c"]
+        assert done.report["workers"][2]["rows"] > 0
+
+    def test_a_worker_that_dies_on_a_machine_that_lives(self, cluster, job):
+        cluster.ray.dies("predict", replica=1, after=1)
+        done = cluster(*self.MODES["data-parallel"], *self.JOIN, *BATCHES)
+        assert_whole(done, job)
+        assert "worker 1 died and is started again" in done.err
+        assert restarts(done) == [0, 1]
+        first, second = (one.node for one in cluster.ray.actors if one.replica == 1)
+        assert first == second
+
+    def test_all_are_lost_and_no_other_comes(self, cluster, monkeypatch):
+        monkeypatch.setattr(dispatch, "NODE_COMES_WITHIN_S", 60.0)
+        for name in ("host-a", "host-b"):
+            cluster.ray.lose_node(name, at=7.0)
+        done = cluster(*self.MODES["data-parallel"], *self.JOIN, *BATCHES)
+        assert_failed(done)
+        assert "All nodes with workers are gone, and no other came in 60 s" in done.err
+        assert safe_rows(done.err) > 0
+        assert 67 < cluster.ray.clock.now < 80
+
+    def test_a_group_whose_members_do_not_meet(self, cluster, job):
+        cluster.ray.hangs("reserve_address")
+        done = cluster(*self.MODES["tensor"], *self.JOIN, *BATCHES)
+        assert_whole(done, job)
+        assert "group 0 hangs: 120 s in meet" in done.err
+        assert done.faults == {"hangs": 1}
+
+    def test_an_interrupt_leaves_the_cluster_as_it_was(self, cluster, job):
+        cluster.ray.interrupt(at=8.0)
+        done = cluster(*self.MODES["data-parallel"], *self.JOIN, *BATCHES)
+        assert_failed(done, 130)
+        kept = safe_rows(done.err)
+        cluster.renew()
+        for name in ("host-a", "host-b"):
+            cluster.ray.add_node(name, 1)
+        again = cluster(*self.MODES["data-parallel"], *self.JOIN, *BATCHES, "--resume", "require")
+        assert_whole(again, job)
+        assert again.report["rows"]["resumed"] == kept > 0
+
+    def test_more_workers_than_there_is_room_for(self, cluster):
+        done = cluster(*self.MODES["data-parallel"], *self.JOIN, "--num-workers", "3")
+        assert_failed(done, 2)
+        assert "2 are free on the 2 nodes" in done.err
