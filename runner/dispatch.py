@@ -32,6 +32,7 @@ from runner.errors import (
     WorkerError,
     first_line,
 )
+from runner.faults import patience_s
 from runner.groups import Group, Step
 from runner.logs import keep_logs_of_ray, worker_log
 from runner.machine import cores_here
@@ -253,7 +254,7 @@ class RayReplicas:
         """
         self._copied_before = self.copied_batches
         self._backlog, self._rates = backlog, rates
-        self._dealer = Dealer(backlog, rates, self._groups)
+        self._dealer = Dealer(backlog, rates, self._groups, patience_s=patience_s())
         note = partial(self._progress.note, event="fault")
         self._recovery = Recovery(backlog, self.faults, ids, note, self._timeline.event)
         with _ray_errors():
@@ -540,6 +541,13 @@ class RayReplicas:
                 "--num-workers or a smaller --max-tokens-per-batch need less; its last words are "
                 f"in {worker_log(group.number, '*')}."
             ) from cause
+        self._progress.note(
+            f"warning: {group.noun} {group.number} died {MAX_RESTARTS + 1} times and is given up; "
+            "the others do its work",
+            event="fault",
+            replica=group.number,
+            log=worker_log(group.number, "*"),
+        )
 
     def _take_failure(self, group: Group, step: Step, failure: ray.exceptions.RayTaskError) -> None:
         """A worker raised an error: find another way for the batch, or end the run."""
@@ -582,13 +590,15 @@ class RayReplicas:
     def _explain(
         self, group: Group, step: Step, failure: Exception, cause: BaseException
     ) -> ArenaRunnerError:
-        """Return the error that a worker raised, named by replica, batch and rows."""
-        if isinstance(cause, ArenaRunnerError):
-            return cause
-        return WorkerError(
-            f"{group.noun.capitalize()} {group.number} failed in {step.what}: "
-            f"{type(cause).__name__}: {first_line(cause)}"
-        )
+        """Return the error that a worker raised, named by replica and step, or by batch and rows;
+        of files that do not fit nothing more is to be said."""
+        replica = f"{group.noun.capitalize()} {group.number}"
+        if not isinstance(cause, ArenaRunnerError):
+            said = f"{type(cause).__name__}: {first_line(cause)}"
+            return WorkerError(f"{replica} failed in {step.what}: {said}")
+        if step.what == "predict":
+            return self._recovery.explain(replica, step.payload, cause)
+        return cause
 
     def _look_at_the_clock(self) -> None:
         """Move the dispatcher's clock, which stands still while the machine is suspended."""

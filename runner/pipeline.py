@@ -217,7 +217,7 @@ class _Run:
             0.0,
         )
         self.deadline = Deadline(config.time_limit, config.on_deadline)
-        self.timeline = Timeline(started)
+        self.timeline = Timeline(started, clock=time.monotonic)
         self._progress = progress
         self._logs = logs
         self._started = started
@@ -384,6 +384,7 @@ class _Run:
             ),
             full_length=config.sequence_length if sees_padding else None,
             started=self._started,
+            clock=time.monotonic,
         )
         self._progress.expect(rows=len(lengths), done=len(lengths) - len(rows))
         if not backlog:
