@@ -21,12 +21,15 @@ from runner.demo import make_rows, write_test_set
 from tests.models import SHARED, Model, Models
 from tests.odd_texts import odd_texts
 from tests.stored import made_once, stored_folder
-from tests.warm import WarmProcess, WarmPython
+from tests.warm import MARK, WarmProcess, WarmPython
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-5
 LENGTH = 96
 PLAIN_LENGTH = 64
+REAL_ROWS = 96
+# A device so slow that `real_job` takes some five seconds on one, without any work for them.
+SLOW = {"kind": "slow", "tokens_per_s": 2500}
 # Seconds after which a run hangs; no test waits for them, and a busy machine is no reason to fail.
 LONGEST_RUN_S = 1200.0
 
@@ -267,22 +270,61 @@ def arena_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def real_rows(tmp_path_factory: pytest.TempPathFactory, arena_rows: Path) -> Path:
+    """A few of the real rows, for runs that something befalls in their midst."""
+    path = tmp_path_factory.mktemp("real") / "rows.csv"
+    pd.read_csv(arena_rows, dtype=str, keep_default_na=False).head(REAL_ROWS).to_csv(
+        path, index=False
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_job(models: Models, real_rows: Path) -> list[str]:
+    """Flags of a run of `REAL_ROWS` rows in a dozen batches; `SLOW` makes it last for seconds."""
+    return [*models["arena"].flags(), "--input", str(real_rows), "--pooling", "mean",
+            "--sequence-length", "128", "--max-tokens-per-batch", "1024"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def calm(cli, real_job: list[str], tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """The submission of `real_job` if nothing disturbs it."""
+    path = tmp_path_factory.mktemp("calm") / "s.csv"
+    done = cli("--mode", "single", *real_job, "--output", str(path))
+    assert done.returncode == 0, done.stderr
+    return pd.read_csv(path, dtype={"id": str}, keep_default_na=False)
+
+
+def assert_calm(output: Path, calm: pd.DataFrame) -> dict:
+    """Assert that a run's submission is the undisturbed one, all rows predicted; its report."""
+    table = pd.read_csv(output, dtype={"id": str}, keep_default_na=False)
+    assert table["id"].tolist() == calm["id"].tolist()
+    difference = np.abs(table.iloc[:, 1:].to_numpy() - calm.iloc[:, 1:].to_numpy())
+    assert difference.max() < TOLERANCE
+    report = json.loads(Path(f"{output}.report.json").read_text())
+    rows = report["rows"]
+    assert rows["resumed"] + rows["predicted"] == rows["total"] == len(calm)
+    return report
+
+
 class Started:
     """A run in the background and all its processes, found by a mark in their environment.
 
     Args:
-        warm: begins with all imported; None for a cold start.
+        cold: whether it begins without anything imported, and so do its workers.
     """
 
-    def __init__(self, cache, warm, *flags, **extra):
-        self.mark = uuid.uuid4().hex
-        env = environment(cache, ARENA_TEST_MARK=self.mark, **extra)
+    def __init__(self, cache, warm, *flags, cold=False, **extra):
+        self.mark, self._warm = uuid.uuid4().hex, warm
+        env = environment(cache, **{MARK: self.mark}, **extra)
+        flags = [str(flag) for flag in flags]
         self.process: subprocess.Popen | WarmProcess
-        if warm is not None:
+        if not cold and warm.can_run(extra):
             self.process = warm.start(flags, env)
             return
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *map(str, flags)],
+            [sys.executable, str(ROOT / "run.py"), *flags],
             env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -291,12 +333,13 @@ class Started:
         )
 
     def family(self):
+        forked = {*self._warm.find(self.mark), self.process.pid}
         found = []
         for process in psutil.process_iter():
             try:
-                # A warm start's own environment is not what the kernel shows of it.
-                is_driver = process.pid == self.process.pid and self.process.poll() is None
-                if is_driver or process.environ().get("ARENA_TEST_MARK") == self.mark:
+                if process.status() == psutil.STATUS_ZOMBIE:
+                    continue
+                if process.pid in forked or process.environ().get(MARK) == self.mark:
                     found.append(process)
             except psutil.Error:
                 continue
@@ -323,6 +366,17 @@ class Started:
             time.sleep(0.05)
         raise AssertionError(f"no worker came to {doing}")
 
+    def wait_for_batches(self, output, count=3, timeout_s=LONGEST_RUN_S):
+        """Wait until the journal beside `output` has grown so often: once a batch, at most."""
+        wal = Path(f"{output}.journal-wal")
+        sizes, deadline = set(), time.monotonic() + timeout_s
+        while len(sizes) <= count:
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline, "no rows came"
+            if wal.is_file():
+                sizes.add(wal.stat().st_size)
+            time.sleep(0.02)
+
     def finish(self, timeout_s=LONGEST_RUN_S):
         out, err = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, out, err
@@ -340,7 +394,7 @@ def start(cache, warm):
     runs = []
 
     def run(*flags, cold=False, **extra):
-        runs.append(Started(cache, None if cold else warm, *flags, **extra))
+        runs.append(Started(cache, warm, *flags, cold=cold, **extra))
         return runs[-1]
 
     yield run

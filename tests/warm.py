@@ -41,6 +41,10 @@ WITHOUT_RAY = frozenset(("single", "--plan", "--help", "--version", "prepare"))
 WORKERS_AT = "ARENA_TEST_WORKERS_AT"
 
 
+# In a child's environment: what all processes of one run have in common, for `WarmPython.find`.
+MARK = "ARENA_TEST_MARK"
+
+
 class WarmProcess:
     """A child of the server, as `subprocess.Popen` shows it."""
 
@@ -130,6 +134,11 @@ class WarmPython:
     def can_run(extra: dict[str, str]) -> bool:
         """Whether a child with these settings of its own is what a cold start would be."""
         return not any(name.startswith(NEEDS_COLD) for name in extra)
+
+    def find(self, mark: str) -> list[int]:
+        """Return the pids of all children, ended ones too, whose environment has this mark."""
+        found = Path(self._folder.name).glob(f"{mark}.*")
+        return [int(path.suffix[1:]) for path in found]
 
     def start(
         self,
@@ -332,6 +341,9 @@ def _become(request: dict[str, Any], out: int, err: int) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     time.tzset()
+    if MARK in os.environ and WORKERS_AT in os.environ:
+        # What the kernel shows of this process' environment is the server's.
+        Path(os.environ[WORKERS_AT]).with_name(f"{os.environ[MARK]}.{os.getpid()}").touch()
     _request.update(request)
 
 

@@ -1,10 +1,11 @@
 """python -I -S warm_worker.py default_worker.py FLAGS: a Ray worker as a child of `warm.py`.
 
 Ray starts this in the place of Python. It hands its command line, environment and streams to the
-server, and ends as the child does; if Ray ends it first, the server ends the child.
+server, and ends as the child does; if Ray ends it or ends itself, the server ends the child.
 """
 
 import array
+import ctypes
 import json
 import os
 import socket
@@ -15,7 +16,12 @@ WORKERS_AT = "ARENA_TEST_WORKERS_AT"
 OF_SETUP = ("--language=", "--serialized-runtime-env-context=")
 
 
+# Of prctl(2): the signal to get when the parent ends.
+PR_SET_PDEATHSIG, SIGKILL = 1, 9
+
+
 def main() -> int:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
     request = {
         "argv": [flag for flag in sys.argv[2:] if not flag.startswith(OF_SETUP)],
         "script": sys.argv[1],
