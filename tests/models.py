@@ -37,8 +37,8 @@ class Model:
 class Models(dict[str, Model]):
     """The presets of make_presets.py by name, each made when it is first asked for."""
 
-    def __init__(self, folder: Path, run_script: Callable[..., None]) -> None:
-        self._folder, self._run_script = folder, run_script
+    def __init__(self, folder: Path, make: Callable[[str, Path, Path], None]) -> None:
+        self._folder, self._make_preset = folder, make
 
     def __missing__(self, name: str) -> Model:
         with made_once(self._folder / name) as target:
@@ -55,7 +55,7 @@ class Models(dict[str, Model]):
         with made_once(tokenizers) as folder:
             if folder is not None:
                 make_tokenizers(folder)
-        self._run_script("make_presets.py", name, target, tokenizers)
+        self._make_preset(name, target, tokenizers)
 
 
 def make_tokenizers(folder: Path) -> None:
