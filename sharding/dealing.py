@@ -29,6 +29,8 @@ BATCH_WITHIN_S = 15.0
 HANG_SHARE, PATIENCE_FACTOR, PATIENCE_S = 0.1, 3.0, 4.0
 # A copy is worth while that would end sooner by this factor.
 SOONER = 1.2
+# A program that is made only for a copy is taken to cost so many seconds: often it is in the cache.
+COMPILES_S = 3.0
 # What is known of all replicas together is looked up anew after so many seconds.
 LOOK_S = 0.1
 
@@ -77,15 +79,25 @@ class Dealer:
 
     Args:
         replicas: those of the run; more may be appended.
+        patience_s: the most seconds that a batch may take beyond its forecast, before its replica
+            is taken to hang.
 
     Attributes:
         copied_batches: that two replicas computed.
     """
 
-    def __init__(self, backlog: Backlog, rates: Rates, replicas: Sequence[Standing]) -> None:
+    def __init__(
+        self,
+        backlog: Backlog,
+        rates: Rates,
+        replicas: Sequence[Standing],
+        *,
+        patience_s: float = float("inf"),
+    ) -> None:
         self._backlog = backlog
         self._rates = rates
         self._replicas = replicas
+        self._patience_s = patience_s
         # Of each replica when it was given what it has in flight, by batch index.
         self._given_at: dict[int, dict[int, float]] = defaultdict(dict)
         # Of each node the shapes that were compiled there, and so are in its cache.
@@ -93,6 +105,8 @@ class Dealer:
         self._complete: dict[int, tuple[int, int]] = {}
         self._speed_of_all, self._alive, self._looked_at = 0.0, 1, float("-inf")
         self._late, self._late_at = _Late(), float("-inf")
+        # Shapes that some replica compiles; one is enough for a copy.
+        self._compiled_to_copy: set[BatchShape] = set()
         self._by_node: dict[str, list[Standing]] = {}
         self.copied_batches = 0
 
@@ -124,8 +138,10 @@ class Dealer:
     def next_shape(self, replica: Standing, now: float) -> BatchShape | None:
         """Return the shape that a replica compiles next; None where it has them all, compiles
         already, or others compile those that it lacks: then they will be in the cache."""
-        if replica.compiling is not None or self._has_all(replica):
+        if replica.compiling is not None:
             return None
+        if self._has_all(replica):
+            return self._shape_to_copy(replica, now)
         if replica.in_flight and not self._rates.is_measured(replica.number):
             return None  # what a batch takes is known sooner where no compiler is beside it
         lacking = [one for one in self.shapes(replica) if one not in replica.warm]
@@ -201,7 +217,8 @@ class Dealer:
         """
         is_known = self._rates.knows(replica.number)
         seconds = self._rates.seconds(replica.number, batch.shape) * replica.members
-        limit = (BATCH_WITHIN_S if is_known else FIRST_BATCH_WITHIN_S) + HANG_FACTOR * seconds
+        patience_s = BATCH_WITHIN_S if is_known else FIRST_BATCH_WITHIN_S
+        limit = min(patience_s, self._patience_s) + HANG_FACTOR * seconds
         if is_known:
             least = PATIENCE_S + PATIENCE_FACTOR * seconds
             limit = min(limit, max(least, HANG_SHARE * left_s))
@@ -237,20 +254,25 @@ class Dealer:
             return 1 / max(1, self._alive)
         return min(1.0, own / self._speed_of_all)
 
+    def _shape_to_copy(self, replica: Standing, now: float) -> BatchShape | None:
+        """Return the shape of a batch that this idle replica would end sooner than the one that
+        computes it, compiling included; nothing waits of that shape, and so it has no program."""
+        if replica.in_flight or self._backlog.counts():
+            return None
+        self._look_for_late(now)
+        for shape in self._late.shapes():
+            if shape in replica.warm or shape in self._compiled_to_copy:
+                continue  # a batch is copied once
+            takes_s = self._rates.seconds(replica.number, shape) + COMPILES_S
+            if self._late.find(shape, now, takes_s, self._may_be_copied) is not None:
+                self._compiled_to_copy.add(shape)
+                return shape
+        return None
+
     def _copy(self, replica: Standing, now: float) -> Batch | None:
         """Return a batch that this idle replica would end sooner than the one that computes it: the
         first answer counts, so that no row waits for a slow or hung worker."""
-        if now - self._late_at >= LOOK_S:
-            self._late_at = now
-            self._late = _Late()
-            for other in self._replicas:
-                end = None
-                for batch in other.in_flight:
-                    began = self.began(other, batch) if end is None else end
-                    seconds = self._rates.seconds(other.number, batch.shape)
-                    end = began + seconds * self._rates.slowness(other.number)
-                    self._late.add(batch, end)
-            self._late.sort()
+        self._look_for_late(now)
         latest: tuple[float, Batch] | None = None
         for shape in self._late.shapes():
             if shape not in replica.warm:
@@ -265,6 +287,23 @@ class Dealer:
         self._backlog.copy(latest[1], replica.number)
         self.copied_batches += 1
         return latest[1]
+
+    def _look_for_late(self, now: float) -> None:
+        """Look up by when the batches under way should end."""
+        if now - self._late_at >= LOOK_S:
+            self._late_at = now
+            self._late = _Late()
+            self._compiled_to_copy = {
+                one.compiling for one in self._replicas if one.compiling is not None
+            }
+            for other in self._replicas:
+                end = None
+                for batch in other.in_flight:
+                    began = self.began(other, batch) if end is None else end
+                    seconds = self._rates.seconds(other.number, batch.shape)
+                    end = began + seconds * self._rates.slowness(other.number)
+                    self._late.add(batch, end)
+            self._late.sort()
 
     def _may_be_copied(self, batch: Batch) -> bool:
         return len(self._backlog.replicas_of(batch)) == 1 and not self._backlog.is_suspect(batch)

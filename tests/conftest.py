@@ -1,4 +1,4 @@
-"""Small presets, real rows and a way to run the command as a person does."""
+"""Small presets, real rows and a way to run the command as a user does."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,31 +18,21 @@ import psutil
 import pytest
 
 from runner.demo import make_rows, write_test_set
+from tests.models import SHARED, Model, Models
 from tests.odd_texts import odd_texts
+from tests.stored import made_once, stored_folder
+from tests.warm import MARK, WarmProcess, WarmPython
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared" / "data"
 TOLERANCE = 1e-5
 LENGTH = 96
 PLAIN_LENGTH = 64
-
-
-@dataclass(frozen=True)
-class Model:
-    """One model's files on disk."""
-
-    folder: Path
-
-    @property
-    def preset(self) -> Path:
-        return self.folder / "preset"
-
-    def flags(self) -> list[str]:
-        return [
-            *("--preset", str(self.preset), "--lora-weights", str(self.folder / "model.lora.h5")),
-            *("--head-kernel", str(self.folder / "kernel.npy")),
-            *("--head-bias", str(self.folder / "bias.npy")),
-        ]
+REAL_ROWS = 96
+# A device so slow that `real_job` takes some five seconds on one, without any work for them.
+SLOW = {"kind": "slow", "tokens_per_s": 2500}
+# Seconds after which a run hangs; no test waits for them, and a busy machine is no reason to fail.
+LONGEST_RUN_S = 1200.0
+LONGEST_WAIT_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +53,14 @@ def environment(cache: Path, **extra: str) -> dict[str, str]:
     for name in ("KERAS_BACKEND", "XLA_FLAGS", "NPROC"):
         env.pop(name, None)
     return env | {"XDG_CACHE_HOME": str(cache)} | extra
+
+
+def wait_until(is_so: Callable[[], object], what: str) -> None:
+    """Wait for a condition, as long as a busy machine may take; `what` names it."""
+    deadline = time.monotonic() + LONGEST_WAIT_S
+    while not is_so():
+        assert time.monotonic() < deadline, f"this never came: {what}"
+        time.sleep(0.01)
 
 
 def copy_project(target: Path) -> Path:
@@ -89,7 +87,7 @@ def make_programs(folder: Path, project: Path) -> Path:
 
 
 def run_script(cache: Path, name: str, *arguments: object) -> None:
-    """Run a Keras script of the tests in a process of its own."""
+    """Run a Keras script of the tests in a process of its own, with TensorFlow."""
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / name, *map(str, arguments)],
         env=environment(cache, KERAS_BACKEND="jax", TF_CPP_MIN_LOG_LEVEL="3"),
@@ -100,18 +98,43 @@ def run_script(cache: Path, name: str, *arguments: object) -> None:
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def stored() -> Path:
+    """What tests make once for all sessions with these versions: see `tests/stored.py`."""
+    return stored_folder()
 
 
 @pytest.fixture(scope="session")
-def cli(cache: Path):
-    """Run `python run.py FLAGS` and return the finished process."""
+def cache(stored: Path) -> Path:
+    """The user's cache: compiled programs and the demo, from one session to the next."""
+    folder = stored / "cache"
+    folder.mkdir(exist_ok=True)
+    return folder
 
-    def run(*flags: str, timeout: float = 240, **extra: str) -> subprocess.CompletedProcess:
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[WarmPython]:
+    python = WarmPython()
+    yield python
+    python.close()
+
+
+@pytest.fixture(scope="session")
+def cli(cache: Path, warm: WarmPython):
+    """Run `python run.py FLAGS` and return the finished process.
+
+    Its process has Keras, JAX and Ray imported when it begins, unless `cold`, or it sets what they
+    read while they are imported.
+    """
+
+    def run(
+        *flags: str, timeout: float = LONGEST_RUN_S, cold: bool = False, **extra: str
+    ) -> subprocess.CompletedProcess:
+        env = environment(cache, **extra)
+        if not cold and warm.can_run(extra):
+            return warm.run(flags, env, timeout=timeout)
         return subprocess.run(
             [sys.executable, str(ROOT / "run.py"), *flags],
-            env=environment(cache, **extra),
+            env=env,
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -149,41 +172,21 @@ def predict(cli, tmp_path: Path):
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, Model]:
-    """Presets by name: those of make_presets.FAMILIES, sharded and arena."""
-    from runner.demo import train_tokenizer
+def models(stored: Path, warm: WarmPython, cache: Path) -> Models:
+    folder = stored / "models"
+    folder.mkdir(exist_ok=True)
 
-    folder = tmp_path_factory.mktemp("models")
-    texts = [text for row in make_rows(60, seed=5) for text in row[1:]]
-    gemma, llama = folder / "gemma.spm", folder / "llama.spm"
-    train_tokenizer(gemma, texts, vocabulary_size=600)
-    train_tokenizer(llama, texts, vocabulary_size=600, start="<s>", end="</s>")
-    real = SHARED / "gemma_tokenizer.model"
-    byte_pairs = tmp_path_factory.mktemp("byte_pairs")
-    train_byte_pairs(byte_pairs, texts, vocabulary_size=600)
-    large = real if real.is_file() else gemma
-    run_script(cache, "make_presets.py", folder, gemma, llama, large, byte_pairs)
-    return {path.name: Model(path) for path in folder.iterdir() if path.is_dir()}
+    def make(name: str, *arguments: object) -> None:
+        if name == "gemma3":  # whose preprocessor asks for TensorFlow
+            run_script(cache, "make_presets.py", name, *arguments)
+            return
+        env = environment(cache, KERAS_BACKEND="jax")
+        script = ROOT / "tests" / "make_presets.py"
+        flags = [name, *map(str, arguments)]
+        done = warm.run(flags, env, script=script, timeout=LONGEST_RUN_S)
+        assert done.returncode == 0, done.stderr
 
-
-def train_byte_pairs(folder: Path, texts: list[str], *, vocabulary_size: int) -> None:
-    """Write a byte-level BPE with the special tokens of Llama 3 and Qwen after all others."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    special = ("begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id")
-    ids = model["vocab"]
-    for name in (*special, "im_start", "im_end", "endoftext"):
-        ids[f"<|{name}|>"] = len(ids)
-    (folder / "vocabulary.json").write_text(json.dumps(ids))
-    (folder / "merges.txt").write_text("".join(" ".join(pair) + "\n" for pair in model["merges"]))
+    return Models(folder, make)
 
 
 @pytest.fixture(scope="session")
@@ -201,17 +204,19 @@ def test_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory, cache: Path, test_set: Path):
+def reference(stored: Path, cache: Path, test_set: Path):
     """Return the notebook loop's answers for a model: 'raw mean' and the like -> (rows, 3)."""
-    folder = tmp_path_factory.mktemp("reference")
     done: dict[str, dict[str, np.ndarray]] = {}
 
     def answers(model: Model) -> dict[str, np.ndarray]:
         name = model.folder.name
         if name not in done:
-            out = folder / f"{name}.npz"
-            run_script(cache, "reference.py", model.folder, test_set, LENGTH, out)
-            done[name] = dict(np.load(out))
+            folder = stored / f"reference-{name}"
+            with made_once(folder) as target:
+                if target is not None:
+                    out = target / "answers.npz"
+                    run_script(cache, "reference.py", model.folder, test_set, LENGTH, out)
+            done[name] = dict(np.load(folder / "answers.npz"))
         return done[name]
 
     return answers
@@ -228,7 +233,7 @@ class Plain:
     rows: Path
     texts: list[str]
     odd: list[str]
-    answer: Callable[[list[str]], None]
+    answer: Callable[[str], Path]
 
     def model(self, name: str) -> Path:
         return self.folder / name
@@ -237,30 +242,33 @@ class Plain:
         return dict(np.load(self.folder / f"{name}.tokens.npz"))
 
     def answers(self, name: str) -> dict[str, np.ndarray]:
-        path = self.folder / f"{name}.npz"
-        if not path.is_file():
-            self.answer([name])
-        return dict(np.load(path))
+        return dict(np.load(self.answer(name)))
 
 
 @pytest.fixture(scope="session")
-def plain(tmp_path_factory: pytest.TempPathFactory, cache: Path, models) -> Plain:
+def plain(stored: Path, cache: Path, models: Models) -> Plain:
     """Answers to a few rows at `PLAIN_LENGTH` tokens by Keras alone (plain_answers.py)."""
-    folder = tmp_path_factory.mktemp("plain")
     rows = [("7", "a", "b", "c"), ("8", "", "", ""), ("9", "[MASK] x", "<mask> \u00dcber", "...")]
     rows += make_rows(40, seed=5)
     texts = ["\n\nPROMPT\n\n" + "\n\nRESPONSE:\n\n".join(row[1:]) for row in rows]
-    write_test_set(folder / "rows.csv", rows[:12])
     odd = odd_texts(500, seed=1) + texts[:12]
-    for name, content in {"texts": texts, "odd": odd}.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
+    folder = stored / "plain"
+    with made_once(folder) as target:
+        if target is not None:
+            write_test_set(target / "rows.csv", rows[:12])
+            for name, content in {"texts": texts, "odd": odd}.items():
+                (target / f"{name}.json").write_text(json.dumps(content))
+            run_script(cache, "plain_answers.py", "make", target)
 
-    def answer(names: list[str]) -> None:
-        asked = [models[name].folder if name in models else folder / name for name in names]
-        files = (folder / "texts.json", folder / "odd.json")
-        run_script(cache, "plain_answers.py", folder, *files, PLAIN_LENGTH, *asked)
+    def answer(name: str) -> Path:
+        model = models[name].folder if name in models else folder / name
+        made = stored / f"plain-{name}"
+        with made_once(made) as target:
+            if target is not None:
+                arguments = (folder / "texts.json", PLAIN_LENGTH, model, target / "answers.npz")
+                run_script(cache, "plain_answers.py", "answer", *arguments)
+        return made / "answers.npz"
 
-    answer(["bert", "bert_classifier", "gemma3", "llama"])  # what the default tests ask for
     return Plain(folder, folder / "rows.csv", texts[:12], odd, answer)
 
 
@@ -275,14 +283,62 @@ def arena_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class Started:
-    """A run in the background and all its processes, found by a mark in their environment."""
+@pytest.fixture(scope="session")
+def real_rows(tmp_path_factory: pytest.TempPathFactory, arena_rows: Path) -> Path:
+    """A few of the real rows, for runs that something befalls in their midst."""
+    path = tmp_path_factory.mktemp("real") / "rows.csv"
+    pd.read_csv(arena_rows, dtype=str, keep_default_na=False).head(REAL_ROWS).to_csv(
+        path, index=False
+    )
+    return path
 
-    def __init__(self, cache, *flags, **extra):
-        self.mark = uuid.uuid4().hex
+
+@pytest.fixture(scope="session")
+def real_job(models: Models, real_rows: Path) -> list[str]:
+    """Flags of a run of `REAL_ROWS` rows in a dozen batches; `SLOW` makes it last for seconds."""
+    return [*models["arena"].flags(), "--input", str(real_rows), "--pooling", "mean",
+            "--sequence-length", "128", "--max-tokens-per-batch", "1024"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def calm(cli, real_job: list[str], tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """The submission of `real_job` if nothing disturbs it."""
+    path = tmp_path_factory.mktemp("calm") / "s.csv"
+    done = cli("--mode", "single", *real_job, "--output", str(path))
+    assert done.returncode == 0, done.stderr
+    return pd.read_csv(path, dtype={"id": str}, keep_default_na=False)
+
+
+def assert_calm(output: Path, calm: pd.DataFrame) -> dict:
+    """Assert that a run's submission is the undisturbed one, all rows predicted; its report."""
+    table = pd.read_csv(output, dtype={"id": str}, keep_default_na=False)
+    assert table["id"].tolist() == calm["id"].tolist()
+    difference = np.abs(table.iloc[:, 1:].to_numpy() - calm.iloc[:, 1:].to_numpy())
+    assert difference.max() < TOLERANCE
+    report = json.loads(Path(f"{output}.report.json").read_text())
+    rows = report["rows"]
+    assert rows["resumed"] + rows["predicted"] == rows["total"] == len(calm)
+    return report
+
+
+class Started:
+    """A run in the background and all its processes, found by a mark in their environment.
+
+    Args:
+        cold: whether it begins without anything imported, and so do its workers.
+    """
+
+    def __init__(self, cache, warm, *flags, cold=False, **extra):
+        self.mark, self._warm = uuid.uuid4().hex, warm
+        env = environment(cache, **{MARK: self.mark}, **extra)
+        flags = [str(flag) for flag in flags]
+        self.process: subprocess.Popen | WarmProcess
+        if not cold and warm.can_run(extra):
+            self.process = warm.start(flags, env)
+            return
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *map(str, flags)],
-            env=environment(cache, ARENA_TEST_MARK=self.mark, **extra),
+            [sys.executable, str(ROOT / "run.py"), *flags],
+            env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -290,10 +346,13 @@ class Started:
         )
 
     def family(self):
+        forked = {*self._warm.find(self.mark), self.process.pid}
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get("ARENA_TEST_MARK") == self.mark:
+                if process.status() == psutil.STATUS_ZOMBIE:
+                    continue
+                if process.pid in forked or process.environ().get(MARK) == self.mark:
                     found.append(process)
             except psutil.Error:
                 continue
@@ -311,7 +370,7 @@ class Started:
                 found.append(process)
         return found
 
-    def wait_for_workers(self, doing, count=1, timeout_s=90, name="Replica"):
+    def wait_for_workers(self, doing, count=1, timeout_s=LONGEST_RUN_S, name="Replica"):
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if len(found := self.workers(doing, name)) >= count:
@@ -320,11 +379,22 @@ class Started:
             time.sleep(0.05)
         raise AssertionError(f"no worker came to {doing}")
 
-    def finish(self, timeout_s=180):
+    def wait_for_batches(self, output, count=3, timeout_s=LONGEST_RUN_S):
+        """Wait until the journal beside `output` has grown so often: once a batch, at most."""
+        wal = Path(f"{output}.journal-wal")
+        sizes, deadline = set(), time.monotonic() + timeout_s
+        while len(sizes) <= count:
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline, "no rows came"
+            if wal.is_file():
+                sizes.add(wal.stat().st_size)
+            time.sleep(0.02)
+
+    def finish(self, timeout_s=LONGEST_RUN_S):
         out, err = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, out, err
 
-    def assert_nothing_is_left(self, within_s=10):
+    def assert_nothing_is_left(self, within_s=120):
         deadline = time.monotonic() + within_s
         while (left := self.family()) and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -332,11 +402,12 @@ class Started:
 
 
 @pytest.fixture
-def start(cache):
+def start(cache, warm):
+    """Start `python run.py FLAGS` in the background; whatever is left of it is killed."""
     runs = []
 
-    def run(*flags):
-        runs.append(Started(cache, *flags))
+    def run(*flags, cold=False, **extra):
+        runs.append(Started(cache, warm, *flags, cold=cold, **extra))
         return runs[-1]
 
     yield run
@@ -347,10 +418,21 @@ def start(cache):
 
 
 @pytest.fixture(scope="session")
-def heavy(tmp_path_factory, cache, models) -> Model:
-    """About 1.3 GB of float32 weights, nearly all in the layers."""
-    folder = tmp_path_factory.mktemp("heavy")
-    vocabulary = models["gemma2"].preset / "assets" / "tokenizer" / "vocabulary.spm"
-    run_script(cache, "make_presets.py", folder, vocabulary, "heavy")
-    yield Model(folder / "heavy")
-    (folder / "heavy" / "preset" / "model.weights.h5").unlink()
+def heavy(models: Models) -> Iterator[Model]:
+    """About 1.3 GB of float32 weights, nearly all in the layers; removed when all are done."""
+    yield models["heavy"]
+    shutil.rmtree(models["heavy"].folder, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests that share what a module or class has made on one process (`--dist loadgroup`)."""
+    for item in items:
+        if not isinstance(item, pytest.Function) or item.get_closest_marker("xdist_group"):
+            continue
+        definitions = item._fixtureinfo.name2fixturedefs.values()
+        scopes = {one[-1].scope for one in definitions if one[-1].func.__module__ != __name__}
+        own = "class" if "class" in scopes else None
+        if scopes & {"module", "package"}:
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+        elif own and item.cls is not None:
+            item.add_marker(pytest.mark.xdist_group(f"{item.module.__name__}.{item.cls.__name__}"))

@@ -1,6 +1,7 @@
-"""python make_presets.py DIR VOCAB.spm... BYTE_PAIRS_DIR: small random presets in real files.
+"""python make_presets.py NAME DIR TOKENIZERS_DIR: a small random preset in real files.
 
 A process of its own, so that the test process need not start Keras. Written with KerasHub alone.
+TOKENIZERS_DIR holds gemma.spm, llama.spm, large.spm and byte_pairs/.
 """
 
 import sys
@@ -103,43 +104,33 @@ def save(
     np.save(folder / "bias.npy", rng.normal(0, 0.1, 3).astype("float32"))
 
 
-def save_heavy(target: Path, vocabulary: Path) -> None:
-    FAMILIES["heavy"] = ("Gemma", HEAVY)
-    (target / "heavy").mkdir(parents=True)
-    save(target / "heavy", "heavy", vocabulary)
+FAMILIES["heavy"] = ("Gemma", HEAVY)
+TOKENIZERS = {
+    **dict.fromkeys(("Gemma", "Gemma3"), "gemma.spm"),
+    **dict.fromkeys(("Llama", "Mistral"), "llama.spm"),
+    **dict.fromkeys(("Llama3", "Qwen", "Qwen3"), "byte_pairs"),
+}
+# Presets that are a family's in another form.
+VARIANTS = {
+    # In several weight files, as Kaggle ships the large ones.
+    "sharded": {"shard_gb": 2e-4},
+    # As Kaggle had it in 2024: bfloat16 weights, classes under their old package's name.
+    "kaggle": {"dtype": "bfloat16"},
+    # With the real tokenizer's size, for the real rows.
+    "arena": {},
+}
+NAMES = (*FAMILIES, *VARIANTS)
 
 
-def save_all(
-    target: Path,
-    gemma_vocabulary: Path,
-    llama_vocabulary: Path,
-    large_vocabulary: Path,
-    byte_pairs: Path,
-) -> None:
-    vocabularies = {
-        **dict.fromkeys(("Gemma", "Gemma3"), gemma_vocabulary),
-        **dict.fromkeys(("Llama", "Mistral"), llama_vocabulary),
-        **dict.fromkeys(("Llama3", "Qwen", "Qwen3"), byte_pairs),
-    }
-    for name, (family, _) in FAMILIES.items():
-        (target / name).mkdir(parents=True)
-        save(target / name, name, vocabularies[family])
-    # One preset in several weight files, as Kaggle ships the large ones.
-    (target / "sharded").mkdir()
-    save(target / "sharded", "gemma2", gemma_vocabulary, shard_gb=2e-4)
-    # One as Kaggle had it in 2024: bfloat16 weights, classes under their old package's name.
-    (target / "kaggle").mkdir()
-    save(target / "kaggle", "gemma2", gemma_vocabulary, dtype="bfloat16")
-    for path in (target / "kaggle" / "preset").glob("*.json"):
-        path.write_text(path.read_text().replace("keras_hub", "keras_nlp"))
-    # One with the real tokenizer's size, for the real rows.
-    (target / "arena").mkdir()
-    save(target / "arena", "gemma2", large_vocabulary)
+def main(name: str, folder: Path, tokenizers: Path) -> None:
+    keras.utils.set_random_seed(3 + NAMES.index(name))
+    kind = name if name in FAMILIES else "gemma2"
+    vocabulary = "large.spm" if name == "arena" else TOKENIZERS[FAMILIES[kind][0]]
+    save(folder, kind, tokenizers / vocabulary, **VARIANTS.get(name, {}))
+    if name == "kaggle":
+        for path in (folder / "preset").glob("*.json"):
+            path.write_text(path.read_text().replace("keras_hub", "keras_nlp"))
 
 
 if __name__ == "__main__":
-    keras.utils.set_random_seed(3)
-    if sys.argv[3:] == ["heavy"]:
-        save_heavy(Path(sys.argv[1]), Path(sys.argv[2]))
-    else:
-        save_all(*map(Path, sys.argv[1:]))
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

@@ -1,11 +1,10 @@
-"""python plain_answers.py DIR TEXTS.json ODD.json LENGTH MODEL_DIR...
+"""python plain_answers.py make DIR; python plain_answers.py answer TEXTS.json LENGTH MODEL OUT.npz
 
-Makes small encoder presets in DIR where there are none, and says what plain Keras answers for the
-models that are named: `predict` with one row at a time, each padded to the full length, after
-KerasHub's own preprocessors. Shares no code with the runner, and is run as a process of its own.
-
-It leaves DIR/NAME.npz for each model, a table of probabilities for each pooling or what a whole
-classifier says; and DIR/NAME.tokens.npz for each encoder, its tokens of all odd texts.
+`make` writes small encoder presets and classifiers into DIR, which holds texts.json and odd.json,
+and NAME.tokens.npz for each encoder: its tokens of all odd texts. `answer` says what plain Keras
+answers for a model: `predict` with one row at a time, each padded to the full length, after
+KerasHub's own preprocessors; a table of probabilities for each pooling, or what a whole classifier
+says. Shares no code with the runner, and is run as a process of its own.
 """
 
 import json
@@ -177,18 +176,19 @@ def answer(folder: Path, texts: list[str], length: int) -> dict[str, np.ndarray]
     return {name: np.array(rows) for name, rows in answers.items()}
 
 
-def main(target: Path, texts_file: Path, odd_file: Path, length: int, asked: list[Path]) -> None:
-    texts = json.loads(texts_file.read_text())
-    if not (target / "deberta.spm").is_file():
-        save_encoders(target, texts)
-        odd = json.loads(odd_file.read_text())
-        for name in ENCODERS:
-            preset = str(target / name / "preset")
-            np.savez(target / f"{name}.tokens.npz", **tokens_of(preset, odd, length))
-    for folder in asked:
-        np.savez(target / f"{folder.name}.npz", **answer(folder, texts[:12], length))
+def make(folder: Path) -> None:
+    save_encoders(folder, json.loads((folder / "texts.json").read_text()))
+    odd = json.loads((folder / "odd.json").read_text())
+    for name in ENCODERS:
+        preset = str(folder / name / "preset")
+        np.savez(folder / f"{name}.tokens.npz", **tokens_of(preset, odd, 64))
 
 
 if __name__ == "__main__":
     keras.utils.set_random_seed(4)
-    main(*map(Path, sys.argv[1:4]), int(sys.argv[4]), list(map(Path, sys.argv[5:])))
+    if sys.argv[1] == "make":
+        make(Path(sys.argv[2]))
+    else:
+        said = answer(Path(sys.argv[4]), json.loads(Path(sys.argv[2]).read_text())[:12],
+                      int(sys.argv[3]))  # fmt: skip
+        np.savez(sys.argv[5], **said)

@@ -6,14 +6,14 @@ signals.
 
 import json
 import signal
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from runner.model.injected_faults import VARIABLE
-from tests.conftest import LENGTH, TOLERANCE
+from tests.conftest import LENGTH, REAL_ROWS, SLOW, TOLERANCE, assert_calm
 
 MODES = {
     "single": ("--mode", "single"),
@@ -29,29 +29,23 @@ ROW = 7
 
 
 def slow_but(*fast, modes=tuple(MODES)):
-    """All modes, those not named here only in `make test-all`."""
+    """All modes, those not named here only in `make test-all`: `make test` has the same faults in
+    all modes, struck in a simulation (test_recovery_in_modes.py, test_dispatch.py)."""
     return pytest.mark.parametrize(
         "mode", [mode if mode in fast else pytest.param(mode, marks=pytest.mark.slow)
                  for mode in modes]
     )  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def calm_answers():
-    """The undisturbed run's answer, once it is there: it is the same for all faults."""
-    return {}
-
-
 @pytest.fixture
-def struck(models, test_set, predict, calm_answers):
-    """Run with faults; return its answer and the undisturbed one."""
+def struck(models, test_set, predict, reference):
+    """Run with faults; return its answer and the undisturbed one, the notebook loop's."""
 
     def run(mode, *faults, flags=()):
         common = [*models["gemma2"].flags(), "--input", str(test_set), "--pooling", "mean",
                   "--sequence-length", str(LENGTH), "--max-tokens-per-batch", "384"]  # fmt: skip
-        if not calm_answers:
-            calm_answers["all"] = predict("--mode", "single", *common)
-        calm = calm_answers["all"]
+        ids = pd.read_csv(test_set, dtype=str)["id"].tolist()
+        calm = SimpleNamespace(ids=ids, probabilities=reference(models["gemma2"])["raw mean"])
         hit = predict(*MODES[mode], *common, *flags, **{VARIABLE: json.dumps(faults)})
         assert hit.ids == calm.ids
         return hit, calm
@@ -94,7 +88,7 @@ def test_a_row_that_fits_no_device_is_left_out(struck, mode):
     assert np.abs(hit.probabilities[ROW] - mean_but(calm, ROW)).max() < TOLERANCE
 
 
-@slow_but("data-parallel", modes=WITH_WORKERS)
+@slow_but(modes=WITH_WORKERS)
 def test_a_row_that_kills_whoever_takes_it(struck, mode):
     hit, calm = struck(mode, {"kind": "kill", "rows": [ROW]},
                        flags=("--fallback-probabilities", "0.5,0.25,0.25"))  # fmt: skip
@@ -120,7 +114,9 @@ def test_a_row_that_ends_in_an_error(struck, mode):
 @slow_but("data-parallel", modes=WITH_WORKERS)
 def test_a_worker_that_hangs(struck, tmp_path, mode):
     # The last row to be computed: by then it is known what a batch takes.
-    hit, calm = struck(mode, {"kind": "hang", "rows": [20], "once": str(tmp_path / "hung")})
+    patience = {"kind": "patience", "seconds": 3}
+    hang = {"kind": "hang", "rows": [20], "once": str(tmp_path / "hung")}
+    hit, calm = struck(mode, hang, patience)
     assert differing(hit, calm) == []
     assert hit.report["faults"]["hangs"] + hit.report["plan"]["copied_batches"] >= 1
     assert hit.report["faults"]["worker_deaths"] == 0
@@ -143,6 +139,7 @@ def test_rows_that_stay_no_numbers_get_the_fallback(struck, mode):
     assert f"id {calm.ids[ROW]}" in hit.stderr
 
 
+@pytest.mark.slow
 def test_nothing_but_errors_ends_the_run(cli, models, test_set, tmp_path):
     done = cli(
         *(*MODES["single"], *models["gemma2"].flags(), "--input", str(test_set)),
@@ -159,32 +156,6 @@ def test_nothing_but_errors_ends_the_run(cli, models, test_set, tmp_path):
 class TestResume:
     """Runs that end early, and what goes on from them."""
 
-    @pytest.fixture
-    def job(self, models, arena_rows, tmp_path):
-        return [*models["arena"].flags(), "--input", str(arena_rows), "--pooling", "mean",
-                "--sequence-length", "256", "--output", str(tmp_path / "s.csv")]  # fmt: skip
-
-    @pytest.fixture
-    def calm(self, predict, job):
-        """The answers of a run that nothing disturbs."""
-        return predict("--mode", "single", *job[:-2])
-
-    def wait_for_rows(self, run, journal, least):
-        """Wait until so many rows may be in the journal: its -wal has grown."""
-        wal = journal.with_name(journal.name + "-wal")
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            if wal.is_file() and wal.stat().st_size > least * 100:
-                return
-            assert run.process.poll() is None, run.process.communicate()
-            time.sleep(0.05)
-        raise AssertionError("no rows came")
-
-    def answer(self, tmp_path):
-        table = pd.read_csv(tmp_path / "s.csv", dtype={"id": str})
-        report = json.loads((tmp_path / "s.csv.report.json").read_text())
-        return table, report
-
     @pytest.mark.parametrize(
         ("first", "number", "second"),
         [
@@ -194,29 +165,27 @@ class TestResume:
             pytest.param("tensor", signal.SIGINT, "data-parallel", marks=pytest.mark.slow),
         ],
     )
-    def test_another_mode_goes_on(self, start, cli, job, calm, tmp_path, first, number, second):
-        run = start(*MODES[first], *job)
-        self.wait_for_rows(run, tmp_path / "s.csv.journal", 100)
+    def test_another_mode_goes_on(
+        self, start, cli, real_job, calm, tmp_path, first, number, second
+    ):
+        job = [*real_job, "--output", str(tmp_path / "s.csv")]
+        run = start(*MODES[first], *job, **{VARIABLE: json.dumps([SLOW])})
+        run.wait_for_batches(tmp_path / "s.csv")
         run.process.send_signal(number)
         code, _, err = run.finish()
         assert code == (-9 if number == signal.SIGKILL else 130), err
-        run.assert_nothing_is_left(within_s=30)
+        run.assert_nothing_is_left()
         assert not (tmp_path / "s.csv").exists()
         done = cli(*MODES[second], *job, "--resume", "require")
         assert done.returncode == 0, done.stderr
         assert "resuming" in done.stderr
-        table, report = self.answer(tmp_path)
-        assert table["id"].tolist() == calm.ids
-        assert np.abs(table.iloc[:, 1:].to_numpy() - calm.probabilities).max() < TOLERANCE
-        rows = report["rows"]
-        assert rows["resumed"] > 0
-        assert rows["resumed"] + rows["predicted"] == rows["total"] == 905
+        report = assert_calm(tmp_path / "s.csv", calm)
+        assert report["rows"]["resumed"] > 0
         again = cli(*MODES[second], *job)
         assert again.returncode == 0, again.stderr
-        table, report = self.answer(tmp_path)
-        assert report["rows"]["resumed"] == 905, "nothing is computed twice"
+        report = assert_calm(tmp_path / "s.csv", calm)
+        assert report["rows"]["resumed"] == REAL_ROWS, "nothing is computed twice"
         assert report["workers"] == []
-        assert np.abs(table.iloc[:, 1:].to_numpy() - calm.probabilities).max() < TOLERANCE
 
     def test_what_differs_is_said(self, cli, models, test_set, tmp_path):
         flags = [*MODES["single"], *models["gemma2"].flags(), "--input", str(test_set),
@@ -248,13 +217,12 @@ class TestResume:
 
 
 @pytest.mark.slow
-def test_a_folder_that_vanishes_leaves_a_copy(start, models, arena_rows, tmp_path):
+def test_a_folder_that_vanishes_leaves_a_copy(start, real_job, calm, tmp_path):
     folder = tmp_path / "gone"
     folder.mkdir()
-    job = [*models["arena"].flags(), "--input", arena_rows, "--pooling", "mean",
-           "--sequence-length", "256", *MODES["data-parallel"]]  # fmt: skip
-    run = start(*job, "--output", folder / "s.csv")
-    TestResume().wait_for_rows(run, folder / "s.csv.journal", 100)
+    job = [*real_job, *MODES["data-parallel"]]
+    run = start(*job, "--output", folder / "s.csv", **{VARIABLE: json.dumps([SLOW])})
+    run.wait_for_batches(folder / "s.csv")
     folder.rename(tmp_path / "elsewhere")
     code, _, err = run.finish()
     assert code == 1
@@ -265,4 +233,4 @@ def test_a_folder_that_vanishes_leaves_a_copy(start, models, arena_rows, tmp_pat
     again = start(*job, "--output", tmp_path / "s.csv", "--journal", copy, "--resume", "require")
     code, _, err = again.finish()
     assert code == 0, err
-    assert len(pd.read_csv(tmp_path / "s.csv")) == 905
+    assert_calm(tmp_path / "s.csv", calm)

@@ -15,7 +15,7 @@ from runner.config.flags import flag
 from runner.telemetry import logs
 from runner.telemetry.logs import DRIVER_ERRORS, DRIVER_LOG, LogEvent, RunLogs, keep_logs_of_ray
 from runner.telemetry.progress import Progress
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT, environment, wait_until
 from tests.fakes import write_fake_job
 
 # Runs a command line with a replica that writes to the process' own streams, past Python's.
@@ -175,10 +175,7 @@ class TestFolder:
                     file.write(f"line {number:3} {'x' * 50}\n")
                     file.flush()
                     time.sleep(0.005)
-                deadline = time.monotonic() + 10
-                while path.stat().st_size > 1000 and time.monotonic() < deadline:
-                    time.sleep(0.01)
-                assert path.stat().st_size <= 1000
+                wait_until(lambda: path.stat().st_size <= 1000, "it is cut")
                 file.write("the end\n")
         assert path.read_bytes().rstrip(b"\0").endswith(b"the end\n")
         assert b"\0" not in path.read_bytes(), "a writer goes on at the new end"
@@ -247,8 +244,14 @@ class TestEvents:
             progress.advance(rows=2, tokens=50)
             progress.set_worker(0, "busy")
             progress.forecast(left_s=75.0, slack_s=-12.0)
-            time.sleep(0.3)
-        last = lines_of(capsys.readouterr().err)[-1]
+            said = []
+
+            def is_said():
+                said.append(capsys.readouterr().err)
+                return "seconds_slack" in said[-1]
+
+            wait_until(is_said, "progress")
+        last = lines_of("".join(said))[-1]
         assert last["event"] == "progress"
         assert (last["rows_done"], last["rows_total"]) == (4, 10)
         assert last["workers"] == {"0": "busy"}

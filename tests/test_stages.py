@@ -25,7 +25,7 @@ from runner.preset.reader import read_preset
 from runner.preset.tokenizer_files import BytePairOptions, TokenizerFiles
 from runner.results.table import Merger
 from runner.telemetry.progress import Progress
-from tests.conftest import LENGTH, SHARED, run_script
+from tests.conftest import LENGTH, SHARED, run_script, wait_until
 
 COLUMNS = ["id", "prompt", "response_a", "response_b"]
 cells = st.text(st.characters(codec="utf-8"), max_size=12)
@@ -342,29 +342,24 @@ class TestProgress:
         monkeypatch.setattr("runner.telemetry.progress.PLAIN_WAITING_S", 0.05)
         monkeypatch.setattr("runner.telemetry.progress.PLAIN_RUNNING_S", 0.05)
         stream = io.StringIO()
-        import time
+
+        def until(text):
+            return wait_until(lambda: re.search(text, stream.getvalue()), text)
 
         with Progress(stream=stream) as progress:
             progress.stage("reading test.csv")
             progress.set_worker(0, "loading")
-            time.sleep(0.2)
+            until(r"\[\d:\d\d\] reading test.csv; w0 loading\n")
             progress.expect(rows=10, done=1)
             progress.advance(rows=1, tokens=5)
-            time.sleep(0.1)
+            until(r"2/10 rows, time left \?; w0 loading\n")
             progress.advance(rows=2, tokens=50)
             progress.forecast(left_s=75.0, slack_s=None)
-            time.sleep(0.2)
+            until(r"4/10 rows, [\d,]+ tokens/s, (1:1\d|0:\d\d) left; w0 loading\n")
             progress.forecast(left_s=75.0, slack_s=-12.0)
-            time.sleep(0.2)
+            until("left, 0:12 too long; w0 loading\n")
             progress.forecast(left_s=75.0, slack_s=3700.0)
-            time.sleep(0.2)
+            until("left, 1:01:40 to spare; w0 loading\n")
             for number in range(6):
                 progress.set_worker(number, "compiling 1/8" if number else "busy")
-            time.sleep(0.2)
-        text = stream.getvalue()
-        assert "[0:00] reading test.csv; w0 loading\n" in text
-        assert "2/10 rows, time left ?; w0 loading\n" in text
-        assert re.search(r"4/10 rows, [\d,]+ tokens/s, 1:1\d left; w0 loading\n", text)
-        assert "left, 0:12 too long; w0 loading\n" in text
-        assert "left, 1:01:40 to spare; w0 loading\n" in text
-        assert "workers: 5 compiling, 1 busy\n" in text
+            until("workers: 5 compiling, 1 busy\n")

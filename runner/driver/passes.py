@@ -117,6 +117,7 @@ class Passes:
             ),
             full_length=config.sequence_length if sees_padding else None,
             started=setting.started,
+            clock=time.monotonic,
         )
 
     def repeat_broken_rows(self) -> None:

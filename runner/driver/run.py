@@ -132,7 +132,7 @@ def _settle(config: RunConfig, progress: Progress, logs: RunLogs, started: float
         progress=progress,
         logs=logs,
         deadline=Deadline(config.time_limit, config.on_deadline),
-        timeline=Timeline(started),
+        timeline=Timeline(started, clock=time.monotonic),
         started=started,
     )
 

@@ -5,7 +5,7 @@ Shared by the executors. Does not know Ray or JAX: it is told what happened.
 
 from collections.abc import Callable, Iterable, Sequence
 
-from runner.common.errors import WorkerError, list_ids
+from runner.common.errors import ArenaRunnerError, WorkerError, list_ids
 from runner.common.records import Faults
 from sharding.backlog import Backlog
 from sharding.batches import Batch
@@ -92,6 +92,13 @@ class Recovery:
             )
         elif budget is not None:
             self._quarantined(batch, replica, "it does not fit the device's memory")
+
+    def explain(self, replica: str, batch: Batch, error: ArenaRunnerError) -> ArenaRunnerError:
+        """Return an error that ends the run, named by the replica, the batch and its rows.
+
+        replica: in words, the first of a sentence.
+        """
+        return type(error)(f"{replica} failed at {self.name(batch)}: {error}")
 
     def name(self, batch: Batch) -> str:
         rows = list_ids(self._ids, batch.rows)

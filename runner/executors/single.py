@@ -268,7 +268,7 @@ class InProcess:
         if isinstance(error, DeviceMemoryError):
             recovery.too_large(0, (0,), batch)
         elif isinstance(error, ArenaRunnerError):
-            raise error
+            raise recovery.explain("Worker 0", batch, error) from error
         else:
             self._progress.keep(error)
             recovery.failed(0, batch, error, f"{type(error).__name__}: {first_line(error)}")

@@ -1,6 +1,6 @@
 """Faults on purpose, so that tests can see them survived. Off unless ARENA_RUNNER_FAULTS is set.
 
-The variable holds a JSON list of faults, read where a worker's process starts, such as
+The variable holds a JSON list of faults, read where a process starts, such as
 
     [{"kind": "hang", "rows": [17], "once": "/tmp/x"}, {"kind": "memory", "tokens": 512}]
 
@@ -9,6 +9,9 @@ raises where a device has no room), `nan` (answers that are no numbers), `slow` 
 long, or as a device would that computes `tokens_per_s`). A fault strikes batches that hold one of
 `rows`, or of more than `tokens` tokens, or all; of all replicas, or of `replica`. `once`: a path
 that is made when it strikes, and spares what follows. `wide`: strikes the float32 repetition too.
+
+`patience` is no fault: a batch is taken to hang that takes `seconds` more than it should, where the
+driver would wait longer, so that a test of a hang need not.
 """
 
 import json
@@ -26,15 +29,18 @@ from sharding.batches import Batch
 VARIABLE = "ARENA_RUNNER_FAULTS"
 
 
+def patience_s() -> float:
+    """Return the most seconds that a batch may take beyond its forecast, infinite where there is no
+    `patience`."""
+    asked = (fault["seconds"] for fault in _asked_for() if fault["kind"] == "patience")
+    return min(map(float, asked), default=float("inf"))
+
+
 class InjectedFaults:
     """The faults of one worker's process."""
 
     def __init__(self, replica: int) -> None:
-        self._faults = [
-            fault
-            for fault in json.loads(os.environ.get(VARIABLE, "[]"))
-            if fault.get("replica", replica) == replica
-        ]
+        self._faults = [fault for fault in _asked_for() if fault.get("replica", replica) == replica]
         self._lock = threading.Lock()
         self._free_at = 0.0
 
@@ -92,3 +98,8 @@ class InjectedFaults:
         except FileExistsError:
             return False
         return True
+
+
+def _asked_for() -> list[dict[str, Any]]:
+    faults: list[dict[str, Any]] = json.loads(os.environ.get(VARIABLE, "[]"))
+    return faults

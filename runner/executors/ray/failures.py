@@ -68,7 +68,7 @@ class Failures:
             self._go_on(group, step)
             return
         if step.what != "predict" or (is_ours and not is_memory):
-            raise _explain(group, step, cause) from failure
+            raise self._explain(group, step, cause) from failure
         crew = self._crew
         backlog, recovery = crew.at_work.backlog, crew.at_work.recovery
         group.drop(step)
@@ -85,6 +85,17 @@ class Failures:
                 backlog.put_back(batch, group.number)
             backlog.release(group.number)
             crew.spawn(group)
+
+    def _explain(self, group: Group, step: Step, cause: BaseException) -> ArenaRunnerError:
+        """Return the error that a worker raised, named by replica and step, or by batch and rows;
+        of files that do not fit nothing more is to be said."""
+        replica = f"{group.noun.capitalize()} {group.number}"
+        if not isinstance(cause, ArenaRunnerError):
+            said = f"{type(cause).__name__}: {first_line(cause)}"
+            return WorkerError(f"{replica} failed in {step.what}: {said}")
+        if step.what == "predict":
+            return self._crew.at_work.recovery.explain(replica, step.payload, cause)
+        return cause
 
     def end_hung(self) -> None:
         """End groups that take far longer for something than they should.
@@ -192,18 +203,14 @@ class Failures:
                 "--num-workers or a smaller --max-tokens-per-batch need less; its last words are "
                 f"in {worker_log(group.number, '*')}."
             ) from cause
+        crew.note_fault(
+            group,
+            f"warning: {group.noun} {group.number} died {MAX_RESTARTS + 1} times and is given up; "
+            "the others do its work",
+            log=worker_log(group.number, "*"),
+        )
 
 
 def load_within_s(stored_bytes: int) -> float:
     """Return the seconds in which a model's files are loaded, as slow as they may be."""
     return STEP_WITHIN_S["load"] + stored_bytes / SLOWEST_LOAD_BYTES_PER_S
-
-
-def _explain(group: Group, step: Step, cause: BaseException) -> ArenaRunnerError:
-    """Return the error that a worker raised, named by replica, batch and rows."""
-    if isinstance(cause, ArenaRunnerError):
-        return cause
-    return WorkerError(
-        f"{group.noun.capitalize()} {group.number} failed in {step.what}: "
-        f"{type(cause).__name__}: {first_line(cause)}"
-    )

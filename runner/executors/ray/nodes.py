@@ -211,7 +211,9 @@ class Nodes:
         candidates -= self._refused
         if not candidates or wanted == 0:
             return
-        slots = self._place({name: alive[name] for name in candidates}, wanted, is_first=False)
+        # In the order of their names, as `_alive` has them.
+        nodes = {name: node for name, node in alive.items() if name in candidates}
+        slots = self._place(nodes, wanted, is_first=False)
         ready = self._make_ready(slots, spec)
         self._used |= {slot.node for slot in ready}
         for node, count in Counter(slot.node for slot in ready).items():

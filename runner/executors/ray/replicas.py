@@ -41,6 +41,7 @@ from runner.executors.ray.places import Here, Places
 from runner.executors.ray.session import join_ray, private_folder, stop_ray
 from runner.executors.ray.shipping import SHIP
 from runner.executors.recovery import Recovery
+from runner.model.injected_faults import patience_s
 from runner.telemetry.logs import keep_logs_of_ray
 from runner.telemetry.progress import Progress
 from runner.telemetry.timeline import Timeline
@@ -201,7 +202,7 @@ class RayReplicas:
             crew.at_work = Pass(
                 backlog,
                 rates,
-                Dealer(backlog, rates, crew.groups),
+                Dealer(backlog, rates, crew.groups, patience_s=patience_s()),
                 Recovery(backlog, self.faults, ids, note, crew.timeline.event),
                 store(tokens),
             )

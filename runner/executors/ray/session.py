@@ -9,13 +9,17 @@ import fcntl
 import ipaddress
 import logging
 import os
+import re
 import secrets
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.exceptions
@@ -34,6 +38,17 @@ MAX_SOCKET_PATH_BYTES = 103
 LOCK = "arena-runner.lock"
 # Of Ray's processes, those without which no worker can be reached or started.
 NEEDED = (ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER)
+# Files in a session's folder from which a raylet knows where its agents listen.
+PORTS_OF_AGENTS = (
+    *("metrics_agent_port", "metrics_export_port"),
+    *("dashboard_agent_listen_port", "runtime_env_agent_port"),
+)
+# Stands for an agent: does nothing until the raylet ends, by the kernel's word (see prctl(2)).
+IDLE_AGENT = (
+    "import ctypes, os, time\n"
+    "ctypes.CDLL(None).prctl(1, 9)\n"
+    "while str(os.getppid()) == os.environ['RAY_RAYLET_PID']: time.sleep(1)"
+)
 # Seconds in which a cluster must take a connection: Ray itself would try for minutes.
 ANSWERS_WITHIN_S = 5.0
 # Of the driver's environment, what reaches the workers on the nodes of a cluster too.
@@ -71,7 +86,11 @@ def start_ray(num_cpus: int, *, verbose: bool) -> None:
         atexit.register(stop_ray)
         _folder = make_private_folder()
     try:
-        with _loopback_as_address(), _signals_as_they_are(), _without_what_nobody_asks():
+        with (
+            _loopback_as_address(),
+            _signals_as_they_are(),
+            _servers_alone(log_monitor=verbose),
+        ):
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -293,19 +312,44 @@ def _loopback_as_address() -> Iterator[None]:
 
 
 @contextmanager
-def _without_what_nobody_asks() -> Iterator[None]:
-    """Let Ray start neither its autoscaler nor the process of its dashboard.
+def _servers_alone(*, log_monitor: bool) -> Iterator[None]:
+    """Let Ray start its GCS server and its raylet, and nothing beside them.
 
-    There are no machines to start here. Ray 2.60 starts the other one even where the dashboard is
-    off, and waits for it: 1.4 of 5 s until there are workers.
+    There are no machines to start here, so no autoscaler is needed. Ray 2.60 starts the process of
+    its dashboard even where the dashboard is off, and two agents, which import for seconds: the
+    raylet waits 15 s for the files with their ports, ends itself if they come later, as on a busy
+    machine, and ends with either agent. No run of ours asks them anything: they serve figures and
+    runtime environments. So the files are written before the raylet looks for them, and a process
+    that does nothing stands for each agent, which the raylet insists on.
+
+    Args:
+        log_monitor: also start the process that hands on to the driver what workers log.
     """
-    node = ray._private.node.Node
-    before = node.start_monitor, node.start_api_server
-    node.start_monitor = node.start_api_server = lambda self, **options: None
+    node, services = ray._private.node.Node, ray._private.services
+    before = {name: getattr(node, name) for name in ("start_monitor", "start_api_server")}
+    if not log_monitor:
+        before["start_log_monitor"] = node.start_log_monitor
+    start_process = services.start_ray_process
+
+    def start_without_agents(command: list[str], kind: str, *rest: Any, **options: Any) -> Any:
+        if kind == ray_constants.PROCESS_TYPE_RAYLET:
+            flags = dict(part[2:].split("=", 1) for part in command if "=" in part)
+            for name in PORTS_OF_AGENTS:
+                Path(flags["session_dir"], f"{name}_{flags['node_id']}").write_text("1")
+            agent = subprocess.list2cmdline([sys.executable, "-I", "-S", "-c", IDLE_AGENT])
+            command = [re.sub(r"(?s)(--\w+_agent_command=).*", lambda found: found[1] + agent, part)
+                       for part in command]  # fmt: skip
+        return start_process(command, kind, *rest, **options)
+
     try:
+        for name in before:
+            setattr(node, name, lambda self, **options: None)
+        services.start_ray_process = start_without_agents
         yield
     finally:
-        node.start_monitor, node.start_api_server = before
+        services.start_ray_process = start_process
+        for name, method in before.items():
+            setattr(node, name, method)
 
 
 @contextmanager
