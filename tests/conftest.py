@@ -427,6 +427,7 @@ def heavy(models: Models) -> Iterator[Model]:
 OF_PROCESSES = frozenset(("warm", "cli", "start", "predict", "models", "plain", "reference"))
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what starts processes, keep on one process what shares what a module or class has made
     (`--dist loadgroup`), and put the slowest first, as far as is known of an earlier run."""
