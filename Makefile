@@ -1,21 +1,33 @@
-# The lines that people, CI and hooks call. `make demo` and `make test` set up all they need.
+# The lines that users, CI and hooks call. `make demo` and `make test` set up all they need.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests at a time; many of them wait most of their time.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-.PHONY: demo test test-all test-browser lint format types bench bench-quick soak drill build clean
+.PHONY: demo check test test-all test-browser slowest lint format types
+.PHONY: bench bench-quick soak drill build clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python run.py --mode data-parallel
 
+# Between two edits: no test that starts a process or compiles a model.
+check: lint types
+	$(PYTEST) -m 'not slow and not browser and not process'
+
 test: lint types
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: lint types
-	$(BIN)/python -m pytest -m 'not browser'
+	$(PYTEST) -m 'not browser'
 
 test-browser: lint types
 	$(BIN)/python -m pytest -m browser
+
+# The twenty slowest tests of the last run, whichever it was.
+slowest: $(VENV)/.installed-test
+	$(BIN)/python -m tests.slowest
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

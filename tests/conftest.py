@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 from runner.demo import make_rows, write_test_set
 from tests.models import SHARED, Model, Models
 from tests.odd_texts import odd_texts
+from tests.slowest import keep_durations, read_durations
 from tests.stored import made_once, stored_folder
 from tests.warm import MARK, WarmProcess, WarmPython
 
@@ -86,17 +88,6 @@ def make_programs(folder: Path, project: Path) -> Path:
     return folder
 
 
-def run_script(cache: Path, name: str, *arguments: object) -> None:
-    """Run a Keras script of the tests in a process of its own, with TensorFlow."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / name, *map(str, arguments)],
-        env=environment(cache, KERAS_BACKEND="jax", TF_CPP_MIN_LOG_LEVEL="3"),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="session")
 def stored() -> Path:
     """What tests make once for all sessions with these versions: see `tests/stored.py`."""
@@ -115,6 +106,21 @@ def cache(stored: Path) -> Path:
 def warm() -> Iterator[WarmPython]:
     python = WarmPython()
     yield python
+    python.close()
+
+
+@pytest.fixture(scope="session")
+def run_script(cache: Path) -> Iterator[Callable[..., None]]:
+    """Run a Keras script of the tests, with TensorFlow, in a process of its own."""
+    python = WarmPython(tensorflow=True)
+
+    def run(name: str, *arguments: object) -> None:
+        env = environment(cache, KERAS_BACKEND="jax", TF_CPP_MIN_LOG_LEVEL="3")
+        script, flags = ROOT / "tests" / name, [*map(str, arguments)]
+        done = python.run(flags, env, script=script, timeout=LONGEST_RUN_S)
+        assert done.returncode == 0, done.stderr
+
+    yield run
     python.close()
 
 
@@ -172,19 +178,12 @@ def predict(cli, tmp_path: Path):
 
 
 @pytest.fixture(scope="session")
-def models(stored: Path, warm: WarmPython, cache: Path) -> Models:
+def models(stored: Path, run_script) -> Models:
     folder = stored / "models"
     folder.mkdir(exist_ok=True)
 
-    def make(name: str, *arguments: object) -> None:
-        if name == "gemma3":  # whose preprocessor asks for TensorFlow
-            run_script(cache, "make_presets.py", name, *arguments)
-            return
-        env = environment(cache, KERAS_BACKEND="jax")
-        script = ROOT / "tests" / "make_presets.py"
-        flags = [name, *map(str, arguments)]
-        done = warm.run(flags, env, script=script, timeout=LONGEST_RUN_S)
-        assert done.returncode == 0, done.stderr
+    def make(*arguments: object) -> None:
+        run_script("make_presets.py", *arguments)
 
     return Models(folder, make)
 
@@ -204,7 +203,7 @@ def test_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def reference(stored: Path, cache: Path, test_set: Path):
+def reference(stored: Path, run_script, test_set: Path):
     """Return the notebook loop's answers for a model: 'raw mean' and the like -> (rows, 3)."""
     done: dict[str, dict[str, np.ndarray]] = {}
 
@@ -215,7 +214,7 @@ def reference(stored: Path, cache: Path, test_set: Path):
             with made_once(folder) as target:
                 if target is not None:
                     out = target / "answers.npz"
-                    run_script(cache, "reference.py", model.folder, test_set, LENGTH, out)
+                    run_script("reference.py", model.folder, test_set, LENGTH, out)
             done[name] = dict(np.load(folder / "answers.npz"))
         return done[name]
 
@@ -246,7 +245,7 @@ class Plain:
 
 
 @pytest.fixture(scope="session")
-def plain(stored: Path, cache: Path, models: Models) -> Plain:
+def plain(stored: Path, run_script, models: Models) -> Plain:
     """Answers to a few rows at `PLAIN_LENGTH` tokens by Keras alone (plain_answers.py)."""
     rows = [("7", "a", "b", "c"), ("8", "", "", ""), ("9", "[MASK] x", "<mask> \u00dcber", "...")]
     rows += make_rows(40, seed=5)
@@ -258,7 +257,7 @@ def plain(stored: Path, cache: Path, models: Models) -> Plain:
             write_test_set(target / "rows.csv", rows[:12])
             for name, content in {"texts": texts, "odd": odd}.items():
                 (target / f"{name}.json").write_text(json.dumps(content))
-            run_script(cache, "plain_answers.py", "make", target)
+            run_script("plain_answers.py", "make", target)
 
     def answer(name: str) -> Path:
         model = models[name].folder if name in models else folder / name
@@ -266,7 +265,7 @@ def plain(stored: Path, cache: Path, models: Models) -> Plain:
         with made_once(made) as target:
             if target is not None:
                 arguments = (folder / "texts.json", PLAIN_LENGTH, model, target / "answers.npz")
-                run_script(cache, "plain_answers.py", "answer", *arguments)
+                run_script("plain_answers.py", "answer", *arguments)
         return made / "answers.npz"
 
     return Plain(folder, folder / "rows.csv", texts[:12], odd, answer)
@@ -424,15 +423,49 @@ def heavy(models: Models) -> Iterator[Model]:
     shutil.rmtree(models["heavy"].folder, ignore_errors=True)
 
 
+# Fixtures that start a process or make a model.
+OF_PROCESSES = frozenset(("warm", "cli", "start", "predict", "models", "plain", "reference"))
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep tests that share what a module or class has made on one process (`--dist loadgroup`)."""
+    """Mark what starts processes, keep on one process what shares what a module or class has made
+    (`--dist loadgroup`), and put the slowest first, as far as is known of an earlier run."""
+    groups: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if not isinstance(item, pytest.Function) or item.get_closest_marker("xdist_group"):
-            continue
-        definitions = item._fixtureinfo.name2fixturedefs.values()
-        scopes = {one[-1].scope for one in definitions if one[-1].func.__module__ != __name__}
-        own = "class" if "class" in scopes else None
-        if scopes & {"module", "package"}:
-            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
-        elif own and item.cls is not None:
-            item.add_marker(pytest.mark.xdist_group(f"{item.module.__name__}.{item.cls.__name__}"))
+        name = item.nodeid
+        if isinstance(item, pytest.Function):
+            if OF_PROCESSES.intersection(item.fixturenames):
+                item.add_marker(pytest.mark.process)
+            if group := _group_of(item):
+                item.add_marker(pytest.mark.xdist_group(group))
+                name = group
+        groups.setdefault(name, []).append(item)
+    known = read_durations()
+    taking = {name: sum(known.get(one.nodeid, 0.0) for one in groups[name]) for name in groups}
+    items[:] = [one for name in sorted(groups, key=lambda name: -taking[name])
+                for one in groups[name]]  # fmt: skip
+
+
+def _group_of(item: pytest.Function) -> str | None:
+    definitions = item._fixtureinfo.name2fixturedefs.values()
+    scopes = {one[-1].scope for one in definitions if one[-1].func.__module__ != __name__}
+    if scopes & {"module", "package"}:
+        return str(item.module.__name__)
+    if "class" in scopes and item.cls is not None:
+        return f"{item.module.__name__}.{item.cls.__name__}"
+    return None
+
+
+_took: dict[str, float] = defaultdict(float)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    name = report.nodeid.partition("@")[0]  # xdist adds the group
+    _took[name] += report.duration
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    is_worker = hasattr(session.config, "workerinput")
+    if not is_worker and _took:
+        keep_durations(dict(_took))

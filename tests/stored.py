@@ -22,7 +22,14 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 PACKAGES = ("jax", "jaxlib", "keras", "keras-hub", "numpy", "ray", "tensorflow", "tokenizers")
 SCRIPTS = (
-    *("make_presets.py", "models.py", "odd_texts.py", "plain_answers.py", "reference.py"),
+    *(
+        "list_weights.py",
+        "make_presets.py",
+        "models.py",
+        "odd_texts.py",
+        "plain_answers.py",
+        "reference.py",
+    ),
     "../runner/demo.py",
 )
 UNUSED_S = 14 * 24 * 3600.0

@@ -7,7 +7,7 @@ import pytest
 
 from runner.preset.families import FAMILIES, model_shape
 from sharding.layouts import NORM, RULES, TOO_SMALL, Rule, Weight, lay_out, replicated_reasons
-from tests.conftest import run_script
+from tests.stored import made_once
 
 # Path, shape, and the dim that a group of two splits. `*` stands for the number of each layer.
 GEMMA = [
@@ -88,10 +88,12 @@ def key_value_heads(weights, heads):
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory, cache):
+def built(stored, run_script):
     """What KerasHub builds: family -> its config and its weights."""
-    path = tmp_path_factory.mktemp("weights") / "weights.json"
-    run_script(cache, "list_weights.py", path)
+    path = stored / "weights" / "weights.json"
+    with made_once(path.parent) as folder:
+        if folder is not None:
+            run_script("list_weights.py", folder / path.name)
     return {
         family: (model["config"], [Weight(path, tuple(shape)) for path, shape in model["weights"]])
         for family, model in json.loads(path.read_text()).items()

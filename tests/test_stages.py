@@ -25,7 +25,7 @@ from runner.preset.reader import read_preset
 from runner.preset.tokenizer_files import BytePairOptions, TokenizerFiles
 from runner.results.table import Merger
 from runner.telemetry.progress import Progress
-from tests.conftest import LENGTH, SHARED, run_script, wait_until
+from tests.conftest import LENGTH, SHARED, wait_until
 
 COLUMNS = ["id", "prompt", "response_a", "response_b"]
 cells = st.text(st.characters(codec="utf-8"), max_size=12)
@@ -113,28 +113,29 @@ class TestPrompts:
 
 class TestTokens:
     @pytest.mark.parametrize(
-        ("name", "length"),
+        ("name", "length", "every"),
         [
-            ("arena", LENGTH),
+            ("arena", LENGTH, 10),
             *(
-                pytest.param(name, length, marks=pytest.mark.slow)
+                pytest.param(name, length, 1 if length == LENGTH else 100, marks=pytest.mark.slow)
                 for name in ("arena", "gemma3", "llama3", "qwen", "qwen3")
                 for length in (1, 2, 3, 16, LENGTH)
-                if (name, length) != ("arena", LENGTH)
             ),
         ],
     )
-    def test_as_the_presets_preprocessor(self, models, cache, arena_rows, tmp_path, name, length):
+    def test_as_the_presets_preprocessor(
+        self, models, run_script, arena_rows, tmp_path, name, length, every
+    ):
         """Token for token, on real rows with the real vocabulary where they are here."""
         examples = read_examples(arena_rows)
         texts = ["", "a", " b  c ", "<bos>x<eos><start_of_turn>\x00\n", "日本語🙂"]
         texts += ["<|begin_of_text|>x<|im_end|> <|endoftext|><|eot_id|>y", "<|im_start|><|im_end"]
         texts += ["it's I'LL 1234567 3.14\r\n\n\n\t x\u00a0y\u3000 ", "<|endoftext|>", "?" * 300]
-        texts += render_prompts(examples, text_format="turns")[:: 1 if length == LENGTH else 100]
+        texts += render_prompts(examples, text_format="turns")[::every]
         (tmp_path / "texts.json").write_text(json.dumps(texts))
         model = models[name]
         out = tmp_path / "tokens.npz"
-        run_script(cache, "preprocess.py", model.preset, tmp_path / "texts.json", length, out)
+        run_script("preprocess.py", model.preset, tmp_path / "texts.json", length, out)
         expected = np.load(out)
         table = tokenize(texts, read_preset(model.preset).tokenizer, sequence_length=length)
         tokens, lengths = table.batch_arrays(tuple(range(len(texts))), len(texts), length)

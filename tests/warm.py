@@ -121,9 +121,14 @@ class WarmProcess:
 
 
 class WarmPython:
-    """The server, started when the first command is; one for each process of tests."""
+    """The server, started when the first command is; one for each process of tests.
 
-    def __init__(self) -> None:
+    Args:
+        tensorflow: imports what a plain Keras program does, TensorFlow too, and nothing of ours.
+    """
+
+    def __init__(self, *, tensorflow: bool = False) -> None:
+        self._imports = "tensorflow" if tensorflow else "commands"
         self._server: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         # A socket's path must be short.
@@ -214,7 +219,14 @@ class WarmPython:
         self._control, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with its:
             self._server = subprocess.Popen(
-                [sys.executable, "-m", "tests.warm", str(its.fileno()), self._workers_at],
+                [
+                    sys.executable,
+                    "-m",
+                    "tests.warm",
+                    str(its.fileno()),
+                    self._workers_at,
+                    self._imports,
+                ],
                 cwd=ROOT,
                 env=env | {"KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "3"},
                 pass_fds=[its.fileno()],
@@ -222,12 +234,16 @@ class WarmPython:
             )
 
 
-def import_all() -> None:
-    """Import what commands and workers import, as a worker does: without TensorFlow.
+def import_all(what: str) -> None:
+    """Import what plain Keras programs do, or what commands and workers do: without TensorFlow.
 
     Ray is left to the children, but for the libraries that it imports: it takes settings such as a
     worker's job from the environment of the process that loads it.
     """
+    if what == "tensorflow":
+        importlib.import_module("keras_hub")
+        importlib.import_module("tensorflow_text")
+        return
     for module in ("tensorflow", "tensorflow_text"):
         sys.modules[module] = None  # type: ignore[assignment]
     for module in (
@@ -396,8 +412,8 @@ def _start_workers_warm() -> None:
     services.start_ray_process = start
 
 
-def main(control: socket.socket, path: str) -> None:
-    import_all()
+def main(control: socket.socket, path: str, imports: str) -> None:
+    import_all(imports)
     import gc
 
     gc.freeze()  # children copy no page for a collection
@@ -410,4 +426,4 @@ def main(control: socket.socket, path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])
+    main(socket.socket(fileno=int(sys.argv[1])), *sys.argv[2:])
