@@ -15,7 +15,7 @@ import pytest
 
 from runner.cli import _Interrupts
 from runner.common.records import Faults
-from runner.executors.ray import replicas
+from runner.executors.ray import failures
 from runner.executors.recovery import Recovery
 from runner.model.injected_faults import VARIABLE
 from sharding.backlog import MOST_SETBACKS_OF_A_ROW, Backlog
@@ -183,7 +183,7 @@ def test_every_worker_died(start, cli, job, calm, output, monkeypatch):
     kept = safe_rows(err)
     died = cli(*MODES["data-parallel"], *job, **{VARIABLE: json.dumps([{"kind": "kill"}])})
     assert died.returncode == 1
-    assert f"Every worker died {replicas.MAX_RESTARTS + 1} times" in died.stderr
+    assert f"Every worker died {failures.MAX_RESTARTS + 1} times" in died.stderr
     # The interrupt may have come when a batch was safe and not yet counted.
     assert safe_rows(died.stderr) >= kept > 0
     assert "Traceback" not in died.stderr
