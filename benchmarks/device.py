@@ -4,7 +4,7 @@ Random weights are made on the device. For each sequence length and batch size t
 timed, and where the time goes: bare matrix products alone, the model without attention (each
 position hands on its own value), and the rest between them. The limit is a large square matmul in
 the same dtype on the same device. Runs on whatever device JAX finds, a CPU too; who imports this
-has called `workers.prepare_process` before.
+has called `process.prepare_process` before.
 """
 
 import json
@@ -20,11 +20,11 @@ import numpy as np
 from keras.src.backend.common import global_state
 
 from benchmarks.shapes import SHAPES
-from runner import attention
-from runner.families import model_shape
-from runner.predictor import Predictor, matmul_rate, resolve_dtype
-from runner.quantization import quantize_layer
-from runner.records import Head
+from runner.common.records import Head
+from runner.model import attention
+from runner.model.predictor import Predictor, matmul_rate, resolve_dtype
+from runner.model.quantization import quantize_layer
+from runner.preset.families import model_shape
 from sharding.batches import BatchShape
 
 LENGTHS = (512, 1024, 2048)

@@ -3,11 +3,11 @@
 Runs the demo preset on generated rows with time limits at 25, 50, 75 and 100 % of the time that
 the whole job needs, in data-parallel and pipeline mode, undisturbed, with a worker killed, one
 slowed to a third, and one hung: each drill a process of its own, its faults struck on purpose
-(`runner/faults.py`). Workers sleep until a device of a known speed would be done with a batch, so
-that predicting takes its share of the time and the machine's own load counts less. Every drill must
-end with exit code 0 and a complete, sound submission that stood before the limit, counted from
-before the process began; where rows were given up, `shorten` must have used 85 % of the time it was
-given. Ends with one JSON object, and exit code 1 if any drill failed.
+(`runner/model/injected_faults.py`). Workers sleep until a device of a known speed would be done
+with a batch, so that predicting takes its share of the time and the machine's own load counts less.
+Every drill must end with exit code 0 and a complete, sound submission that stood before the limit,
+counted from before the process began; where rows were given up, `shorten` must have used 85 % of
+the time it was given. Ends with one JSON object, and exit code 1 if any drill failed.
 
     python benchmarks/drill.py                                     # all 32, about 12 minutes
     python benchmarks/drill.py --modes pipeline --limits 50 --faults hung --repetitions 20
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from runner.demo import make_rows, write_test_set  # noqa: E402
-from runner.faults import VARIABLE  # noqa: E402
+from runner.model.injected_faults import VARIABLE  # noqa: E402
 
 MODES = {
     "data-parallel": ("--mode", "data-parallel", "--num-workers", "2"),

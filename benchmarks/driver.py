@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from runner import RunConfig, run
+from runner.common.records import BatchResult, CompileInfo, ModelSpec, TokenTable, Work, WorkerInfo
 from runner.demo import make_rows, write_test_set
-from runner.records import BatchResult, CompileInfo, ModelSpec, TokenTable, Work, WorkerInfo
 from sharding.batches import Batch, BatchShape
 from sharding.topology import WorkerSlot
 
@@ -26,7 +26,7 @@ LOOKS = 30
 
 
 class Idle:
-    """`runner.workers.Replica` that holds no model and answers at once."""
+    """`runner.model.worker.Replica` that holds no model and answers at once."""
 
     def __init__(self, slot: WorkerSlot, *, verbose: bool, log_folder: str | None = None) -> None:
         self._number = slot.replica
@@ -54,10 +54,10 @@ def measure(batches: int, num_workers: int = 2) -> dict[str, Any]:
     Returns: seconds of the clock, and of the driver's processor, that one takes; how many there
     were a second; and the seconds of one look at the calls of so many workers.
     """
-    from runner import dispatch, groups
+    from runner.executors.ray import group, replicas
 
     times: list[tuple[float, float]] = []
-    plain_run, plain_actors = dispatch.RayReplicas._run, dict(groups.ACTORS)
+    plain_run, plain_actors = replicas.RayReplicas._run, dict(group.ACTORS)
     looks: dict[int, float] = {}
 
     def timed(self: Any, backlog: Any) -> Iterator[BatchResult | None]:
@@ -67,8 +67,8 @@ def measure(batches: int, num_workers: int = 2) -> dict[str, Any]:
             yield result
         looks.update(look_s())
 
-    groups.ACTORS[None] = Idle
-    dispatch.RayReplicas._run = timed  # type: ignore[method-assign]
+    group.ACTORS[None] = Idle
+    replicas.RayReplicas._run = timed  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as folder:
             test_set = Path(folder, "test.csv")
@@ -84,8 +84,8 @@ def measure(batches: int, num_workers: int = 2) -> dict[str, Any]:
                 )
             )
     finally:
-        dispatch.RayReplicas._run = plain_run  # type: ignore[method-assign]
-        groups.ACTORS.update(plain_actors)
+        replicas.RayReplicas._run = plain_run  # type: ignore[method-assign]
+        group.ACTORS.update(plain_actors)
     # The first batches come while shapes are still asked for.
     steady = times[len(times) // 4 :]
     (began, cpu_began), (ended, cpu_ended) = steady[0], steady[-1]

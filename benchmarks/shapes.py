@@ -52,7 +52,7 @@ def save(shape: str, vocabulary: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    from runner.workers import prepare_process
+    from runner.model.process import prepare_process
     from sharding.topology import WorkerSlot
 
     prepare_process(WorkerSlot(0, "cpu"), verbose=False)

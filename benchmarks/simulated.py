@@ -15,22 +15,23 @@ from typing import Any, cast
 
 import numpy as np
 
-from runner.config import RunConfig
-from runner.deadline import Deadline, lengths_to_cut_to
-from runner.journal import Journal
-from runner.merge import Merger
-from runner.pipeline import plan_run
-from runner.presets import Preset
-from runner.progress import Progress
-from runner.records import COMPILING_TO_READING, BatchResult
-from runner.steering import Steering
+from runner.common.records import COMPILING_TO_READING, BatchResult
+from runner.config.run_config import RunConfig
+from runner.driver.deadline import Deadline, lengths_to_cut_to
+from runner.driver.steering import Steering
+from runner.preset.auto import plan_run
+from runner.preset.reader import Preset
+from runner.results.journal import Journal
+from runner.results.ledger import Ledger
+from runner.results.table import Merger
+from runner.telemetry.progress import Progress
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape, Plan
 from sharding.costs import ModelShape
 from sharding.dealing import Dealer
 from sharding.forecast import Pace
+from sharding.kinds import KINDS
 from sharding.rates import COMPILING_TAKES, Intervals, Rates
-from sharding.topology import BUCKET_MULTIPLES
 
 # Seconds between the dispatcher's looks at the clock.
 WAIT_S = 0.2
@@ -177,8 +178,7 @@ class Simulated:
             self.backlog,
             self.rates,
             self,
-            merger=self.merger,
-            journal=cast(Journal, journal),
+            ledger=Ledger(self.merger, cast(Journal, journal)),
             progress=cast(Progress, progress),
             deadline=self.deadline,
             lengths=self.lengths,
@@ -186,7 +186,7 @@ class Simulated:
             caps=lengths_to_cut_to(
                 min(sequence_length // 4, top),
                 top,
-                multiple_of=BUCKET_MULTIPLES[KIND],
+                multiple_of=KINDS[KIND].bucket_multiple,
                 others=(one.length for one in self.first_plan.shapes),
             ),
             full_length=sequence_length if pooling == "padded-mean" else None,

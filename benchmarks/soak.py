@@ -41,10 +41,10 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # started by its path, as above
 
+from runner.config.task import CONTEST  # noqa: E402
 from runner.demo import ensure_demo, make_rows, write_test_set  # noqa: E402
-from runner.faults import VARIABLE  # noqa: E402
-from runner.progress import Progress  # noqa: E402
-from runner.task import CONTEST  # noqa: E402
+from runner.model.injected_faults import VARIABLE  # noqa: E402
+from runner.telemetry.progress import Progress  # noqa: E402
 
 REAL_ROWS = ROOT.parent / "shared" / "data" / "arena_dev.csv"
 ROWS = 905

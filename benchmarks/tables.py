@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.harness import ROOT, Contender, Measured, ratio
 from benchmarks.rivals.ours import COPIES
-from runner.families import model_shape
+from runner.preset.families import model_shape
 
 PACKAGES = ("jax", "keras", "keras-hub", "numpy", "ray", "tensorflow", "torch", "transformers")
 # Whose speed the others' is a multiple of, by pooling.

@@ -87,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     if options.device == "gpu":
-        from runner.workers import prepare_process
+        from runner.model.process import prepare_process
         from sharding.topology import WorkerSlot
 
         prepare_process(WorkerSlot(0, "auto"), verbose=False)
@@ -97,7 +97,7 @@ def main() -> None:
         return
     from benchmarks.harness import Measured, Running, matmul_peaks
     from benchmarks.tables import write_results
-    from runner.machine import multiplies_bfloat16
+    from runner.common.machine import multiplies_bfloat16
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -255,7 +255,7 @@ def reference(pooling: str, job: dict[str, Any], folder: Path) -> np.ndarray:
 def sweep(job: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
     """Return each rival's fastest options, found on a quarter of the rows."""
     from benchmarks.harness import Running
-    from runner.machine import multiplies_bfloat16
+    from runner.common.machine import multiplies_bfloat16
 
     tokens = np.load(job["tokens"])
     part = slice(0, max(8, len(tokens["lengths"]) // 4))

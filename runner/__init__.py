@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from runner.api import run
-    from runner.config import RunConfig
-    from runner.errors import (
+    from runner.common.errors import (
         ArenaRunnerError,
         ConfigError,
         DataError,
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
         MergeError,
         WorkerError,
     )
+    from runner.config.run_config import RunConfig
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,7 +42,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = {"run": "api", "RunConfig": "config"}.get(name, "errors")
+    home = {"run": "api", "RunConfig": "config.run_config"}.get(name, "common.errors")
     return getattr(importlib.import_module(f"runner.{home}"), name)
 
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from runner.config import RunConfig
-from runner.errors import ConfigError
+from runner.common.errors import ConfigError
+from runner.config.run_config import RunConfig
 
 # Ray, devices and standard error are one a process.
 _one_at_a_time = threading.Lock()
@@ -49,12 +49,12 @@ def run(config: RunConfig) -> dict[str, Any]:
         _check_process(config)
         with _as_it_was() as give_signals_back:
             if config.plan:
-                from runner.planner import plan
+                from runner.planner.command import plan
 
                 return plan(config)
-            from runner import pipeline
+            from runner.driver import run as driver
 
-            return pipeline.run(config, on_signals_taken=give_signals_back)
+            return driver.run(config, on_signals_taken=give_signals_back)
     finally:
         _one_at_a_time.release()
 

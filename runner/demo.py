@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.errors import ConfigError, WorkerError
-from runner.progress import Progress
+from runner.common.errors import ConfigError, WorkerError
+from runner.common.files import cache_folder
+from runner.config.run_config import RunConfig
+from runner.telemetry.progress import Progress
 
 # Raise it when anything below changes, so that an old cache is not taken for the new demo.
 VERSION = 1
@@ -61,6 +63,19 @@ class DemoFiles:
             "head_kernel": self.folder / "head_kernel.npy",
             "head_bias": self.folder / "head_bias.npy",
         }
+
+
+def stand_in(config: RunConfig, progress: Progress) -> dict[str, Path]:
+    """Return field name -> file of the demo, for what a config leaves out: model, test set or both.
+
+    Raises:
+        ConfigError, WorkerError: as `ensure_demo`.
+    """
+    if config.preset is not None and config.input is not None:
+        return {}
+    demo = ensure_demo(cache_folder(), progress)
+    model = demo.model_files if config.preset is None else {}
+    return model | ({"input": demo.test_set} if config.input is None else {})
 
 
 def ensure_demo(cache: Path, progress: Progress) -> DemoFiles:
@@ -231,7 +246,7 @@ def _make_text(rng: random.Random, words: list[str], weights: list[float], media
 
 
 if __name__ == "__main__":
-    from runner.workers import prepare_process
+    from runner.model.process import prepare_process
     from sharding.topology import WorkerSlot
 
     prepare_process(WorkerSlot(0, "cpu"), verbose=False)

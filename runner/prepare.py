@@ -16,15 +16,15 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from runner.accuracy import compare, describe, reference_batch
-from runner.classifiers import TASK, TASK_WEIGHTS
-from runner.config import PrepareConfig
-from runner.errors import ConfigError
-from runner.job import check_head, settle
-from runner.presets import ACCURACY_FILE, Preset, check_lora, checkpoint_type, read_preset
-from runner.progress import Progress
-from runner.records import Examples, ModelSpec
-from runner.task import Task
+from runner.common.errors import ConfigError
+from runner.common.records import Examples, ModelSpec
+from runner.config.run_config import PrepareConfig
+from runner.config.task import Task
+from runner.model.accuracy import compare, describe, reference_batch
+from runner.preset.classifiers import TASK, TASK_WEIGHTS
+from runner.preset.reader import ACCURACY_FILE, Preset, check_lora, checkpoint_type, read_preset
+from runner.preset.resolve import check_head, settle
+from runner.telemetry.progress import Progress
 
 # Beside the weights and the backbone's own config.
 COPIED = ("tokenizer.json", "preprocessor.json", "assets", TASK, TASK_WEIGHTS)
@@ -95,7 +95,7 @@ def _convert(config: PrepareConfig, started: float) -> Preset:
     if not is_all:
         made = made.with_name(f".{made.name}.{os.getpid()}.converted")
     _start_keras()
-    from runner.checkpoints import convert
+    from runner.model.checkpoints import convert
 
     try:
         with Progress(started=started) as progress, _appears_whole(made) as folder:
@@ -141,7 +141,7 @@ def _check(config: PrepareConfig) -> Preset:
 
 
 def _start_keras() -> None:
-    from runner.workers import prepare_process
+    from runner.model.process import prepare_process
     from sharding.topology import WorkerSlot
 
     prepare_process(WorkerSlot(0, "cpu"), verbose=False)
@@ -149,7 +149,7 @@ def _start_keras() -> None:
 
 def _load(spec: ModelSpec) -> Any:
     _start_keras()
-    from runner.loading import load_backbone
+    from runner.model.loading import load_backbone
 
     return load_backbone(
         spec.preset, spec.lora_weights, dtype=spec.dtype, quantization=spec.quantization
@@ -160,21 +160,15 @@ def _measure(
     config: PrepareConfig, spec: ModelSpec, preset: Preset, backbone: Any
 ) -> dict[str, Any]:
     """Compare the quantized model with float32 on the first rows."""
-    from runner.dataset import read_examples
-    from runner.predictor import Predictor
-    from runner.prompts import render_prompts
-    from runner.tokenization import tokenize
-    from runner.workers import load_head, predict_in_float
+    from runner.data.inputs import read_rows, render, to_tokens
+    from runner.model.predictor import Predictor
+    from runner.model.worker import load_head, predict_in_float
 
-    task = config.task
-    examples = read_examples(config.input, task) if config.input is not None else _made_up(task)
-    texts = render_prompts(examples, text_format=config.text_format, task=task)
-    tokens = tokenize(
-        texts,
-        preset.tokenizer,
-        sequence_length=config.sequence_length,
-        on_progress=lambda rows: None,
-    )
+    if config.input is not None:
+        _, texts = read_rows(config.input, config)
+    else:
+        texts = render(_made_up(config.task), config)
+    tokens = to_tokens(texts, preset, sequence_length=config.sequence_length)
     batch = reference_batch(
         tokens.lengths, pooling=config.pooling, sequence_length=config.sequence_length
     )

@@ -1,7 +1,7 @@
 """A backbone's config -> its dimensions, and from them FLOPs and bytes.
 
 Knows the names of KerasHub's config keys, and nothing of Keras itself. Which family is read how,
-and what else is known of it, is one table: `runner/families.py`.
+and what else is known of it, is one table: `runner/preset/families.py`.
 """
 
 from collections.abc import Mapping
@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from sharding.batches import BatchShape
+from sharding.kinds import KINDS
 
 # Measured on one core of an AMD EPYC: 2.4 s for 8 layers of 512, nothing in the cache. On a GPU it
 # is a guess of the same size.
 COMPILE_S_PER_LAYER = 0.3
-# One device at work on a model, by kind: an AVX-512 core pair, a T4, a TPU v5e, rounded.
-TYPICAL_FLOPS_PER_S = {"cpu": 1e11, "gpu": 2e13, "tpu": 1e14}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +98,8 @@ class ModelShape:
 
     def compile_flops(self, kind: str, replicas: int) -> float:
         """Return the FLOPs that all replicas could do while each compiles one shape."""
-        return self.num_layers * COMPILE_S_PER_LAYER * TYPICAL_FLOPS_PER_S[kind] * replicas
+        typical = KINDS[kind].typical_flops_per_s
+        return self.num_layers * COMPILE_S_PER_LAYER * typical * replicas
 
 
 def gated_halves(config: Mapping[str, Any]) -> ModelShape:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from sharding.batches import BatchShape
 from sharding.costs import ModelShape
+from sharding.kinds import KINDS
 from sharding.stages import Stage, cut_stages
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -15,11 +16,8 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 QUANTIZED_BYTES = {"int8": 1.0, "int4": 0.5}
 # Of a device's memory; the rest is for activations, work space and the CUDA context.
 SHARE_FOR_WEIGHTS = 0.85
-# Of a device's memory, for weights and batches together: less than `workers.GPU_MEMORY_FRACTION`.
+# Of a device's memory, for weights and batches together: less than `process.GPU_MEMORY_FRACTION`.
 SHARE_IN_USE = 0.9
-# Resident in each worker before its first weight: measured on CPUs; CUDA's and the TPU's libraries
-# are a guess.
-IMPORTED_BYTES = {"cpu": 0.4e9, "gpu": 1.5e9, "tpu": 1.5e9}
 # The driver with a test set's text and tokens, and Ray's own processes.
 DRIVER_BYTES = 1.0e9
 
@@ -155,6 +153,6 @@ def host_bytes(
         largest = workers / members * (embedding + (members - 1) * kernel)
     else:
         largest = workers * embedding
-    libraries = workers * IMPORTED_BYTES[kind]
-    held = device_bytes if kind == "cpu" else 0.0
+    libraries = workers * KINDS[kind].imported_bytes
+    held = device_bytes if KINDS[kind].is_host else 0.0
     return DRIVER_BYTES + libraries + 2 * largest * item_bytes + held

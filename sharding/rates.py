@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sharding.batches import BatchShape
-from sharding.times import EFFICIENCY
+from sharding.kinds import CPU
 
 # Until a batch says otherwise, on any device.
-EXPECTED_MFU, *_ = EFFICIENCY["cpu"]
+EXPECTED_MFU, *_ = CPU.efficiency
 # A replica's speed is the mean over its last so many batches: one that slows down is known soon.
 MEMORY_BATCHES = 24.0
 # What is expected of a replica counts as so many batches, and so does one that shared the device

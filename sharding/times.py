@@ -7,11 +7,8 @@ named as guesses, in the plan's own words too. Does not know which devices there
 from dataclasses import dataclass
 
 from sharding.costs import COMPILE_S_PER_LAYER, ModelShape
+from sharding.kinds import KINDS
 
-# Of the rate of a large matmul, what a whole model reaches over its padded tokens: (expected, and
-# the range it was seen in). Measured on CPUs alone: 0.46 to 0.81 (benchmarks/results, LOG.md). The
-# others are taken over from there.
-EFFICIENCY = {"cpu": (0.6, 0.5, 0.75), "gpu": (0.6, 0.45, 0.75), "tpu": (0.5, 0.35, 0.7)}
 # One process on all cores against as many as there are cores: 12.5 s and 11.5 s, measured on two.
 ONE_PROCESS_ON_A_CPU = 0.92
 # Bytes a second that members of a tensor group exchange through gloo on one CPU machine: 18.5 kB a
@@ -21,8 +18,7 @@ CPU_LINK_BYTES_PER_S = 0.9e9
 STAGE_LINK_BYTES_PER_S = 1.0e9
 # Process, imports, Ray and its actors, the end: measured on two CPU cores.
 START_S = {"single": 1.0, "ray": 4.5}
-# Keras, JAX and the graph of the model, before the first byte of a weight; on a GPU or TPU a guess.
-LIBRARIES_S = {"cpu": 1.5, "gpu": 10.0, "tpu": 15.0}
+# The graph of the model.
 GRAPH_S_PER_LAYER = 0.05
 # A guess: a local SSD gives more, a network disk less.
 DISK_BYTES_PER_S = 0.5e9
@@ -62,7 +58,7 @@ def load_seconds(
     Workers read the same files at the same time, so the disk gives each byte once; the members of a
     pipeline quantize their parts side by side.
     """
-    libraries = LIBRARIES_S[kind] + GRAPH_S_PER_LAYER * shape.num_layers
+    libraries = KINDS[kind].libraries_s + GRAPH_S_PER_LAYER * shape.num_layers
     quantizing = shape.weight_bytes(1) / QUANTIZED_PER_S if quantizes else 0.0
     if strategy == "pipeline":
         quantizing /= members
@@ -78,7 +74,7 @@ def compile_seconds(
     cores that are free, on a CPU in those that compute. Each shape compiles on one worker alone.
     """
     one = COMPILE_S_PER_LAYER * shape.num_layers / (members if strategy == "pipeline" else 1)
-    others = (shapes - 1) / replicas if kind == "cpu" else 0.0
+    others = (shapes - 1) / replicas if KINDS[kind].is_host else 0.0
     return one * (1 + others)
 
 

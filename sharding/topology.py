@@ -7,13 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-# Padded tokens a batch when the person names no budget. CPU: 512 and 2,048 were equally fast and
-# 8,192 a third slower (measured on two cores, hidden size 512). GPU and TPU: enough to fill the
-# matrix units while the float32 attention square of 16 heads at 512 tokens stays near 0.5 GB.
-DEFAULT_TOKENS_PER_BATCH = {"cpu": 2048, "gpu": 16384, "tpu": 16384}
-
-# Padded lengths are multiples of this: what vector and matrix units like.
-BUCKET_MULTIPLES = {"cpu": 8, "gpu": 16, "tpu": 128}
+from sharding.kinds import KINDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +41,7 @@ class Node:
 
     def places(self, kind: str) -> int:
         """The most workers that this node can hold."""
-        return self.cpus if kind == "cpu" else min(self.devices, self.cpus)
+        return self.cpus if KINDS[kind].is_host else min(self.devices, self.cpus)
 
 
 def place_workers(
@@ -68,12 +62,13 @@ def place_workers(
     Raises:
         ValueError: more workers than devices on GPU or TPU; workers that do not make whole groups.
     """
+    is_host = KINDS[kind].is_host
     if num_workers is None:
-        if kind != "cpu":
+        if not is_host:
             num_workers = max(group_size, num_devices // group_size * group_size)
         else:
             num_workers = _workers_on_cpus(len(cores), group_size)
-    if kind != "cpu" and num_workers > num_devices:
+    if not is_host and num_workers > num_devices:
         raise ValueError(
             f"Each worker needs a {kind} of its own and {num_devices} were found. "
             f"Received: --num-workers {num_workers}"
@@ -87,7 +82,7 @@ def place_workers(
         WorkerSlot(
             replica=number // group_size,
             kind=kind,
-            cores=_share_of_cores(cores, number, num_workers) if kind == "cpu" else (),
+            cores=_share_of_cores(cores, number, num_workers) if is_host else (),
             member=number % group_size,
         )
         for number in range(num_workers)
@@ -121,7 +116,7 @@ def place_on_nodes(
         Fewer slots than `num_workers` where the nodes have not room for more.
     """
     room = {node.id: node.places(kind) for node in nodes}
-    if kind == "cpu" and num_workers is None:
+    if KINDS[kind].is_host and num_workers is None:
         # A node too small for a group gives its CPUs to groups across nodes.
         room = {
             name: min(count, _workers_on_cpus(count, group_size)) if count >= group_size else count
@@ -145,7 +140,7 @@ def place_on_nodes(
         for number, members in enumerate(groups)
         for member, name in enumerate(members)
     ]
-    if kind != "cpu":
+    if not KINDS[kind].is_host:
         return tuple(slots)
     return tuple(_with_cpus(slots, {node.id: node for node in nodes}))
 

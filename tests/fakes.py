@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from runner.records import BatchResult, CompileInfo, ModelSpec, TokenTable, Work, WorkerInfo
-from runner.workers import prepare_process
+from runner.common.records import BatchResult, CompileInfo, ModelSpec, TokenTable, Work, WorkerInfo
+from runner.model.process import prepare_process
 from sharding.batches import Batch, BatchShape
 from sharding.topology import WorkerSlot
 
@@ -43,7 +43,7 @@ def answer(ids: Sequence[int]) -> np.ndarray:
 
 
 class FakeReplica:
-    """`runner.workers.Replica` without JAX: `answer` of each row.
+    """`runner.model.worker.Replica` without JAX: `answer` of each row.
 
     Args:
         reads_weights: `load` builds and fills the backbone first, as the real one does.
@@ -60,7 +60,7 @@ class FakeReplica:
 
     def load(self, spec: ModelSpec) -> WorkerInfo:
         if self._reads_weights:
-            from runner.loading import load_backbone
+            from runner.model.loading import load_backbone
 
             load_backbone(
                 spec.preset, spec.lora_weights, dtype="float32", quantization=spec.quantization
@@ -181,7 +181,7 @@ def serve() -> None:
     import functools
     import resource
 
-    import runner.single
+    import runner.executors.single
     from runner.cli import main
 
     resource.setrlimit(resource.RLIMIT_AS, (MOST_ADDRESS_BYTES, MOST_ADDRESS_BYTES))
@@ -190,7 +190,9 @@ def serve() -> None:
         os.dup2(nothing.fileno(), 1)
     for line in sys.stdin:
         argv, reads_weights = json.loads(line)
-        runner.single.Replica = functools.partial(FakeReplica, reads_weights=reads_weights)
+        runner.executors.single.Replica = functools.partial(
+            FakeReplica, reads_weights=reads_weights
+        )
         # By file descriptor: native code writes there past sys.stderr.
         with tempfile.TemporaryFile() as errors:
             os.dup2(errors.fileno(), 2)

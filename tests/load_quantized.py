@@ -5,14 +5,14 @@ import json
 import math
 import sys
 
-from runner.workers import peak_rss_bytes, prepare_process
+from runner.model.process import peak_rss_bytes, prepare_process
 from sharding.topology import WorkerSlot
 
 prepare_process(WorkerSlot(0, "cpu"), verbose=False)
 
 import jax
 
-from runner.loading import build_backbone, load_backbone
+from runner.model.loading import build_backbone, load_backbone
 
 preset, mode = sys.argv[1:]
 shapes = [variable.shape for variable in build_backbone(preset, dtype="float32").variables]

@@ -1,8 +1,8 @@
 """Ray and its clock as arithmetic: runs of many workers in the test's own process, in milliseconds.
 
 `SimulatedRay` stands in for the module `ray` where the driver uses it. The driver, its dispatcher,
-the actor shells of `runner/workers.py` and the faults of `runner/faults.py` are the real ones. In
-the place of a model is arithmetic on token ids (`tests.fakes.answer`), and in the place of
+the actor shells of `runner/model/` and the faults of `runner/model/injected_faults.py` are the real
+ones. In the place of a model is arithmetic on token ids (`tests.fakes.answer`), and in the place of
 processes are calls that take simulated seconds, in the order of events. A worker dies, hangs, fails
 or is slow when a test says so. Time passes only while the driver waits.
 """
@@ -32,30 +32,42 @@ import ray
 import ray.exceptions
 
 import runner.cli
-import runner.cluster
-import runner.dispatch
-import runner.extra_passes
-import runner.faults
-import runner.groups
-import runner.journal
-import runner.nodes
-import runner.pipeline
-import runner.progress
-import runner.single
-import runner.strategy
-import runner.submission
-import runner.timeline
-import runner.workers
-from runner.dataset import read_examples
-from runner.extra_passes import swap
-from runner.faults import VARIABLE
-from runner.presets import read_preset
-from runner.prompts import render_prompts
-from runner.records import CompileInfo, Examples, ModelSpec, TokenTable, WorkerInfo
-from runner.task import CONTEST
-from runner.tokenization import tokenize
-from runner.tokenizer_files import TokenizerFiles
-from runner.workers import PipelineStage, Replica, TensorMember
+import runner.common.files
+import runner.common.machine
+import runner.data.inputs
+import runner.data.submission
+import runner.driver.passes
+import runner.driver.run
+import runner.driver.setting
+import runner.driver.swap_pass
+import runner.executors.ray.calls
+import runner.executors.ray.failures
+import runner.executors.ray.group
+import runner.executors.ray.nodes
+import runner.executors.ray.places
+import runner.executors.ray.replicas
+import runner.executors.ray.session
+import runner.executors.single
+import runner.model.injected_faults
+import runner.model.slice_worker
+import runner.model.stage_worker
+import runner.model.worker
+import runner.report.gather
+import runner.results.journal
+import runner.telemetry.progress
+import runner.telemetry.timeline
+from runner.common.records import CompileInfo, Examples, ModelSpec, TokenTable, WorkerInfo
+from runner.config.task import CONTEST
+from runner.data.dataset import read_examples
+from runner.data.prompts import render_prompts
+from runner.data.tokenization import tokenize
+from runner.driver.swap_pass import swap
+from runner.model.injected_faults import VARIABLE
+from runner.model.slice_worker import TensorMember
+from runner.model.stage_worker import PipelineStage
+from runner.model.worker import Replica
+from runner.preset.reader import read_preset
+from runner.preset.tokenizer_files import TokenizerFiles
 from sharding.batches import BatchShape
 from sharding.stages import Stage
 from sharding.topology import WorkerSlot
@@ -859,7 +871,7 @@ def _tokenize(
     sequence_length: int,
     on_progress: Callable[[int], None],
 ) -> TokenTable:
-    """`runner.tokenization.tokenize`, once for the same texts."""
+    """`runner.data.tokenization.tokenize`, once for the same texts."""
     key = (tuple(texts), files.vocabulary, sequence_length)
     if key not in _tokenized:
         _tokenized[key] = tokenize(texts, files, sequence_length=sequence_length)
@@ -897,7 +909,7 @@ class SimulatedTime:
 
 
 class SimulatedGuard:
-    """`runner.guard.Guard` by the simulated clock: `Ends` is raised in the driver."""
+    """`runner.driver.guard.Guard` by the simulated clock: `Ends` is raised in the driver."""
 
     world: ClassVar[SimulatedRay]
 
@@ -950,32 +962,38 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, *, cores: int = 2) ->
     world = SimulatedRay()
     seen = SimulatedTime(world)
     patch = monkeypatch.setattr
+    ray_rooms = (
+        *(runner.executors.ray.calls, runner.executors.ray.failures, runner.executors.ray.group),
+        *(runner.executors.ray.nodes, runner.executors.ray.replicas),
+    )
     for module in (
-        *(runner.cli, runner.dispatch, runner.extra_passes, runner.faults, runner.groups),
-        *(runner.nodes, runner.pipeline, runner.submission, runner.timeline, runner.workers),
+        *(runner.cli, runner.common.files, runner.data.submission, *ray_rooms),
+        *(runner.driver.passes, runner.driver.run, runner.driver.setting, runner.driver.swap_pass),
+        *(runner.model.injected_faults, runner.model.slice_worker, runner.model.stage_worker),
+        *(runner.model.worker, runner.telemetry.timeline),
     ):
         patch(module, "time", seen)
 
     # Ray.
-    for module in (runner.dispatch, runner.groups, runner.nodes):
+    for module in ray_rooms:
         patch(module, "ray", world)
-    patch(runner.groups, "placement_group", world.placement_group)
-    patch(runner.groups, "remove_placement_group", world.remove_placement_group)
-    patch(runner.dispatch, "start_ray", lambda num_cpus, verbose: None)
+    patch(runner.executors.ray.group, "placement_group", world.placement_group)
+    patch(runner.executors.ray.group, "remove_placement_group", world.remove_placement_group)
+    patch(runner.executors.ray.places, "start_ray", lambda num_cpus, verbose: None)
     patch(
-        runner.dispatch,
+        runner.executors.ray.replicas,
         "join_ray",
-        lambda address, verbose: patch(runner.cluster, "_folder", None),
+        lambda address, verbose: patch(runner.executors.ray.session, "_folder", None),
     )
-    patch(runner.dispatch, "stop_ray", lambda: None)
-    patch(runner.dispatch, "find_devices", lambda: ("cpu", 0))
-    patch(runner.nodes, "find_devices", lambda: ("cpu", 0))
-    patch(runner.dispatch, "cores_here", lambda: tuple(range(cores)))
-    patch(runner.cluster, "_folder", (folder, -1))
+    patch(runner.executors.ray.replicas, "stop_ray", lambda: None)
+    patch(runner.executors.ray.places, "find_devices", lambda: ("cpu", 0))
+    patch(runner.executors.ray.nodes, "find_devices", lambda: ("cpu", 0))
+    patch(runner.executors.ray.places, "cores_here", lambda: tuple(range(cores)))
+    patch(runner.executors.ray.session, "_folder", (folder, -1))
     server = SimpleNamespace(dead_processes=lambda: world.dead_servers)
     patch(ray._private.worker, "_global_node", server)
     patch(
-        runner.nodes,
+        runner.executors.ray.nodes,
         "threading",
         SimpleNamespace(
             Event=lambda: SimulatedEvent(world.clock),
@@ -986,14 +1004,14 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, *, cores: int = 2) ->
     # Workers.
     actors = {None: SimulatedReplica, "pipeline": SimulatedStage, "tensor": SimulatedMember}
     monkeypatch.setattr(_Simulated, "world", world, raising=False)
-    patch(runner.groups, "ACTORS", actors)
-    patch(runner.groups, "Replica", SimulatedReplica)
-    patch(runner.single, "Replica", SimulatedReplica)
-    patch(runner.workers, "write_to_folder", lambda *_: None)
-    patch(runner.workers, "prepare_process", lambda slot, verbose: None)
-    patch(runner.workers, "address_here", lambda: "127.0.0.1")
-    patch(runner.strategy, "gpu_dtype", lambda: None)
-    patch(runner.workers, "peak_rss_bytes", lambda: 1)
+    patch(runner.executors.ray.group, "ACTORS", actors)
+    patch(runner.executors.ray.group, "Replica", SimulatedReplica)
+    patch(runner.executors.single, "Replica", SimulatedReplica)
+    patch(runner.model.worker, "write_to_folder", lambda *_: None)
+    patch(runner.model.worker, "prepare_process", lambda slot, verbose: None)
+    patch(runner.model.worker, "address_here", lambda: "127.0.0.1")
+    patch(runner.common.machine, "gpu_dtype", lambda: None)
+    patch(runner.model.worker, "peak_rss_bytes", lambda: 1)
 
     def predict_in_float(spec: ModelSpec, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         world.spend(world.float_s)
@@ -1003,14 +1021,14 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, *, cores: int = 2) ->
         assert number == signal.SIGKILL
         raise Dies
 
-    patch(runner.workers, "predict_in_float", predict_in_float)
-    patch(runner.faults, "os", _Instead(runner.faults.os, kill=kill))
+    patch(runner.model.worker, "predict_in_float", predict_in_float)
+    patch(runner.model.injected_faults, "os", _Instead(runner.model.injected_faults.os, kill=kill))
 
     # What takes real time and is always the same, and the disk: nothing here is about power cuts.
-    patch(runner.pipeline, "tokenize", _tokenize)
+    patch(runner.data.inputs, "tokenize", _tokenize)
     patch(importlib.metadata, "version", _version)
-    patch(runner.journal, "_make_durable", lambda it: it.execute("PRAGMA synchronous = OFF"))
-    for module in (runner.journal, runner.submission):
+    patch(runner.results.journal, "make_durable", lambda it: it.execute("PRAGMA synchronous = OFF"))
+    for module in (runner.results.journal, runner.common.files):
         patch(module, "os", _Instead(module.os, fsync=lambda descriptor: None))
 
     # The driver's threads and its page, which takes longer to draw than all else.
@@ -1023,10 +1041,11 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, *, cores: int = 2) ->
         return future
 
     monkeypatch.setattr(SimulatedGuard, "world", world, raising=False)
-    patch(runner.pipeline, "_in_background", in_background)
-    patch(runner.pipeline, "Guard", SimulatedGuard)
-    patch(runner.pipeline._Run, "_write_page", lambda self, path, report: None)
-    patch(runner.progress, "REDRAW_S", 3600.0)
+    patch(runner.driver.passes, "in_background", in_background)
+    patch(runner.report.gather, "in_background", in_background)
+    patch(runner.driver.run, "Guard", SimulatedGuard)
+    patch(runner.report.gather.Reports, "_write_page", lambda self, path, report: None)
+    patch(runner.telemetry.progress, "REDRAW_S", 3600.0)
     return world
 
 
@@ -1108,7 +1127,7 @@ class Command:
         self.ray = install(self._patch, self.folder / "private")
 
     def __call__(self, *flags: str, faults: Sequence[dict[str, Any]] = ()) -> Ended:
-        """Run to the end; faults are struck as `runner.faults` says.
+        """Run to the end; faults are struck as `runner.model.injected_faults` says.
 
         A second run finds what the first left on disk, and a new Ray.
         """

@@ -4,8 +4,17 @@ from typing import Any
 
 import numpy as np
 
-from runner.report_page import Story
-from runner.timeline import COMPILING, LOADING, LOST, PREDICTING, STARTING, Event, Span, Stage
+from runner.report.page import Story
+from runner.telemetry.timeline import (
+    COMPILING,
+    LOADING,
+    LOST,
+    PREDICTING,
+    STARTING,
+    Event,
+    Span,
+    Stage,
+)
 from sharding.batches import Batch, BatchShape
 
 ROWS, LIMIT = 240, 128

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from runner.allocator import ENVIRONMENT
+from runner.model.cpu_allocator import ENVIRONMENT
 
 ALLOCATE = """
 import resource, sys, threading
 import numpy as np
-from runner import allocator
+from runner.model import cpu_allocator as allocator
 
 where, *steps = sys.argv[1:]
 

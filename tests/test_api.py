@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 
 import runner
-import runner.errors
-import runner.single
+import runner.common.errors
+import runner.executors.single
 from runner import ConfigError, RunConfig, WorkerError, run
 from runner.api import _as_it_was
-from runner.cli import GROUPS, HELP, main, parse_arguments
-from runner.config import flag
-from runner.progress import Progress
+from runner.cli import main
+from runner.config.flags import GROUPS, HELP, flag
+from runner.config.parser import parse_arguments
+from runner.telemetry.progress import Progress
 from tests.conftest import ROOT, environment
 from tests.fakes import FakeReplica, write_fake_job
 
@@ -33,7 +34,7 @@ def job(tmp_path_factory):
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(runner.single, "Replica", FakeReplica)
+    monkeypatch.setattr(runner.executors.single, "Replica", FakeReplica)
 
 
 class TestNames:
@@ -50,8 +51,10 @@ class TestNames:
         assert loaded.isdisjoint({"numpy", "pandas", "ray", "jax", "keras", "tensorflow", "tqdm"})
 
     def test_all_errors_are_there(self):
-        own = inspect.getmembers(runner.errors, inspect.isclass)
-        errors = {name for name, kind in own if issubclass(kind, runner.errors.ArenaRunnerError)}
+        own = inspect.getmembers(runner.common.errors, inspect.isclass)
+        errors = {
+            name for name, kind in own if issubclass(kind, runner.common.errors.ArenaRunnerError)
+        }
         assert errors | {"RunConfig", "run"} == set(runner.__all__)
         assert all(getattr(runner, name) is not None for name in runner.__all__)
         assert set(runner.__all__) <= set(dir(runner))
@@ -145,7 +148,7 @@ class TestRun:
                 assert go_on.wait(60)
                 return super().load(spec)
 
-        monkeypatch.setattr(runner.single, "Replica", Waiting)
+        monkeypatch.setattr(runner.executors.single, "Replica", Waiting)
         config = RunConfig(**job, output=tmp_path / "s.csv")
         thread = threading.Thread(target=lambda: reports.append(run(config)))
         thread.start()
@@ -163,7 +166,7 @@ class TestRun:
             def predict(self, batch):
                 raise RuntimeError("all is lost")
 
-        monkeypatch.setattr(runner.single, "Replica", Failing)
+        monkeypatch.setattr(runner.executors.single, "Replica", Failing)
         with pytest.raises(WorkerError, match="all is lost") as raised:
             run(RunConfig(**job, output=tmp_path / "s.csv"))
         log = tmp_path / "s.csv.logs" / "driver.log"
@@ -287,8 +290,8 @@ class TestNotebook:
         monkeypatch.setenv("PYTHONPATH", str(ROOT))
         settings = {name: str(value) for name, value in job.items()}
         code = (
-            "import runner.single; from tests.fakes import FakeReplica\n"
-            "runner.single.Replica = FakeReplica\n"
+            "import runner.executors.single; from tests.fakes import FakeReplica\n"
+            "runner.executors.single.Replica = FakeReplica\n"
             "from runner import RunConfig, run\n"
             f"run(RunConfig(**{settings!r}, output='s.csv'))['rows']['total']"
         )

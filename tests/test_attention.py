@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from runner import attention
-from runner.attention import WAYS, ways_for
+from runner.model import attention
+from runner.model.attention import WAYS, ways_for
 
 WAYS_HERE = [way for way, attend in WAYS.items() if attend is not None]
 
@@ -108,7 +108,7 @@ def test_the_way_is_chosen_by_device(monkeypatch):
 
 @pytest.fixture(scope="module")
 def backbone(models):
-    from runner.loading import load_backbone
+    from runner.model.loading import load_backbone
 
     return load_backbone(str(models["gemma2"].preset), None, dtype="float32")
 

@@ -17,10 +17,10 @@ import psutil
 import pytest
 import ray
 
-from runner import cluster
-from runner.cluster import LOCK, LONGEST_SOCKET, make_private_folder
-from runner.errors import WorkerError
-from runner.faults import VARIABLE
+from runner.common.errors import WorkerError
+from runner.executors.ray import session
+from runner.executors.ray.session import LOCK, LONGEST_SOCKET, make_private_folder
+from runner.model.injected_faults import VARIABLE
 from tests.conftest import LONGEST_RUN_S, ROOT, SLOW, environment
 
 # Actor class, the method in which it predicts, flags.
@@ -191,13 +191,13 @@ def test_a_ray_that_would_listen_to_others_is_refused(monkeypatch):
                  "RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):  # fmt: skip
         monkeypatch.setenv(name, "")
     folders = []
-    monkeypatch.setattr(cluster, "Config", MagicMock())
-    monkeypatch.setattr(cluster, "AuthenticationTokenLoader", MagicMock())
+    monkeypatch.setattr(session, "Config", MagicMock())
+    monkeypatch.setattr(session, "AuthenticationTokenLoader", MagicMock())
     monkeypatch.setattr(ray, "init", lambda **flags: folders.append(Path(flags["_temp_dir"])))
     monkeypatch.setattr(ray, "shutdown", lambda **_: None)
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "192.0.2.7")
     with pytest.raises(WorkerError, match=r"expected .* loopback .* Received: 192\.0\.2\.7"):
-        cluster.start_ray(1, verbose=False)
+        session.start_ray(1, verbose=False)
     assert not folders[0].parent.exists()
 
 
@@ -206,7 +206,7 @@ def test_folders_of_killed_runs_are_swept(monkeypatch):
     with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as short:
         monkeypatch.setenv("RAY_TMPDIR", short)
         script = (
-            "import os; from runner.cluster import make_private_folder as make;"
+            "import os; from runner.executors.ray.session import make_private_folder as make;"
             "print(make()[0], flush=True); os.kill(os.getpid(), 9)"
         )
         done = subprocess.run(
@@ -247,7 +247,7 @@ def test_nothing_is_unpickled():
         r"\b(c?loud)?pickle\b(?!=False)|allow_pickle=True|torch\.load|joblib|safe_mode=False"
         r"|enable_unsafe_deserialization|\beval\(|\bexec\(|yaml\.load"
     )
-    sources = [path for folder in ("runner", "sharding") for path in (ROOT / folder).glob("*.py")]
+    sources = [path for folder in ("runner", "sharding") for path in (ROOT / folder).rglob("*.py")]
     assert len(sources) > 20
     found = [
         f"{path.name}: {line.strip()}"

@@ -18,12 +18,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner import cluster, shipping
-from runner.config import RunConfig
-from runner.errors import ConfigError, DataError, WorkerError
-from runner.nodes import Facts, Nodes, versions_here
-from runner.records import ModelSpec
-from runner.shipping import Receiver, at, parcels, pieces
+from runner.common.errors import ConfigError, DataError, WorkerError
+from runner.common.records import ModelSpec
+from runner.config.run_config import RunConfig
+from runner.executors.ray import session, shipping
+from runner.executors.ray.nodes import Facts, Nodes, versions_here
+from runner.executors.ray.shipping import Receiver, at, parcels, pieces
 from sharding.topology import Node, place_on_nodes
 from tests.conftest import LENGTH, TOLERANCE, Started, environment
 from tests.nodes import Cluster
@@ -238,7 +238,7 @@ def test_what_an_address_does_not_go_with(flags, said):
 @pytest.mark.parametrize("address", ["ray://head:10001", "head", "head:", ":6379", "head:99999"])
 def test_addresses_that_are_none(address):
     with pytest.raises(ConfigError, match=r"HOST:PORT .* Received: --address "):
-        cluster.join_ray(address, verbose=False)
+        session.join_ray(address, verbose=False)
 
 
 def test_nobody_at_the_address(cli, models, test_set, tmp_path):
@@ -435,7 +435,7 @@ def test_another_ray_is_refused(cli, cache, models, test_set, tmp_path):
 
 
 def test_other_versions_are_refused():
-    said = cluster._why_not_joined(
+    said = session._why_not_joined(
         "h:1",
         RuntimeError(
             "Version mismatch: The cluster was started with:\n    Ray: 2.59.0\n    Python"

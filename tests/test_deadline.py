@@ -13,18 +13,13 @@ import pandas as pd
 import pytest
 
 from benchmarks.simulated import FLOPS_PER_S, WAIT_S, Replica, Simulated
-from runner.deadline import (
-    MARGIN_S,
-    Deadline,
-    lengths_to_cut_to,
-    longest_that_fits,
-    spread,
-)
+from runner.common.records import BatchResult
 from runner.demo import make_rows, write_test_set
-from runner.faults import VARIABLE
-from runner.merge import PREDICTED, SHORTENED, Merger
-from runner.records import BatchResult
-from runner.steering import Steering
+from runner.driver.deadline import MARGIN_S, Deadline, lengths_to_cut_to, longest_that_fits, spread
+from runner.driver.steering import Steering
+from runner.model.injected_faults import VARIABLE
+from runner.results.ledger import Ledger
+from runner.results.table import PREDICTED, SHORTENED, Merger
 from sharding.backlog import Backlog
 from sharding.batches import BatchShape, plan_batches
 from sharding.forecast import Pace, seconds_left, seconds_of
@@ -140,8 +135,9 @@ class Steered:
         )
         self.backlog = Backlog(self.plan(range(len(lengths)), 32).batches, cost=tokens)
         self.steering = Steering(
-            self.backlog, Rates(tokens), everything, merger=self.merger,
-            journal=SimpleNamespace(add=lambda rows, *_, **how: self.kept.append((rows, how))),
+            self.backlog, Rates(tokens), everything,
+            ledger=Ledger(self.merger, SimpleNamespace(
+                add=lambda rows, *_, **how: self.kept.append((rows, how)))),
             progress=SimpleNamespace(note=self.notes.append, advance=lambda **_: None,
                                      forecast=lambda **_: None),
             deadline=deadline, lengths=self.lengths,
@@ -328,7 +324,9 @@ def test_the_forecast_after_a_tenth():
         took_s = run.run()
         began_s = replicas[0].starts_in_s + replicas[0].compiles_in_s
         at, total = next(
-            pair for pair in run.steering.forecasts if pair[0] > began_s + (took_s - began_s) / 10
+            pair
+            for pair in run.steering.tally.forecasts
+            if pair[0] > began_s + (took_s - began_s) / 10
         )
         assert total == pytest.approx(took_s, rel=0.1), at
 

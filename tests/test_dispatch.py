@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import ray
 
-from runner import dispatch
-from runner.errors import DataError, DeviceMemoryError, WorkerError
+from runner.common.errors import DataError, DeviceMemoryError, WorkerError
+from runner.executors.ray import failures
 from sharding.dealing import COMPILE_WITHIN_S
 from tests.conftest import TOLERANCE
 from tests.simulated_ray import Command, Job, Server
@@ -154,9 +154,9 @@ class TestDeaths:
         done = command(*MODES["data-parallel"], *BATCHES, faults=[{"kind": "kill", "replica": 1}])
         assert_whole(done, job)
         assert done.report["faults"]["quarantined_rows"] == 0
-        assert done.report["faults"]["worker_deaths"] == dispatch.MAX_RESTARTS + 1
-        assert restarts(done) == [0, dispatch.MAX_RESTARTS]
-        assert len(command.ray.actors) == 2 + dispatch.MAX_RESTARTS
+        assert done.report["faults"]["worker_deaths"] == failures.MAX_RESTARTS + 1
+        assert restarts(done) == [0, failures.MAX_RESTARTS]
+        assert len(command.ray.actors) == 2 + failures.MAX_RESTARTS
         assert done.err.count("warning: worker 1 died 4 times and is given up") == 1
         assert [worker["rows"] for worker in done.report["workers"]] == [40, 0]
 
@@ -169,8 +169,8 @@ class TestDeaths:
         assert_failed(done)
         assert f"error: Every {NOUNS[mode]} died 4 times" in done.err
         assert "No row is done yet" in done.err
-        assert done.err.count("died and is started again") == dispatch.MAX_RESTARTS
-        begun = dispatch.MAX_RESTARTS + 1
+        assert done.err.count("died and is started again") == failures.MAX_RESTARTS
+        begun = failures.MAX_RESTARTS + 1
         assert len(command.ray.actors) == begun * MEMBERS[mode]
         assert [path.name for path in command.folder.glob("s.csv*")] == ["s.csv.logs"]
 
@@ -183,7 +183,7 @@ class TestDeaths:
         assert 0 < kept < 40
         died = command(*MODES[mode], *BATCHES, faults=[{"kind": "kill"}])
         assert_failed(died)
-        assert f"Every {NOUNS[mode]} died {dispatch.MAX_RESTARTS + 1} times" in died.err
+        assert f"Every {NOUNS[mode]} died {failures.MAX_RESTARTS + 1} times" in died.err
         assert safe_rows(died.err) == kept
         done = command(*MODES["data-parallel"], *BATCHES, "--resume", "require")
         assert_whole(done, job)
@@ -217,8 +217,8 @@ class TestHangs:
     @pytest.mark.parametrize("mode", MODES)
     def test_a_step(self, command, job, monkeypatch, mode, moment):
         step, limit_s = {"hold_tokens": "tokens"}.get(moment, moment), 200.0
-        assert dispatch.STEP_WITHIN_S[step] > limit_s
-        monkeypatch.setitem(dispatch.STEP_WITHIN_S, step, limit_s)  # less to simulate
+        assert failures.STEP_WITHIN_S[step] > limit_s
+        monkeypatch.setitem(failures.STEP_WITHIN_S, step, limit_s)  # less to simulate
         command.ray.hangs(moment, replica=0, member=0)
         done = command(*MODES[mode], *BATCHES)
         assert_whole(done, job)
@@ -405,7 +405,7 @@ class TestFloat32:
         assert done.code == 0, done.err
         assert done.differing(job.answers) == [7]
         assert f"warning: that failed: {NOUNS[mode]} 0: ActorDiedError" in done.err
-        assert done.faults["worker_deaths"] == dispatch.MAX_RESTARTS + 1
+        assert done.faults["worker_deaths"] == failures.MAX_RESTARTS + 1
         assert done.report["rows"]["filled"] == 1
 
     @pytest.mark.parametrize("mode", MODES)
@@ -432,7 +432,7 @@ class TestFloat32:
         assert_whole(done, job)
         assert done.report["quantization"]["mode"] == "int8"
         assert done.report["quantization"]["measured"].startswith("it failed: ")
-        assert done.report["faults"]["worker_deaths"] == dispatch.MAX_RESTARTS + 1
+        assert done.report["faults"]["worker_deaths"] == failures.MAX_RESTARTS + 1
 
     @pytest.mark.parametrize("mode", ["data-parallel", "pipeline"])
     def test_a_comparison_whose_worker_dies_once(self, command, job, mode):
@@ -615,7 +615,7 @@ class TestNodes:
         assert first == second
 
     def test_all_are_lost_and_no_other_comes(self, cluster, monkeypatch):
-        monkeypatch.setattr(dispatch, "NODE_COMES_WITHIN_S", 60.0)
+        monkeypatch.setattr(failures, "NODE_COMES_WITHIN_S", 60.0)
         for name in ("host-a", "host-b"):
             cluster.ray.lose_node(name, at=7.0)
         done = cluster(*self.MODES["data-parallel"], *self.JOIN, *BATCHES)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from runner.families import DECODER_POOLINGS
+from runner.preset.families import DECODER_POOLINGS
 from tests.conftest import LENGTH, TOLERANCE
 
 FLAGS = ("--sequence-length", str(LENGTH), "--max-tokens-per-batch", "512")

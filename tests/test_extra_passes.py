@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from runner.extra_passes import in_waves, rows_to_swap, swap
-from runner.merge import Merger
-from runner.records import Examples
+from runner.common.records import Examples
+from runner.driver.swap_pass import in_waves, rows_to_swap, swap
+from runner.results.table import Merger
 from sharding.batches import plan_batches
 from tests.conftest import LENGTH, TOLERANCE
 

@@ -1,4 +1,4 @@
-"""Every family in `runner/families.py` against plain Keras, and the matrix in docs/models.md."""
+"""Every family of `runner/preset/families.py` against plain Keras; the matrix in docs/models.md."""
 
 import os
 
@@ -9,9 +9,11 @@ import functools
 import numpy as np
 import pytest
 
-from runner.config import RunConfig
-from runner.errors import ConfigError
-from runner.families import (
+from runner.common.errors import ConfigError
+from runner.config.run_config import RunConfig
+from runner.data.tokenization import tokenize
+from runner.preset.auto import choose_strategy
+from runner.preset.families import (
     DECODER_POOLINGS,
     FAMILIES,
     TOKENIZERS,
@@ -19,10 +21,8 @@ from runner.families import (
     model_shape,
     strategies,
 )
-from runner.job import settle
-from runner.presets import read_head, read_preset
-from runner.strategy import choose_strategy
-from runner.tokenization import tokenize
+from runner.preset.reader import read_head, read_preset
+from runner.preset.resolve import settle
 from sharding.batches import BatchShape
 from tests.conftest import PLAIN_LENGTH, ROOT, TOLERANCE
 
@@ -39,7 +39,7 @@ BERT_BASE = {
 @functools.cache
 def loaded(folder):
     """Return a preset's facts and its backbone, LoRA merged."""
-    from runner.loading import load_backbone
+    from runner.model.loading import load_backbone
 
     lora = folder / "model.lora.h5"
     preset = read_preset(folder / "preset")
@@ -50,7 +50,7 @@ def loaded(folder):
 def predict(folder, texts, pooling):
     """Return probabilities of short rows in one batch and of long ones in another, each padded no
     more than its rows need; for `padded-mean` all to the full length."""
-    from runner.predictor import Predictor
+    from runner.model.predictor import Predictor
 
     preset, backbone = loaded(folder)
     head = read_head(

@@ -1,6 +1,7 @@
 """Whatever fails, finished rows stay finished and the answers are those of an undisturbed run.
 
-Faults are struck on purpose in real processes (`runner/faults.py`), kills are real signals.
+Faults are struck on purpose in real processes (`runner/model/injected_faults.py`), kills are real
+signals.
 """
 
 import json
@@ -11,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from runner.faults import VARIABLE
+from runner.model.injected_faults import VARIABLE
 from tests.conftest import LENGTH, REAL_ROWS, SLOW, TOLERANCE, assert_calm
 
 MODES = {

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runner.errors import ConfigError, JournalError
-from runner.fingerprint import WEIGHT_SAMPLE_BYTES, Fingerprint, fingerprint
-from runner.journal import Journal
-from runner.submission import check_writable, write_whole
+from runner.common.errors import ConfigError, JournalError
+from runner.common.files import check_writable, write_whole
+from runner.results.fingerprint import WEIGHT_SAMPLE_BYTES, Fingerprint, fingerprint
+from runner.results.journal import Journal
 from tests.conftest import ROOT
 
 IDS = tuple(f"{'00' if row % 2 else 'é'}{row * 7919}" for row in range(400))

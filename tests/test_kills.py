@@ -12,11 +12,11 @@ import time
 import pandas as pd
 import pytest
 
-from runner import dispatch
 from runner.cli import _Interrupts
-from runner.faults import VARIABLE
-from runner.records import Faults
-from runner.recovery import Recovery
+from runner.common.records import Faults
+from runner.executors.ray import failures
+from runner.executors.recovery import Recovery
+from runner.model.injected_faults import VARIABLE
 from sharding.backlog import MOST_SETBACKS_OF_A_ROW, Backlog
 from sharding.batches import Batch, BatchShape
 from tests.conftest import LONGEST_RUN_S, ROOT, SLOW, assert_calm, environment
@@ -155,7 +155,7 @@ def test_every_worker_died(slowly, cli, job, calm, output, monkeypatch):
     kept = safe_rows(err)
     died = cli(*MODES["data-parallel"], *job, **{VARIABLE: json.dumps([{"kind": "kill"}])})
     assert died.returncode == 1
-    assert f"Every worker died {dispatch.MAX_RESTARTS + 1} times" in died.stderr
+    assert f"Every worker died {failures.MAX_RESTARTS + 1} times" in died.stderr
     # The interrupt may have come when a batch was safe and not yet counted.
     assert safe_rows(died.stderr) >= kept > 0
     assert "Traceback" not in died.stderr
@@ -265,14 +265,15 @@ CLUSTER = """
 import sys
 import ray
 from ray.cluster_utils import Cluster
-from runner import cli, dispatch
+from runner import cli
+from runner.executors.ray import places, replicas
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
 second = cluster.add_node(num_cpus=1)
-dispatch.start_ray = lambda num_cpus, verbose: ray.init(
+places.start_ray = lambda num_cpus, verbose: ray.init(
     address=cluster.address, log_to_driver=False, configure_logging=False
 )
-predict = dispatch.RayReplicas._run
+predict = replicas.RayReplicas._run
 
 def run(self, backlog):
     came = 0
@@ -284,7 +285,7 @@ def run(self, backlog):
         yield result
     assert came > 5, "the second node had no part in it"
 
-dispatch.RayReplicas._run = run
+replicas.RayReplicas._run = run
 code = cli.main(sys.argv[1:])
 ray.shutdown()
 cluster.shutdown()

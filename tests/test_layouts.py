@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from runner.families import FAMILIES, model_shape
+from runner.preset.families import FAMILIES, model_shape
 from sharding.layouts import NORM, RULES, TOO_SMALL, Rule, Weight, lay_out, replicated_reasons
 from tests.stored import made_once
 

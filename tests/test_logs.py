@@ -10,18 +10,18 @@ import time
 
 import pytest
 
-from runner import logs
-from runner.config import flag
-from runner.errors import DataError, WorkerError
-from runner.logs import DRIVER_ERRORS, DRIVER_LOG, LogEvent, RunLogs, keep_logs_of_ray
-from runner.progress import Progress
+from runner.common.errors import DataError, WorkerError
+from runner.config.flags import flag
+from runner.telemetry import logs
+from runner.telemetry.logs import DRIVER_ERRORS, DRIVER_LOG, LogEvent, RunLogs, keep_logs_of_ray
+from runner.telemetry.progress import Progress
 from tests.conftest import ROOT, environment, wait_until
 from tests.fakes import write_fake_job
 
 # Runs a command line with a replica that writes to the process' own streams, past Python's.
 NOISY = """
 import json, os, sys
-import runner.single
+import runner.executors.single
 from runner.cli import main
 from tests.fakes import FakeReplica
 
@@ -39,7 +39,7 @@ class Noisy(FakeReplica):
             raise RuntimeError("all is lost")
         return super().predict(batch)
 
-runner.single.Replica = Noisy
+runner.executors.single.Replica = Noisy
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -184,7 +184,7 @@ class TestFolder:
 
     def test_a_killed_worker_has_said_all(self, tmp_path):
         script = (
-            "import os, sys; from runner.logs import write_to_folder as write\n"
+            "import os, sys; from runner.telemetry.logs import write_to_folder as write\n"
             "write(sys.argv[1], 3, 0); print('printed'); os.write(2, b'written\\n')\n"
             "os.kill(os.getpid(), 9)"
         )
@@ -236,8 +236,8 @@ class TestEvents:
         assert [event.message for event in heard] == [line["message"] for line in said]
 
     def test_progress_as_json(self, capsys, monkeypatch):
-        monkeypatch.setattr("runner.progress.REDRAW_S", 0.01)
-        monkeypatch.setattr("runner.progress.JSON_PROGRESS_S", 0.05)
+        monkeypatch.setattr("runner.telemetry.progress.REDRAW_S", 0.01)
+        monkeypatch.setattr("runner.telemetry.progress.JSON_PROGRESS_S", 0.05)
         with Progress(log_format="json") as progress:
             progress.expect(rows=10, done=1)
             progress.advance(rows=1, tokens=5)

@@ -10,14 +10,14 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-import runner.single
+import runner.executors.single
 from runner import RunConfig, run
 from runner.cli import main
-from runner.config import flag
-from runner.errors import ConfigError
-from runner.metrics import Figures, Metrics
-from runner.progress import Progress, Standing
-from runner.records import Faults, WorkerStats
+from runner.common.errors import ConfigError
+from runner.common.records import Faults, WorkerStats
+from runner.config.flags import flag
+from runner.telemetry.metrics import Figures, Metrics
+from runner.telemetry.progress import Progress, Standing
 from tests.conftest import ROOT
 from tests.fakes import FakeReplica, write_fake_job
 
@@ -116,7 +116,7 @@ def test_during_a_run(job, tmp_path, monkeypatch, capsys):
                 assert go_on.wait(60)
             return super().predict(batch)
 
-    monkeypatch.setattr(runner.single, "Replica", Waiting)
+    monkeypatch.setattr(runner.executors.single, "Replica", Waiting)
     config = RunConfig(
         **job, output=tmp_path / "s.csv", mode="single", metrics_port=0, sequence_length=64,
         max_tokens_per_batch=256,

@@ -12,7 +12,7 @@ import nbformat
 import pytest
 
 from runner.demo import ensure_demo, make_rows, write_test_set
-from runner.progress import Progress
+from runner.telemetry.progress import Progress
 from tests.conftest import ROOT, copy_project, environment, make_programs
 
 NOTEBOOK = ROOT / "examples" / "kaggle.ipynb"

@@ -6,12 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.config import RunConfig
-from runner.errors import ConfigError
-from runner.presets import Preset
-from runner.strategy import choose_strategy, tensor_bytes_per_token, tokens_per_batch
+from runner.common.errors import ConfigError
+from runner.config.run_config import RunConfig
+from runner.preset.auto import choose_strategy, tokens_per_batch
+from runner.preset.reader import Preset
 from sharding.costs import ModelShape
 from sharding.stages import Stage, cut_stages
+from sharding.strategies import tensor_bytes_per_token
 
 
 @settings(max_examples=2000, deadline=None)

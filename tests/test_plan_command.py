@@ -12,21 +12,24 @@ import numpy as np
 import pytest
 
 from benchmarks.shapes import SHAPES
-from runner import calibration, machine
-from runner.calibration import calibrate, sample_rows
 from runner.cli import main
-from runner.config import RunConfig, make_config
+from runner.common import machine
+from runner.common.errors import ConfigError, DataError
+from runner.common.machine import Devices, devices_here, named_devices
+from runner.common.records import Examples
+from runner.common.units import duration
+from runner.config.run_config import RunConfig, make_config
+from runner.config.task import CONTEST
 from runner.demo import make_rows, train_tokenizer, write_test_set
-from runner.errors import ConfigError, DataError
-from runner.families import model_shape
-from runner.job import check_head
-from runner.machine import Devices, devices_here, named_devices
-from runner.options import PlanInput, all_options, duration
-from runner.plan_text import render
-from runner.planner import asked_option, recommend
-from runner.presets import Preset, read_preset
-from runner.records import Examples
-from runner.task import CONTEST
+from runner.planner import calibration
+from runner.planner.calibration import calibrate, sample_rows
+from runner.planner.command import asked_option, recommend
+from runner.planner.records import PlanInput
+from runner.planner.text import render
+from runner.planner.ways import all_options
+from runner.preset.families import model_shape
+from runner.preset.reader import Preset, read_preset
+from runner.preset.resolve import check_head
 from sharding.devices import DEVICES, recognize
 from sharding.memory import fullest_bytes, host_bytes, need
 from sharding.times import compile_seconds, predict_seconds

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.families import model_shape
+from runner.preset.families import model_shape
 from sharding.backlog import Backlog
 from sharding.batches import BatchShape, plan_batches
 from sharding.buckets import bucket_of, choose_buckets
@@ -219,8 +219,8 @@ def test_planning_needs_no_framework():
 def test_planning_and_merging_25_000_rows_take_moments(tmp_path):
     import time
 
-    from runner.merge import Merger
-    from runner.submission import write_submission
+    from runner.data.submission import write_submission
+    from runner.results.table import Merger
 
     lengths = np.minimum(np.random.default_rng(0).lognormal(6.5, 0.8, 25_000).astype(int) + 2, 1024)
     ids = [str(row) for row in range(25_000)]

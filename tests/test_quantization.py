@@ -12,9 +12,9 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import numpy as np
 import pytest
 
-from runner.config import PrepareConfig
-from runner.errors import ConfigError
-from runner.predictor import resolve_dtype
+from runner.common.errors import ConfigError
+from runner.config.run_config import PrepareConfig
+from runner.model.predictor import resolve_dtype
 from tests.conftest import LENGTH, ROOT, TOLERANCE, environment
 
 
@@ -38,7 +38,7 @@ def test_int8_is_never_beside_float16():
 
 @pytest.fixture
 def load(models):
-    from runner.loading import load_backbone
+    from runner.model.loading import load_backbone
 
     def load_one(name, quantization=None, dtype="float32"):
         model = models[name]
@@ -63,7 +63,7 @@ def load(models):
     ],
 )
 def test_quantized_while_loading_is_what_keras_makes_of_the_whole(load, monkeypatch, name, mode):
-    from runner import quantization
+    from runner.model import quantization
 
     # Every weight in several pieces.
     monkeypatch.setattr(quantization, "PIECE_BYTES", 1000)

@@ -1,7 +1,7 @@
 """Rows and batches that fail, in every mode: what `test_faults.py` does with processes, simulated.
 
-The faults are those of `runner/faults.py`, struck in the real actor shells; the answers are worked
-out by hand.
+The faults are those of `runner/model/injected_faults.py`, struck in the real actor shells; the
+answers are worked out by hand.
 """
 
 import re
@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from runner.errors import WorkerError
+from runner.common.errors import WorkerError
 from tests.conftest import TOLERANCE
 from tests.simulated_ray import Command, Job, SimulatedReplica
 

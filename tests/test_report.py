@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from runner.config import RunConfig
-from runner.records import Faults, WorkerInfo, WorkerStats
-from runner.report import make_report, say_summary
-from runner.strategy import Strategy
+from runner.common.records import Faults, WorkerInfo, WorkerStats
+from runner.config.run_config import RunConfig
+from runner.report.facts import make_report, say_summary
+from sharding.strategies import Strategy
 
 INFO = WorkerInfo("cpu", "cpu, cores 0", "float32", 9_000_000, 400_000_000, 5.0, 1e11, "chunked")
 

@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runner import charts, pipeline, report_page
-from runner.config import RunConfig
-from runner.errors import ConfigError
-from runner.lanes import (
+from runner.common.errors import ConfigError
+from runner.common.records import Work
+from runner.config.run_config import RunConfig
+from runner.report import charts, gather
+from runner.report import page as report_page
+from runner.report.lanes import (
     ENDING,
     IDLE,
     PADDING,
@@ -32,11 +34,19 @@ from runner.lanes import (
     real_tokens,
     shares,
 )
-from runner.page_text import doubts
-from runner.records import Work
-from runner.report_page import make_page, write_page
-from runner.timeline import COMPILING, LOADING, LOST, PREDICTING, STARTING, Event, Span, Timeline
-from runner.trace import make_trace, write_trace
+from runner.report.page import make_page, write_page
+from runner.report.page_text import doubts
+from runner.report.trace import make_trace, write_trace
+from runner.telemetry.timeline import (
+    COMPILING,
+    LOADING,
+    LOST,
+    PREDICTING,
+    STARTING,
+    Event,
+    Span,
+    Timeline,
+)
 from sharding.batches import Batch, BatchShape
 from tests.stories import LABELS, make_report, make_spans, make_story
 
@@ -399,22 +409,22 @@ class TestFailing:
         monkeypatch.setattr(charts, "draw", lambda *_: 1 / 0)
         page = tmp_path / "page.html"
         page.write_text("of an older run")
-        said = pipeline.try_to_write("page", page, lambda: write_page(page, make_story()))
+        said = gather.try_to_write("page", page, lambda: write_page(page, make_story()))
         assert list(tmp_path.iterdir()) == []
         assert said == (
             "the submission stands; its page does not: ZeroDivisionError: division by zero"
         )
 
     def test_a_hang(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(pipeline, "PAGE_WITHIN_S", 0.05)
+        monkeypatch.setattr(gather, "PAGE_WITHIN_S", 0.05)
         forever = threading.Event()
-        said = pipeline.try_to_write("page", tmp_path / "p", forever.wait)
+        said = gather.try_to_write("page", tmp_path / "p", forever.wait)
         forever.set()
         assert said is not None
         assert "TimeoutError" in said
 
     def test_success(self, tmp_path):
-        assert pipeline.try_to_write("page", tmp_path / "p", lambda: None) is None
+        assert gather.try_to_write("page", tmp_path / "p", lambda: None) is None
 
 
 def _real_tokens():

@@ -10,13 +10,13 @@ import keras
 import numpy as np
 import pytest
 
-from runner import rewrites
-from runner.rewrites import rewritten_for_cpu
+from runner.model import cpu_rewrites
+from runner.model.cpu_rewrites import rewritten_for_cpu
 
 
 @pytest.fixture(params=[True, False], ids=["bfloat16-here", "no-bfloat16"])
 def has_bfloat16(request, monkeypatch):
-    monkeypatch.setattr(rewrites, "multiplies_bfloat16", lambda: request.param)
+    monkeypatch.setattr(cpu_rewrites, "multiplies_bfloat16", lambda: request.param)
     return request.param
 
 

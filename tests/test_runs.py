@@ -16,7 +16,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from runner.faults import VARIABLE
+from runner.model.injected_faults import VARIABLE
 from tests.conftest import LENGTH, REAL_ROWS, ROOT, SLOW, TOLERANCE, assert_calm, environment
 
 COLUMNS = ["id", "prompt", "response_a", "response_b"]

@@ -12,18 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.config import RunConfig, make_config
-from runner.dataset import read_examples
+from runner.common.errors import ConfigError, DataError, MergeError
+from runner.common.files import write_whole
+from runner.common.records import Examples, TokenTable
+from runner.config.run_config import RunConfig, make_config
+from runner.data.dataset import read_examples
+from runner.data.prompts import render_prompts
+from runner.data.submission import write_submission
+from runner.data.tokenization import tokenize
 from runner.demo import make_rows
-from runner.errors import ConfigError, DataError, MergeError
-from runner.merge import Merger
-from runner.presets import read_preset
-from runner.progress import Progress
-from runner.prompts import render_prompts
-from runner.records import Examples, TokenTable
-from runner.submission import write_submission, write_whole
-from runner.tokenization import tokenize
-from runner.tokenizer_files import BytePairOptions, TokenizerFiles
+from runner.preset.reader import read_preset
+from runner.preset.tokenizer_files import BytePairOptions, TokenizerFiles
+from runner.results.table import Merger
+from runner.telemetry.progress import Progress
 from tests.conftest import LENGTH, SHARED, wait_until
 
 COLUMNS = ["id", "prompt", "response_a", "response_b"]
@@ -338,9 +339,9 @@ def test_demo_rows_are_seeded_and_arena_like():
 
 class TestProgress:
     def test_plain_lines(self, monkeypatch):
-        monkeypatch.setattr("runner.progress.REDRAW_S", 0.01)
-        monkeypatch.setattr("runner.progress.PLAIN_WAITING_S", 0.05)
-        monkeypatch.setattr("runner.progress.PLAIN_RUNNING_S", 0.05)
+        monkeypatch.setattr("runner.telemetry.progress.REDRAW_S", 0.01)
+        monkeypatch.setattr("runner.telemetry.progress.PLAIN_WAITING_S", 0.05)
+        monkeypatch.setattr("runner.telemetry.progress.PLAIN_RUNNING_S", 0.05)
         stream = io.StringIO()
 
         def until(text):

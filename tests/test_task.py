@@ -12,18 +12,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from runner.accuracy import compare, describe
-from runner.config import PrepareConfig, RunConfig, make_config
-from runner.dataset import read_examples
-from runner.errors import ConfigError, DataError, MergeError
-from runner.extra_passes import swap
-from runner.fingerprint import Fingerprint
-from runner.journal import Journal
-from runner.merge import Merger
-from runner.prompts import render_prompts
-from runner.records import Examples
-from runner.submission import rehearse, write_submission
-from runner.task import CONTEST, Task, make_task
+from runner.common.errors import ConfigError, DataError, MergeError
+from runner.common.records import Examples
+from runner.config.run_config import PrepareConfig, RunConfig, make_config
+from runner.config.task import CONTEST, Task, make_task
+from runner.data.dataset import read_examples
+from runner.data.prompts import render_prompts
+from runner.data.submission import rehearse, write_submission
+from runner.driver.swap_pass import swap
+from runner.model.accuracy import compare, describe
+from runner.results.fingerprint import Fingerprint
+from runner.results.journal import Journal
+from runner.results.table import Merger
 from tests.conftest import LENGTH, ROOT, TOLERANCE, environment
 
 OWN = {"id-column": "key", "text-columns": ["title", "body"], "label-columns": ["no", "yes"]}

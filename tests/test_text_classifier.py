@@ -7,12 +7,12 @@ import h5py
 import numpy as np
 import pytest
 
-from runner.classifiers import TASK, TASK_WEIGHTS, read_classifier
-from runner.config import RunConfig
-from runner.errors import ConfigError, DataError
-from runner.job import check_head, settle
-from runner.presets import read_preset
-from runner.task import CONTEST, Task
+from runner.common.errors import ConfigError, DataError
+from runner.config.run_config import RunConfig
+from runner.config.task import CONTEST, Task
+from runner.preset.classifiers import TASK, TASK_WEIGHTS, read_classifier
+from runner.preset.reader import read_preset
+from runner.preset.resolve import check_head, settle
 from tests.conftest import ROOT, TOLERANCE
 
 # Of the preprocessors in plain_answers.py, which nobody names on the command line.
@@ -235,7 +235,7 @@ def test_a_checkpoint_is_converted(cli, plain, predict, tmp_path):
         *("--preset", str(tmp_path / "made"), *head, "--input", str(plain.rows)),
         *("--mode", "single", "--pooling", "mean", "--sequence-length", "64"),
     )
-    from runner.tokenization import tokenize
+    from runner.data.tokenization import tokenize
 
     tokens = tokenize(plain.texts, preset.tokenizer, sequence_length=64)
     for row, start in enumerate(tokens.offsets[:-1]):

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from runner.errors import DataError
-from runner.presets import read_preset
-from runner.records import TokenTable
-from runner.tokenization import tokenize
-from runner.tokenizer_files import BytePairOptions, WordPieceOptions
-from runner.words import byte_pair_words, bytes_as_letters, word_piece_words
+from runner.common.errors import DataError
+from runner.common.records import TokenTable
+from runner.data.tokenization import tokenize
+from runner.data.words import byte_pair_words, bytes_as_letters, word_piece_words
+from runner.preset.reader import read_preset
+from runner.preset.tokenizer_files import BytePairOptions, WordPieceOptions
 from tests.conftest import PLAIN_LENGTH
 
 PLAIN = WordPieceOptions(

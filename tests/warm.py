@@ -104,6 +104,12 @@ class WarmProcess:
                 stream.close()
         return said.get("stdout"), said.get("stderr")
 
+    def close(self) -> None:
+        """Let go of what is held of the process, which may still run."""
+        for end in (self._status, self.stdout, self.stderr):
+            if end is not None:
+                end.close()
+
     def _read_status(self, timeout: float) -> None:
         self.returncode = int(self._line(timeout))
         self._status.close()
@@ -249,9 +255,25 @@ def import_all(what: str) -> None:
     for module in (
         *("jax.numpy", "keras_hub", "matplotlib.pyplot", "matplotlib.backends.backend_svg"),
         *("google.protobuf.descriptor_pb2", "jsonschema", "msgpack", "psutil", "yaml"),
-        *("runner.cli", "runner.demo", "runner.pipeline", "runner.planner", "runner.prepare"),
-        *("runner.report_page", "runner.single", "runner.workers", "runner.attention"),
-        *("runner.loading", "runner.predictor", "runner.quantization", "runner.rewrites"),
+        *(
+            "runner.cli",
+            "runner.demo",
+            "runner.driver.run",
+            "runner.planner.command",
+            "runner.prepare",
+        ),
+        *(
+            "runner.report.page",
+            "runner.executors.single",
+            "runner.model.worker",
+            "runner.model.attention",
+        ),
+        *(
+            "runner.model.loading",
+            "runner.model.predictor",
+            "runner.model.quantization",
+            "runner.model.cpu_rewrites",
+        ),
     ):
         importlib.import_module(module)
     assert "ray" not in sys.modules

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.rivals.protocol import Job, Round, serve
-from runner.families import model_shape
+from runner.preset.families import model_shape
 from sharding.batches import BatchShape
 
 COPIES = 4
@@ -73,7 +73,7 @@ def steady_seconds(events: list[dict[str, Any]], cost: Callable[[BatchShape], fl
     beside which it compiled. What a worker waits at the end, while others still work, counts too.
 
     Args:
-        events: of a trace, as `runner/trace.py` makes it.
+        events: of a trace, as `runner/report/trace.py` makes it.
     """
     spans = [event for event in events if event["ph"] == "X"]
     compiles = [one for one in spans if "from_cache" in one["args"]]

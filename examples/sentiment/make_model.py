@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 from runner.demo import BACKBONE, make_rows, save_model, train_tokenizer  # noqa: E402
-from runner.workers import prepare_process  # noqa: E402
+from runner.model.process import prepare_process  # noqa: E402
 from sharding.topology import WorkerSlot  # noqa: E402
 
 VOCABULARY_SIZE = 600

@@ -1,0 +1,27 @@
+"""Durations, FLOPs, bytes and counts -> short text for a reader."""
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as a person says them: 40 s, 2.5 min, 3.1 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.1f} min" if seconds < 600 else f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 100 * 3600 else f"{seconds / 3600:,.0f} h"
+
+
+def flops_text(count: float) -> str:
+    """Return FLOPs as a person says them: 262 PFLOP."""
+    units = {"E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6}
+    unit = next((unit for unit, size in units.items() if count >= size), "M")
+    return f"{count / units[unit]:.3g} {unit}FLOP"
+
+
+def parameters_text(count: float) -> str:
+    """Return a number of weights: 9.24 B, or 4.5 M."""
+    return f"{count / 1e9:.3g} B" if count >= 1e8 else f"{count / 1e6:.2g} M"
+
+
+def gb(count: float) -> str:
+    """Return bytes in GB, small ones in MB: 18.5 GB, 412 MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 0.95e8 else f"{count / 1e6:.0f} MB"

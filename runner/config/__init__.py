@@ -1,0 +1,1 @@
+"""Flags, a TOML file or Python arguments -> one checked RunConfig. Reads no model and no rows."""

@@ -1,0 +1,210 @@
+"""A CSV, Parquet or JSON lines file -> Examples: ids as they were spelled, cells, the file's order.
+
+Does not know what the cells mean: a task names the columns.
+"""
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from runner.common.errors import DataError, first_line, shown
+from runner.common.records import Examples
+from runner.config.task import CONTEST, Task
+
+
+def read_examples(path: Path, task: Task = CONTEST) -> Examples:
+    """Return all rows of a test set, of the columns that a task names.
+
+    Ids stay text: numbers above 2^31, leading zeros and strings survive. Empty and missing text
+    cells are empty text. Further columns are ignored. The suffix says how a file is read: .parquet
+    or .pq, .jsonl, and CSV whatever else it is.
+
+    Raises:
+        DataError: the file cannot be read as its suffix says, a column is missing or named twice,
+            or an id is null or repeated.
+    """
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        raise DataError(
+            f"--input must be a CSV, Parquet or JSON lines file that exists. Received: {path}"
+        )
+    suffix = path.suffix.lower()
+    try:
+        if suffix in (".parquet", ".pq"):
+            examples = _read_parquet(path, task)
+        elif suffix == ".jsonl":
+            examples = _read_json_lines(path, task)
+        else:
+            examples = _read_csv(path, task)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {first_line(error)}") from None
+    _check_ids(path, task.id_column, examples.ids)
+    return examples
+
+
+def _read_csv(path: Path, task: Task) -> Examples:
+    wanted, text = task.input_columns, _read_text(path)
+    # Not pandas: it cannot pass surrogates, and reads over a quote that never closes or a row
+    # that is too long unless asked in several ways.
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = next(reader, None)
+        if not header:
+            raise DataError(f"{path} is empty: expected a header line with the columns.")
+        _check_columns(path, wanted, header)
+        rows = [row for row in reader if row]
+    except csv.Error as error:
+        raise DataError(f"{path} is no well-formed CSV: line {reader.line_num}: {error}") from None
+    for number, row in enumerate(rows, start=1):
+        if len(row) > len(header):
+            raise DataError(
+                f"{path} is no well-formed CSV: expected {len(header)} cells a row. "
+                f"Received: {len(row)} in row {number}"
+            )
+    # A row that ends early lacks cells: they are empty.
+    cells = {
+        name: tuple(row[place] if place < len(row) else "" for row in rows)
+        for name in wanted
+        for place in [header.index(name)]
+    }
+    return _examples(task, cells, {name: cells[name] for name in task.keep_columns})
+
+
+def _read_json_lines(path: Path, task: Task) -> Examples:
+    rows: list[dict[str, Any]] = []
+    numbers: list[int] = []
+    # Not splitlines: U+2028 and others may stand in a JSON string.
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{path} is no well-formed JSON lines file: line {number}: {first_line(error)}"
+            ) from None
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path} must have a JSON object in every line. "
+                f"Received: {shown(row)} in line {number}"
+            )
+        rows.append(row)
+        numbers.append(number)
+    if rows:
+        _check_columns(
+            path, task.input_columns, list(dict.fromkeys(key for row in rows for key in row))
+        )
+    cells = {}
+    for name in (task.id_column, *task.text_columns):
+        values = [row.get(name) for row in rows]
+        for number, value in zip(numbers, values, strict=True):
+            _check_json_cell(path, name, value, number, is_id=name == task.id_column)
+        cells[name] = tuple("" if value is None else str(value) for value in values)
+    kept = {name: [row.get(name) for row in rows] for name in (task.id_column, *task.keep_columns)}
+    return _examples(task, cells, kept)
+
+
+def _check_json_cell(path: Path, name: str, value: Any, number: int, *, is_id: bool) -> None:
+    if value is None or isinstance(value, str) or (is_id and type(value) is int):
+        return
+    raise DataError(
+        f"{path}: {name} must hold text{' or whole numbers' if is_id else ''}. "
+        f"Received: {name} = {shown(value)} in line {number}"
+    )
+
+
+def _read_text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        # Surrogates pass here and are removed from the prompts, as in the notebook.
+        return data.decode("utf-8-sig", errors="surrogatepass")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path} must be UTF-8. Received: byte 0x{data[error.start]:02x} in line {line}"
+        ) from None
+
+
+def _read_parquet(path: Path, task: Task) -> Examples:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    wanted = task.input_columns
+    try:
+        with pq.ParquetFile(path) as file:
+            _check_columns(path, wanted, file.schema_arrow.names)
+            table = file.read(columns=list(wanted))
+        cells = {
+            name: tuple(_cells(path, name, table.column(name), is_id=name == task.id_column))
+            for name in (task.id_column, *task.text_columns)
+        }
+        kept = {name: table.column(name) for name in task.keep_columns}
+        if pa.types.is_integer(table.column(task.id_column).type):
+            kept[task.id_column] = table.column(task.id_column)
+        return _examples(task, cells, kept)
+    # Text that is no UTF-8 is a ValueError, and only seen when it is decoded.
+    except (pa.ArrowException, ValueError, KeyError, OverflowError) as error:
+        raise DataError(f"{path} is no readable Parquet file: {first_line(error)}") from None
+
+
+def _examples(task: Task, cells: dict[str, tuple[str, ...]], kept: dict[str, Any]) -> Examples:
+    columns = {name: cells[name] for name in task.text_columns}
+    return Examples(cells[task.id_column], columns, kept)
+
+
+def _cells(path: Path, name: str, column: Any, *, is_id: bool) -> list[str]:
+    """Return a pyarrow column as text; null is empty text."""
+    import pyarrow as pa
+
+    types = pa.types
+    if types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    is_text = (
+        types.is_string(column.type)
+        or types.is_large_string(column.type)
+        or types.is_string_view(column.type)
+        or types.is_null(column.type)
+    )
+    if not is_text and not (is_id and types.is_integer(column.type)):
+        raise DataError(
+            f"{path}: column {name} must hold text{' or whole numbers' if is_id else ''}. "
+            f"Received: {name} of type {column.type}"
+        )
+    return [cell or "" for cell in column.cast(pa.large_string()).to_pylist()]
+
+
+def _check_columns(path: Path, wanted: Sequence[str], received: Sequence[str]) -> None:
+    for name in wanted:
+        count = list(received).count(name)
+        if count != 1:
+            raise DataError(
+                f"{path} must have the columns {', '.join(wanted)}, each once: "
+                f"{name} is {'missing' if count == 0 else 'there twice'}. "
+                f"Received: {', '.join(received)[:300]}"
+            )
+
+
+def _check_ids(path: Path, id_column: str, ids: Sequence[str]) -> None:
+    """Rows are counted from 1, the header left out."""
+    first_seen: dict[str, int] = {}
+    for number, value in enumerate(ids, start=1):
+        if value == "":
+            raise DataError(
+                f"{path}: every row must have an id. Received: an empty {id_column} in row {number}"
+            )
+        if value in first_seen:
+            raise DataError(
+                f"{path}: every id must be there once. "
+                f"Received: {id_column} {shown(value)} in rows {first_seen[value]} and {number}"
+            )
+        first_seen[value] = number
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise DataError(
+                f"{path}: ids must be valid Unicode. "
+                f"Received: {id_column} {shown(value)} in row {number}"
+            )

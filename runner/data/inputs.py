@@ -1,0 +1,61 @@
+"""A test set -> examples -> texts -> tokens that fit the model: what run, plan and prepare read.
+
+Knows the order of these steps; `dataset.py`, `prompts.py` and `tokenization.py` do them.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from runner.common.errors import DataError
+from runner.common.records import Examples, TokenTable
+from runner.config.run_config import PrepareConfig, RunConfig
+from runner.data.dataset import read_examples
+from runner.data.prompts import render_prompts
+from runner.data.tokenization import tokenize
+from runner.preset.reader import Preset
+
+
+def read_rows(test_set: Path, config: RunConfig | PrepareConfig) -> tuple[Examples, list[str]]:
+    """Return the rows of a file and the text of each.
+
+    Raises:
+        DataError: the file is no test set, or a cell is not as --text-format says.
+    """
+    examples = read_examples(test_set, config.task)
+    return examples, render(examples, config)
+
+
+def render(examples: Examples, config: RunConfig | PrepareConfig) -> list[str]:
+    """Return one text a row, as the task's template and --text-format make it.
+
+    Raises:
+        DataError: a cell is not as --text-format says.
+    """
+    return render_prompts(examples, text_format=config.text_format, task=config.task)
+
+
+def to_tokens(
+    texts: Sequence[str],
+    preset: Preset,
+    *,
+    sequence_length: int,
+    on_progress: Callable[[int], None] = lambda rows: None,
+) -> TokenTable:
+    """Return the token ids of each text, cut to `sequence_length`.
+
+    Args:
+        on_progress: called with the rows done so far.
+
+    Raises:
+        DataError: the tokenizer is damaged, or does not belong to the backbone.
+    """
+    tokens = tokenize(
+        texts, preset.tokenizer, sequence_length=sequence_length, on_progress=on_progress
+    )
+    largest = int(tokens.values.max(initial=tokens.pad_id))
+    if largest >= preset.shape.vocabulary_size:
+        raise DataError(
+            f"{preset.tokenizer.vocabulary} does not belong to the backbone: expected token "
+            f"ids below {preset.shape.vocabulary_size}. Received: {largest}"
+        )
+    return tokens

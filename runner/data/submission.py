@@ -1,0 +1,69 @@
+"""A checked table -> a submission file, after a rehearsal that shows there is room for it."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runner.common.errors import ConfigError
+from runner.common.files import write_whole
+from runner.config.task import CONTEST, Task
+from runner.data.formats import csv_text, format_of
+from runner.results.table import table_dtype
+
+
+def write_submission(
+    path: Path,
+    ids: Sequence[str],
+    values: np.ndarray,
+    *,
+    task: Task = CONTEST,
+    kept: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the ids, the columns that are copied, and one column a label or, without labels, the
+    embeddings, in the order given and as the suffix says.
+
+    Args:
+        values: (rows, labels), or (rows, hidden).
+        kept: as in `Examples.kept`.
+    """
+    kept, write = kept or {}, format_of(path)
+    # Ids that are numbers stay numbers where the format has any.
+    keys = ids if write is csv_text else kept.get(task.id_column, ids)
+    copied = {name: kept[name] for name in task.keep_columns}
+    write_whole(path, write({task.id_column: keys, **copied}, values, task.label_columns))
+
+
+def rehearse(
+    path: Path,
+    ids: Sequence[str],
+    *,
+    task: Task = CONTEST,
+    width: int = len(CONTEST.label_columns),
+    kept: Mapping[str, Any] | None = None,
+) -> float:
+    """Write a table of this size beside an output file and remove it; return the seconds it took.
+
+    Args:
+        width: numbers a row. kept: as in `Examples.kept`.
+
+    Raises:
+        ConfigError: there is no room for it.
+    """
+    started = time.monotonic()
+    rehearsal = path.with_name(f".{path.stem}.{os.getpid()}.rehearsal{path.suffix}")
+    # As long as what comes out, and no easier to compress.
+    values = np.random.default_rng(0).random((len(ids), width), dtype=table_dtype(task.head))
+    try:
+        write_submission(rehearsal, ids, values, task=task, kept=kept)
+    except OSError as error:
+        raise ConfigError(
+            f"--output needs room for {len(ids):,} rows in {path.resolve().parent}. "
+            f"Received: {error.strerror or error}"
+        ) from None
+    finally:
+        rehearsal.unlink(missing_ok=True)
+    return time.monotonic() - started

@@ -1,0 +1,250 @@
+"""Texts -> TokenTable, token for token what the preset's KerasHub preprocessor makes of them.
+
+Needs neither Keras nor TensorFlow: SentencePiece and Hugging Face tokenizers run natively, on all
+cores, in the driver. How WordPiece and RoBERTa find words is in `words.py`.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import sentencepiece
+import tokenizers
+
+from runner.common.errors import DataError, first_line, shown
+from runner.common.records import TokenTable
+from runner.data.words import byte_pair_words, bytes_as_letters, word_piece_words
+from runner.preset.tokenizer_files import BytePairOptions, TokenizerFiles, WordPieceOptions
+
+# Texts a call: large enough that all cores have work, small enough that a count can be shown
+# and an interrupt is heard within a second or so.
+CHUNK_ROWS = 256
+# Of int32, in which tokens go to the model.
+MOST_TOKEN_ID = 2**31 - 1
+# Words whose tokens are kept: texts repeat theirs.
+KEPT_WORDS = 1 << 18
+
+
+class _Tokenizer(Protocol):
+    """A vocabulary, and the way in which it cuts texts."""
+
+    def encode(self, texts: list[str]) -> list[list[int]]: ...
+
+    def id_of(self, token: str) -> int | None: ...
+
+
+def tokenize(
+    texts: Sequence[str],
+    files: TokenizerFiles,
+    *,
+    sequence_length: int,
+    on_progress: Callable[[int], None] = lambda rows: None,
+) -> TokenTable:
+    """Return the token ids of each text, cut to `sequence_length`.
+
+    As `CausalLMPreprocessor` of KerasHub does: start token, tokens, end token are packed into one
+    position more than asked for and the last position is dropped, so a text of at least
+    `sequence_length - 1` tokens loses its end token. Gemma 3's preprocessor takes a prompt and a
+    response; a text is the prompt and the response is empty. `TextClassifierPreprocessor`, an
+    encoder's, gets the text as its one segment and cuts it so that start and end token fit.
+
+    Args:
+        on_progress: called with the rows done so far.
+
+    Raises:
+        DataError: the vocabulary is damaged, or lacks the start, end or padding token.
+    """
+    tokenizer = _open(files)
+    start = [_id_of(tokenizer, files, files.start_token)] if files.add_start else []
+    end = [_id_of(tokenizer, files, files.end_token)] if files.add_end else []
+    pad_id = 0 if files.pad_token is None else _id_of(tokenizer, files, files.pad_token)
+    room = sequence_length + (not files.is_segment) - len(start) - len(end)
+    values: list[np.ndarray] = []
+    lengths: list[int] = []
+    for first in range(0, len(texts), CHUNK_ROWS):
+        encoded = tokenizer.encode(list(texts[first : first + CHUNK_ROWS]))
+        rows = [[*start, *ids[: max(room, 0)], *end][:sequence_length] for ids in encoded]
+        lengths += map(len, rows)
+        values.append(np.fromiter(chain.from_iterable(rows), dtype=np.int32))
+        on_progress(first + len(rows))
+    offsets = np.zeros(len(texts) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    table = np.concatenate([np.empty(0, np.int32), *values])
+    return TokenTable(table, offsets, pad_id, end[0] if files.is_segment else None)
+
+
+def _open(files: TokenizerFiles) -> _Tokenizer:
+    if files.word_pieces is not None:
+        return _WordPieces(files.vocabulary, files.word_pieces)
+    if files.byte_pairs is None:
+        return _SentencePiece(files.vocabulary)
+    if files.byte_pairs.splits_words:
+        return _BytePairsOfWords(files.vocabulary, files.byte_pairs)
+    return _BytePairs(files.vocabulary, files.byte_pairs)
+
+
+class _SentencePiece:
+    """A SentencePiece model, as in KerasHub's `SentencePieceTokenizer`."""
+
+    def __init__(self, vocabulary: Path) -> None:
+        try:
+            proto = vocabulary.read_bytes()
+            if not proto:  # which would load, and answer 0 to all
+                raise ValueError("the file is empty")
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise DataError(
+                f"{vocabulary} is no SentencePiece model: {first_line(error)}. Copy it again from "
+                "where the preset came from."
+            ) from None
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return self._processor.encode(texts, num_threads=-1)
+
+    def id_of(self, token: str) -> int | None:
+        number = self._processor.piece_to_id(token)
+        return number if self._processor.id_to_piece(number) == token else None
+
+
+class _BytePairs:
+    """Byte-level BPE, as in KerasHub's `BytePairTokenizer` outside of tf.data.
+
+    That class means to split a text into words first, but hands its regex to `Split` as a plain
+    string, which `tokenizers` looks for literally and never finds (keras-hub 0.32). So merges run
+    over the whole text between two special tokens; they do so here too.
+    """
+
+    def __init__(self, vocabulary: Path, options: BytePairOptions) -> None:
+        self._ids, model = _read_byte_pairs(vocabulary, options)
+        self._tokenizer = tokenizers.Tokenizer(model)
+        self._tokenizer.add_special_tokens(list(options.unsplittable_tokens))
+        self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+            add_prefix_space=options.add_prefix_space, use_regex=False
+        )
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts)]
+
+    def id_of(self, token: str) -> int | None:
+        return self._ids.get(token)
+
+
+class _BytePairsOfWords:
+    """Byte-level BPE within words, as in KerasHub's `BytePairTokenizer` inside of tf.data.
+
+    That is where `fit` and `predict` of a TextClassifier tokenize, and how RoBERTa was trained; the
+    same class outside of tf.data does not find words (`_BytePairs`).
+    """
+
+    def __init__(self, vocabulary: Path, options: BytePairOptions) -> None:
+        self._ids, model = _read_byte_pairs(vocabulary, options)
+        self._options = options
+        letters = bytes_as_letters()
+
+        @functools.lru_cache(KEPT_WORDS)
+        def ids_of(word: str) -> tuple[int, ...]:
+            if word in options.unsplittable_tokens:
+                return (self._ids[word],)
+            spelled = "".join(letters[byte] for byte in word.encode("utf-8", "surrogatepass"))
+            return tuple(token.id for token in model.tokenize(spelled))
+
+        self._ids_of = ids_of
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        options = self._options
+        prefix = " " if options.add_prefix_space else ""
+        return [
+            [*chain.from_iterable(map(self._ids_of, words))]
+            for words in (
+                byte_pair_words(prefix + text, options.unsplittable_tokens) for text in texts
+            )
+        ]
+
+    def id_of(self, token: str) -> int | None:
+        return self._ids.get(token)
+
+
+class _WordPieces:
+    """WordPiece, as in KerasHub's `WordPieceTokenizer`."""
+
+    # A longer word is unknown, in UTF-8 bytes.
+    MOST_BYTES = 100
+
+    def __init__(self, vocabulary: Path, options: WordPieceOptions) -> None:
+        try:
+            lines = vocabulary.read_text(encoding="utf-8").split("\n")
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{vocabulary} is no list of tokens: {first_line(error)}. Copy it again from where "
+                "the preset came from."
+            ) from None
+        # Of a token that stands there twice, the last counts.
+        self._ids = {line.rstrip(): number for number, line in enumerate(lines[:-1] or lines)}
+        unknown = options.unknown_token
+        for token in (unknown, *options.unsplittable_tokens):
+            if token not in self._ids:
+                raise DataError(f"{vocabulary} must hold the special token {shown(token)}.")
+        self._options = options
+        model = tokenizers.models.WordPiece(
+            vocab=self._ids,
+            unk_token=unknown,
+            max_input_chars_per_word=self.MOST_BYTES,
+            continuing_subword_prefix=options.suffix_indicator,
+        )
+
+        @functools.lru_cache(KEPT_WORDS)
+        def ids_of(word: str) -> tuple[int, ...]:
+            if len(word.encode("utf-8", "surrogatepass")) > self.MOST_BYTES:
+                return (self._ids[unknown],)
+            return tuple(token.id for token in model.tokenize(word))
+
+        self._ids_of = ids_of
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [
+            [*chain.from_iterable(map(self._ids_of, word_piece_words(text, self._options)))]
+            for text in texts
+        ]
+
+    def id_of(self, token: str) -> int | None:
+        return self._ids.get(token)
+
+
+def _read_byte_pairs(
+    vocabulary: Path, options: BytePairOptions
+) -> tuple[dict[str, int], tokenizers.models.BPE]:
+    """Return the token ids and the merges of a byte-pair encoding."""
+    try:
+        ids: dict[str, int] = json.loads(vocabulary.read_text(encoding="utf-8"))
+        with open(options.merges, encoding="utf-8") as file:
+            lines = [line.rstrip() for line in file if "#version:" not in line]
+        merges = [(first, second) for first, second in (line.split(" ") for line in lines)]
+        model = tokenizers.models.BPE(vocab=ids, merges=merges)
+    except Exception as error:  # what `tokenizers` raises has no narrower class
+        raise DataError(
+            f"{vocabulary} and {options.merges} are no byte-pair encoding: {first_line(error)}"
+        ) from None
+    if not all(number <= MOST_TOKEN_ID for number in ids.values()):
+        raise DataError(
+            f"{vocabulary} must hold token ids of at most {MOST_TOKEN_ID}. "
+            f"Received: {max(ids.values())}"
+        )
+    missing = [token for token in options.unsplittable_tokens if token not in ids]
+    if missing:
+        raise DataError(f"{vocabulary} must hold the special token {shown(missing[0])}.")
+    return ids, model
+
+
+def _id_of(tokenizer: _Tokenizer, files: TokenizerFiles, token: str | None) -> int:
+    assert token is not None, "this is a bug: a token is added that the family does not have"
+    number = tokenizer.id_of(token)
+    if number is None:
+        raise DataError(
+            f"{files.vocabulary} must hold the token {token}, which {files.class_name} packs "
+            "around every text."
+        )
+    return int(number)

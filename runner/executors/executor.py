@@ -1,0 +1,111 @@
+"""What the driver asks of whoever computes a plan: one process, or replicas that Ray keeps.
+
+The life of an executor: enter, `open`, `start`, `poll` until there are tokens, `run` for each pass
+over rows, leave. Does not know how a batch is computed, nor what becomes of its answer.
+"""
+
+from collections.abc import Generator, Iterable, Sequence
+from typing import Protocol, Self
+
+import numpy as np
+
+from runner.common.records import (
+    BatchResult,
+    Faults,
+    ModelSpec,
+    TokenTable,
+    WorkerInfo,
+    WorkerStats,
+)
+from sharding.backlog import Backlog
+from sharding.batches import Batch, BatchShape
+from sharding.forecast import Pace
+from sharding.rates import Rates
+
+
+class Executor(Protocol):
+    """All replicas of a run. A context manager: leaving it ends every process that it started.
+
+    Attributes:
+        kind: of its devices: cpu, gpu or tpu; known once it is open, as is `replicas`.
+        replicas: how many there are.
+        info: of a worker that has loaded, None before one has.
+        faults: what it has survived.
+        start_workers_s, predict_s: seconds of starting, and from the first replica that was ready
+            to the last answer.
+    """
+
+    kind: str
+    replicas: int
+    info: WorkerInfo | None
+    faults: Faults
+    start_workers_s: float
+    predict_s: float
+
+    @property
+    def stats(self) -> list[WorkerStats]:
+        """One a worker."""
+
+    @property
+    def copied_batches(self) -> int:
+        """Batches that two replicas computed."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None: ...
+
+    def open(self, dtype: str, compilation_cache: str) -> str:
+        """Find the devices; return what `dtype` means on them, `auto` if only a worker can tell.
+
+        Raises:
+            ConfigError: more workers than devices, or groups that do not fit.
+            WorkerError: the devices cannot be used.
+        """
+
+    def start(self, spec: ModelSpec) -> None:
+        """Begin to load the model; return before it is there."""
+
+    def poll(self) -> None:
+        """Take what workers have answered so far: finds bad files early.
+
+        Raises:
+            DataError: the model files do not fit each other.
+            WorkerError: no replica is left that can work, or one cannot load.
+        """
+
+    def run(
+        self, backlog: Backlog, tokens: TokenTable, *, rates: Rates, ids: Sequence[str]
+    ) -> Generator[BatchResult | None, None, None]:
+        """Yield the first answer to every batch as it arrives, and None a few times a second
+        between them.
+
+        Args:
+            rates: learns what batches take.
+            ids: one a row, to name rows in errors.
+
+        Raises:
+            DataError, WorkerError: as `poll`.
+        """
+
+    def warm(self) -> set[BatchShape]:
+        """Return the shapes of which some replica has a program."""
+
+    def paces(self, shapes: Iterable[BatchShape] | None = None) -> list[Pace]:
+        """Return how fast each replica is, and how long it will load and compile besides.
+
+        Args:
+            shapes: those that are to come, None for those of the backlog.
+        """
+
+    def is_measured(self) -> bool:
+        """Whether enough batches have finished to rest a decision on."""
+
+    def compile_s(self) -> float:
+        """Return the seconds that a shape takes to compile that was in no plan before."""
+
+    def predict_in_float(self, batch: Batch, *, within_s: float) -> np.ndarray:
+        """Return a batch's probabilities in float32, after `run`.
+
+        Raises:
+            WorkerError: that failed or took longer than `within_s`.
+        """

@@ -1,0 +1,1 @@
+"""What runs inside a worker: preset, LoRA and head -> compiled programs. JAX lives here."""

@@ -1,0 +1,340 @@
+"""Queries, keys and values of a decoder layer -> what its heads attend to, without the square.
+
+Keras computes all query-key pairs, in float32 and with the half that causality throws away. Here
+queries go in chunks that see the keys up to their own end: the causal half, a piece at a time. The
+models stay Keras': KerasHub's attention layers hand queries, keys and values to a function that is
+published around a call (made for vLLM's kernel), which this file supplies. That seam takes tokens
+end to end, as (tokens, 1, ...). Does not know poolings, heads or files.
+"""
+
+import functools
+import importlib.util
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+from keras_hub.src.vllm.context import vllm_context_scope
+
+from runner.common.errors import first_line
+
+# More chunks save more of the causal half and cost time to compile: eight leave 9/16 of the square.
+# On a CPU 64 queries a chunk were 1.09 times as fast as 128 (8 layers of 512, 512 tokens).
+MOST_CHUNKS = 8
+SMALLEST_CHUNK = 64
+MASKED = -1e30
+# Rows and tokens on which a layer is compared with Keras' own: two chunks, the last one short.
+CHECKED_SHAPE = (2, SMALLEST_CHUNK + 32)
+# Largest difference allowed, relative to the largest value; the dtype's rounding is far below.
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+# Keras with JAX, as of KerasHub 0.32, in its attention layers' own words: Qwen's attend through a
+# fused op before they come to their window, so they have none. Where a window hides all that is
+# real from a position, Gemma's softmax leaves nothing of the values, the others' the mean of all.
+WITHOUT_WINDOW = ("QwenAttention", "Qwen3Attention")
+BLIND_SEE_NOTHING = ("CachedGemmaAttention", "CachedGemma3Attention")
+# Activations in int8: the smallest difference may be the other side of a rounding.
+QUANTIZED_TOLERANCE = 1e-1
+
+
+class Attend(Protocol):
+    """A way to compute causal attention with grouped heads.
+
+    queries: (rows, length, query_heads, head_dim). keys, values: (rows, length, key_value_heads,
+    head_dim). lengths: int32 (rows,), tokens of each row that may be attended to, or None where
+    what comes of the positions after a row's end is of no account. window: a position sees itself
+    and the window - 1 before it. Returns (rows, length, query_heads, head_dim).
+    """
+
+    def __call__(
+        self,
+        queries: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        *,
+        lengths: jax.Array | None,
+        scale: float,
+        soft_cap: float | None,
+        window: int | None,
+    ) -> jax.Array: ...
+
+
+def attend_in_chunks(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    *,
+    lengths: jax.Array | None,
+    scale: float,
+    soft_cap: float | None,
+    window: int | None,
+) -> jax.Array:
+    """Plain JAX, for any device: a chunk of queries, and the keys that one of them can see."""
+    rows, length, query_heads, head_dim = queries.shape
+    heads = keys.shape[2]
+    group = query_heads // heads
+    # Key/value heads beside the rows, the group's queries beside the positions: two plain batched
+    # matmuls a chunk.
+    grouped = queries.reshape(rows, length, heads, group, head_dim).transpose(0, 2, 1, 3, 4) * scale
+    keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
+    chunk = max(SMALLEST_CHUNK, -(-length // (16 * MOST_CHUNKS)) * 16)
+    outputs = []
+    for start in range(0, length, chunk):
+        stop = min(start + chunk, length)
+        first = max(0, start - window + 1) if window else 0
+        part = grouped[:, :, start:stop].reshape(rows, heads, (stop - start) * group, head_dim)
+        logits = jnp.einsum(
+            "bkth,bksh->bkts", part, keys[:, :, first:stop], preferred_element_type=jnp.float32
+        )
+        if soft_cap:
+            logits = jnp.tanh(logits / soft_cap) * soft_cap
+        position = np.repeat(np.arange(start, stop), group)[:, None]
+        seen = np.arange(first, stop)[None, :]
+        visible = seen <= position
+        if window:
+            visible &= seen > position - window
+        logits = jnp.where(visible, logits, MASKED)
+        if lengths is not None:
+            logits = jnp.where(seen < lengths[:, None, None, None], logits, MASKED)
+        weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+        sums = weights.sum(axis=-1, keepdims=True)
+        output = jnp.einsum(
+            "bkts,bksh->bkth",
+            weights.astype(values.dtype),
+            values[:, :, first:stop],
+            preferred_element_type=jnp.float32,
+        )
+        # Divided after the matmul: head_dim values a query instead of one for each key.
+        output = (output / sums).astype(values.dtype)
+        outputs.append(output.reshape(rows, heads, stop - start, group, head_dim))
+    joined = jnp.concatenate(outputs, axis=2).transpose(0, 2, 1, 3, 4)
+    return joined.reshape(rows, length, query_heads, head_dim)
+
+
+def attend_with_tokamax(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    *,
+    lengths: jax.Array | None,
+    scale: float,
+    soft_cap: float | None,
+    window: int | None,
+) -> jax.Array:
+    """The fused kernels of https://github.com/openxla/tokamax: Mosaic or Triton by device."""
+    import tokamax
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        # tokamax would read this program's command line as its own, and end in an error.
+        flags.FLAGS(["arena-runner"])
+    return tokamax.dot_product_attention(
+        queries,
+        keys,
+        values,
+        scale=scale,
+        is_causal=True,
+        logits_soft_cap=soft_cap,
+        local_window_size=(window - 1, 0) if window else None,
+        key_value_seq_lengths=None if lengths is None else jnp.maximum(lengths, 1),
+    )
+
+
+# A new way to attend is a function above and a line here. `keras` leaves the layers as they are.
+WAYS: dict[str, Attend | None] = {
+    "tokamax": attend_with_tokamax,
+    "chunked": attend_in_chunks,
+    "keras": None,
+}
+
+
+def ways_for(device: jax.Device) -> tuple[str, ...]:
+    """Return the ways to try on a device, the best first.
+
+    tokamax has kernels for TPUs and for compute capability 8.0 and later (none for a T4); on a
+    CPU it was as fast as chunks of 128, so it is not asked for there.
+    """
+    if device.platform == "cpu" or importlib.util.find_spec("tokamax") is None:
+        return ("chunked", "keras")
+    if device.platform == "gpu" and float(getattr(device, "compute_capability", "0") or 0) < 8:
+        return ("chunked", "keras")
+    return ("tokamax", "chunked", "keras")
+
+
+def choose_way(
+    model: keras.Model, device: jax.Device, replicated: jax.sharding.Sharding | None = None
+) -> tuple[str, tuple[str, ...]]:
+    """Return the first way that agrees with Keras' own attention on this model's layers here.
+
+    One layer of each kind (with a window, without) runs on a few tokens both ways.
+
+    Returns:
+        The way, and sentences about ways that were tried and left.
+    """
+    checks = [_Check(layer, int(model.output.shape[-1])) for layer in _one_of_each_kind(model)]
+    kind, tolerance = device.device_kind, _tolerance(model)
+    notes: list[str] = []
+    try:
+        expected = [check.outputs("keras", replicated) for check in checks]
+    except Exception as error:  # float16 in Llama on a CPU, say
+        notes.append(
+            f"warning: Keras' own attention does not run in {model.compute_dtype} on {kind}, so "
+            f"the runner's is not compared with it: {type(error).__name__}: {first_line(error)}"
+        )
+        return ways_for(device)[0], tuple(notes)
+    for way in ways_for(device):
+        if way == "keras" or not checks:
+            break
+        try:
+            answers = [check.outputs(way, replicated) for check in checks]
+        except Exception as error:  # a kernel that does not compile is as varied as kernels are
+            reason = f"{type(error).__name__}: {first_line(error)}"
+        else:
+            difference = max(map(_relative_difference, answers, expected))
+            if difference <= tolerance:
+                return way, tuple(notes)
+            reason = f"it differs from Keras' own by {difference:.1e}"
+        notes.append(f"warning: attention {way!r} is not used on {kind}: {reason}")
+    return "keras", tuple(notes)
+
+
+@contextmanager
+def attention(
+    model: keras.Model, way: str, rows: int, length: int, lengths: jax.Array | None
+) -> Iterator[None]:
+    """Within, the model's attention layers take tokens end to end, (rows x length, 1, ...), and
+    attend in this way. Not for `keras`."""
+    chosen = WAYS[way]
+    assert chosen is not None, "this is a bug: Keras' own attention needs no scope"
+    # Traced once for all layers that are alike: it is half of a model's tracing otherwise.
+    attend: Any = _traced_once(chosen)  # type: ignore[arg-type]
+    kinds = {type(layer).__name__ for layer in _layers(model)}
+    has_windows, blind_see_nothing = kinds.isdisjoint(WITHOUT_WINDOW), kinds <= {*BLIND_SEE_NOTHING}
+
+    def handed_over(
+        cache: Any,
+        queries: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        scale: float,
+        head_dim: int,
+        query_heads: int,
+        key_value_heads: int,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> tuple[Any, jax.Array]:
+        # A window as long as the row hides nothing.
+        is_seen = has_windows and sliding_window and sliding_window < length
+        window = sliding_window if is_seen else None
+        values = values.reshape(rows, length, key_value_heads, head_dim)
+        attended = attend(
+            queries.reshape(rows, length, query_heads, head_dim),
+            keys.reshape(rows, length, key_value_heads, head_dim),
+            values,
+            lengths=lengths,
+            scale=float(scale),
+            soft_cap=soft_cap,
+            window=window,
+        )
+        if window and lengths is not None:
+            # Blind: the window lies wholly past the row's end.
+            blind = jnp.arange(length) >= lengths[:, None] + window - 1
+            mean = values.mean(axis=1, keepdims=True).repeat(query_heads // key_value_heads, axis=2)
+            seen_blindly = jnp.where(blind_see_nothing, 0, mean)
+            attended = jnp.where(blind[:, :, None, None], seen_blindly, attended)
+        return cache, attended.reshape(rows * length, query_heads * head_dim)
+
+    positions = jnp.tile(jnp.arange(length, dtype="int32"), rows)
+    with vllm_context_scope(paged_attention_func=handed_over, positions=positions):
+        yield
+
+
+@functools.cache
+def _traced_once(attend: Any) -> Attend:
+    return jax.jit(attend, static_argnames=("scale", "soft_cap", "window"), inline=True)
+
+
+def _layers(model: keras.Model) -> list[keras.Layer]:
+    """Attention layers that can hand their queries, keys and values over."""
+    return [
+        layer
+        for layer in model._flatten_layers(include_self=False)
+        if hasattr(layer, "_compute_vllm_attention")
+    ]
+
+
+def _one_of_each_kind(model: keras.Model) -> list[keras.Layer]:
+    """Return a decoder layer of the model for each length of window, none included."""
+    kinds: dict[Any, keras.Layer] = {}
+    for block in model.layers:
+        for layer in _layers(block):
+            kinds.setdefault(_window(layer), block)
+    return list(kinds.values())
+
+
+def _window(layer: keras.Layer) -> int | None:
+    if not getattr(layer, "use_sliding_window_attention", True):
+        return None
+    return getattr(layer, "sliding_window_size", None) or getattr(layer, "_sliding_window", None)
+
+
+def _tolerance(model: keras.Model) -> float:
+    return QUANTIZED_TOLERANCE if is_quantized(model) else TOLERANCES[model.compute_dtype]
+
+
+def is_quantized(model: keras.Model) -> bool:
+    """Return whether any of its layers holds int8 or int4 weights."""
+    return any(getattr(layer, "quantization_mode", None) for layer in model._flatten_layers())
+
+
+class _Check:
+    """A decoder layer on a small input, whose second row ends early.
+
+    width: the layer's input and output dim.
+    """
+
+    def __init__(self, layer: keras.Layer, width: int) -> None:
+        rows, length = CHECKED_SHAPE
+        self._layer, self._width = layer, width
+        named = inspect.signature(layer.call).parameters
+        self._mask = "padding_mask" if "padding_mask" in named else "decoder_padding_mask"
+        # Of the size a norm leaves.
+        self._inputs = np.random.default_rng(0).normal(size=(rows, length, width))
+        self._lengths = np.array([length, length // 3], np.int32)
+
+    def outputs(self, way: str, replicated: jax.sharding.Sharding | None) -> np.ndarray:
+        """Return the layer's output in a way, float32 (rows, length, width)."""
+        variables = (
+            [variable.value for variable in self._layer.trainable_variables],
+            [variable.value for variable in self._layer.non_trainable_variables],
+        )
+        call = self._plain if way == "keras" else functools.partial(self._handed_over, way)
+        output = jax.jit(call, out_shardings=replicated)(*variables)
+        return np.asarray(output.addressable_data(0), np.float32)
+
+    def _plain(self, trainable: Any, others: Any) -> jax.Array:
+        real = np.arange(CHECKED_SHAPE[1]) < self._lengths[:, None]
+        return self._call(trainable, others, self._inputs, real)
+
+    def _handed_over(self, way: str, trainable: Any, others: Any) -> jax.Array:
+        end_to_end = self._inputs.reshape(-1, 1, self._width)
+        with attention(self._layer, way, *CHECKED_SHAPE, jnp.asarray(self._lengths)):
+            real = np.ones(end_to_end.shape[:2], bool)
+            output = self._call(trainable, others, end_to_end, real)
+        return output.reshape(self._inputs.shape)
+
+    def _call(self, trainable: Any, others: Any, inputs: Any, mask: Any) -> jax.Array:
+        inputs = jnp.asarray(inputs, self._layer.compute_dtype)
+        options = {self._mask: jnp.asarray(mask), "training": False}
+        if "training" not in inspect.signature(self._layer.call).parameters:
+            del options["training"]
+        return self._layer.stateless_call(trainable, others, inputs, **options)[0]
+
+
+def _relative_difference(answer: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest difference over the largest value; infinite where one is not finite."""
+    difference = float(np.abs(answer - expected).max() / np.abs(expected).max())
+    return difference if np.isfinite(difference) else float("inf")

@@ -1,0 +1,40 @@
+"""A checkpoint directory of Hugging Face transformers -> a KerasHub preset directory.
+
+KerasHub's own converters do the work; which model types become which backbone is in `families.py`.
+Weights are read from safetensors alone, and no code comes from the directory. Imports Keras, so
+`process.prepare_process` must come first.
+"""
+
+from pathlib import Path
+
+import keras_hub
+
+from runner.common.errors import DataError, first_line
+from runner.preset.families import FAMILIES, family_of_checkpoint
+from runner.preset.json_files import read_json
+
+
+def convert(checkpoint: Path, folder: Path, *, dtype: str) -> None:
+    """Write backbone, tokenizer and preprocessor as a preset; a head is not converted.
+
+    The whole model is in memory meanwhile.
+
+    Raises:
+        DataError: KerasHub has no converter for it, or the converter fails.
+    """
+    model_type = str(read_json(checkpoint / "config.json").get("model_type"))
+    class_name = family_of_checkpoint(model_type)
+    assert class_name is not None, "this is a bug: read_preset takes no such checkpoint"
+    models = keras_hub.models
+    is_encoder = FAMILIES[class_name].classifier is not None
+    preprocessors = models.TextClassifierPreprocessor if is_encoder else models.CausalLMPreprocessor
+    try:
+        backbone = models.Backbone.from_preset(str(checkpoint), dtype=dtype)
+        preprocessor = preprocessors.from_preset(str(checkpoint))
+    except Exception as error:  # what a converter raises has no narrower class
+        raise DataError(
+            f"{checkpoint} is not taken by KerasHub's converter for {model_type}: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+    backbone.save_to_preset(str(folder))
+    preprocessor.save_to_preset(str(folder))

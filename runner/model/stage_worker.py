@@ -1,0 +1,71 @@
+"""A worker that holds some layers of a replica and hands hidden states on to the next stage."""
+
+import time
+
+from runner.common.records import Activations, BatchResult, ModelSpec, WorkerInfo
+from runner.model.process import memory_errors, peak_rss_bytes, start_jax
+from runner.model.worker import Replica, load_head
+from sharding.batches import Batch
+from sharding.stages import Stage
+
+
+class PipelineStage(Replica):
+    """Some of a replica's layers; what it computes goes on to the next stage."""
+
+    def load(self, spec: ModelSpec, stage: Stage | None = None) -> WorkerInfo:
+        """Load the weights of one stage, and the head where it is the last.
+
+        Raises:
+            DataError: the files do not fit each other.
+            WorkerError: the device is not there.
+        """
+        assert stage is not None, "this is a bug: a stage must know its layers"
+        started = time.perf_counter()
+        device = start_jax(self._slot.kind, spec.compilation_cache)
+        from runner.model.loading import (
+            build_backbone,
+            cut_stage,
+            fill,
+            locate_weights,
+            place_whole,
+        )
+        from runner.model.predictor import Predictor, resolve_dtype
+
+        before = peak_rss_bytes()
+        dtype = resolve_dtype(spec.dtype, device, is_int8=spec.is_int8)
+        backbone = build_backbone(spec.preset, dtype=dtype)
+        model = cut_stage(backbone, stage.start, stage.stop)
+        stored = locate_weights(backbone, spec.preset, spec.lora_weights)
+        fill(model, stored, place_whole, quantization=spec.quantization)
+        is_last = stage.stop == len(backbone.transformer_layers)
+        head = load_head(spec, backbone) if is_last else None
+        output = spec.head if is_last else "hidden"
+        self._predictor = Predictor(model, head, pooling=spec.pooling, output=output)
+        return self._introduce(device, dtype, started, before)
+
+    def begin(self, batch: Batch) -> Activations:
+        """The first stage: token ids in, hidden states out."""
+        started = time.perf_counter()
+        with memory_errors():
+            self._injected.before(batch)
+            tokens, lengths = self._arrays(batch)
+            hidden = self._predictor.predict(tokens, lengths)
+        return Activations(hidden, lengths, (self._work_since(started, hidden.nbytes),))
+
+    def carry_on(self, activations: Activations) -> Activations:
+        """A stage between: hidden states in and out."""
+        started = time.perf_counter()
+        with memory_errors():
+            hidden = self._predictor.predict(activations.hidden, activations.lengths)
+        work = (*activations.work, self._work_since(started, hidden.nbytes))
+        return Activations(hidden, activations.lengths, work)
+
+    def finish(self, batch: Batch, activations: Activations) -> BatchResult:
+        """The last stage: hidden states in, probabilities out."""
+        started = time.perf_counter()
+        with memory_errors():
+            output = self._predictor.predict(activations.hidden, activations.lengths)
+        took = time.perf_counter() - started
+        probabilities = self._injected.after(batch, output[: len(batch.rows)], took)
+        work = (*activations.work, self._work_since(started))
+        return BatchResult(batch, self._slot.replica, probabilities, work)

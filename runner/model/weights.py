@@ -1,0 +1,165 @@
+"""A preset's weight files -> where each variable's values lie, and reads of the parts asked for.
+
+A backbone is first built without values, then each process fills only the variables, or the slices
+of variables, that it holds: no process ever holds a random model beside the real one, nor a whole
+model of which it needs a part. LoRA is merged while a slice is read.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import keras
+import ml_dtypes
+import numpy as np
+from keras.src.saving import saving_lib
+
+from runner.common.errors import DataError, first_line, shown
+
+Index = tuple[slice, ...]
+# The bits of each format's exponent: NaN and infinity alone have all of them set.
+EXPONENTS: dict[str, tuple[str, np.integer]] = {
+    "float32": ("<u4", np.uint32(0x7F800000)),
+    "float16": ("<u2", np.uint16(0x7C00)),
+    "bfloat16": ("<u2", np.uint16(0x7F80)),
+}
+PIECE_ITEMS = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """One dataset of a weight file, with the LoRA factors that belong to it, if any.
+
+    a: (*kernel.shape[:-1], rank), b: (rank, kernel.shape[-1]): the kernel is stored + a @ b.
+    """
+
+    file: str
+    dataset: str
+    shape: tuple[int, ...]
+    dtype: str
+    lora: tuple[np.ndarray, np.ndarray] | None = None
+
+    def read(self, index: Index | None = None, dtype: Any = None) -> np.ndarray:
+        """Return the values at `index`, all of them if it is None, in `dtype`.
+
+        The LoRA update is added in float32, before the values take their dtype
+        (Hu et al. 2021, section 4.1; KerasHub loads with alpha equal to the rank).
+        """
+        index = index if index is not None else tuple(slice(None) for _ in self.shape)
+        try:
+            with h5py.File(self.file, "r") as file:
+                values = file[self.dataset][index]
+            is_sound = is_finite(values, self.dtype)
+        except Exception as error:  # what h5py raises for a damaged file has no narrower class
+            raise DataError(
+                f"{self.file} is damaged or cut short: {self.dataset} cannot be read: "
+                f"{first_line(error)}. Copy it again from where the preset came from."
+            ) from error
+        if not is_sound:
+            raise DataError(
+                f"{self.file} must hold finite weights. Received: NaN or infinity in {self.dataset}"
+            )
+        if self.dtype == "bfloat16":
+            values = values.view(ml_dtypes.bfloat16)
+        if self.lora is not None:
+            a, b = self.lora
+            update = np.matmul(a[index[:-1]], b[:, index[-1]])
+            update += values
+            values = update
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+
+def is_finite(values: np.ndarray, dtype: str) -> bool:
+    """Return whether a stored array has neither NaN nor infinity.
+
+    By the bits of the exponent, in pieces that stay in a core's cache: 12 GB/s, an eighth of the
+    time of reading it, where `np.isfinite` of 16 bits does 1.
+
+    Args:
+        dtype: as stored; bfloat16 comes as uint16. Whole numbers are always finite.
+    """
+    if dtype not in EXPONENTS:
+        return True
+    kind, bits = EXPONENTS[dtype]
+    flat = np.ascontiguousarray(values).view(kind).reshape(-1)
+    pieces = (flat[at : at + PIECE_ITEMS] for at in range(0, flat.size, PIECE_ITEMS))
+    return all((piece & bits).max() < bits for piece in pieces)
+
+
+class _LazyStore(saving_lib.H5IOStore):
+    """Hands out where a dataset is instead of its values."""
+
+    def __getitem__(self, key: str) -> Any:
+        dataset = saving_lib.safe_get_h5_dataset(self._h5_entry_group, key)
+        dtype = str(dataset.attrs.get("dtype", dataset.dtype))
+        return StoredWeight(dataset.file.filename, dataset.name, dataset.shape, dtype)
+
+
+class _LazyShardedStore(saving_lib.ShardedH5IOStore, _LazyStore):
+    """The same over several files: ShardedH5IOStore finds the file, _LazyStore the dataset."""
+
+
+def find_weights(model: keras.Model, preset: Path) -> dict[int, StoredWeight]:
+    """Return where the values of each variable lie: id(variable) -> StoredWeight.
+
+    Keras itself walks the model and matches it with the files, as `load_weights` does.
+
+    Raises:
+        DataError: the files do not fit the model.
+    """
+    found: dict[int, StoredWeight] = {}
+
+    def note(variable: keras.Variable, stored: StoredWeight) -> None:
+        if tuple(stored.shape) != tuple(variable.shape):
+            raise DataError(
+                f"{preset} holds weights of another size than its config says: expected "
+                f"{variable.path} of shape {tuple(variable.shape)}. Received: {stored.shape}"
+            )
+        if "float" in variable.dtype and stored.dtype not in EXPONENTS:
+            raise DataError(
+                f"{preset} holds weights of another type than its config says: expected "
+                f"{variable.path} as one of {', '.join(EXPONENTS)}. Received: {shown(stored.dtype)}"
+            )
+        found[id(variable)] = stored
+
+    try:
+        with _open_store(preset) as store, _assignments_go_to(note):
+            saving_lib._load_state(
+                model,
+                weights_store=store,
+                assets_store=None,
+                inner_path="",
+                visited_saveables=set(),
+            )
+    except DataError:
+        raise
+    except Exception as error:  # what Keras and h5py raise here has no narrower class
+        raise DataError(
+            f"{preset} holds weights that do not fit its config: {first_line(error)}"
+        ) from error
+    return found
+
+
+@contextmanager
+def _open_store(preset: Path) -> Iterator[saving_lib.H5IOStore]:
+    single = preset / "model.weights.h5"
+    index = single.with_suffix(".json")
+    store = _LazyStore(single) if single.is_file() else _LazyShardedStore(index)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@contextmanager
+def _assignments_go_to(note: Any) -> Iterator[None]:
+    """Within, `variable.assign(value)` calls `note(variable, value)`."""
+    original = keras.Variable.assign
+    keras.Variable.assign = note
+    try:
+        yield
+    finally:
+        keras.Variable.assign = original

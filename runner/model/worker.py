@@ -1,0 +1,202 @@
+"""A worker that holds a whole replica and answers calls.
+
+`Replica` is a plain class that does not know Ray: Ray runs it as an actor, `--mode single` in the
+driver's own process.
+"""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runner.common.records import (
+    BatchResult,
+    CompileInfo,
+    Head,
+    ModelSpec,
+    TokenTable,
+    Work,
+    WorkerInfo,
+)
+from runner.model import cpu_allocator
+from runner.model.injected_faults import InjectedFaults
+from runner.model.process import (
+    address_here,
+    memory_errors,
+    peak_rss_bytes,
+    prepare_process,
+    start_jax,
+)
+from runner.telemetry.logs import write_to_folder
+from sharding.batches import Batch, BatchShape
+from sharding.kinds import KINDS
+from sharding.topology import WorkerSlot
+
+
+class Replica:
+    """One copy of the weights, on one device, in this process.
+
+    `predict` may be called from two threads and `compile` from a third: the next batch is on the
+    device before the last has finished, and batches run while later shapes compile.
+    """
+
+    def __init__(
+        self, slot: WorkerSlot, *, verbose: bool = False, log_folder: str | None = None
+    ) -> None:
+        write_to_folder(log_folder, slot.replica, slot.member)
+        prepare_process(slot, verbose=verbose)
+        self._slot = slot
+        self._predictor: Any = None
+        self._tokens: TokenTable | None = None
+        self._injected = InjectedFaults(slot.replica)
+        self._clock = threading.Lock()
+        self._last_end = 0.0
+
+    def ping(self) -> str:
+        """Return the address of this worker's machine: the process is up."""
+        return address_here()
+
+    def find_device(self, dtype: str, compilation_cache: str | None) -> tuple[str, str]:
+        """Start JAX; return the kind of its device and what `dtype` means there.
+
+        Raises:
+            WorkerError: the device is not there.
+        """
+        device = start_jax(self._slot.kind, compilation_cache)
+        from runner.model.predictor import resolve_dtype
+
+        return device.platform, resolve_dtype(dtype, device)
+
+    def load(self, spec: ModelSpec) -> WorkerInfo:
+        """Load preset, LoRA and head onto the device.
+
+        Raises:
+            DataError: the files do not fit each other.
+            WorkerError: the device is not there.
+        """
+        started = time.perf_counter()
+        device = start_jax(self._slot.kind, spec.compilation_cache)
+        from runner.model.loading import load_backbone
+        from runner.model.predictor import Predictor, resolve_dtype
+
+        before = peak_rss_bytes()
+        dtype = resolve_dtype(spec.dtype, device, is_int8=spec.is_int8)
+        backbone = load_backbone(
+            spec.preset, spec.lora_weights, dtype=dtype, quantization=spec.quantization
+        )
+        self._predictor = Predictor(
+            backbone, load_head(spec, backbone), pooling=spec.pooling, output=spec.head
+        )
+        return self._introduce(device, dtype, started, before)
+
+    def hold_tokens(self, tokens: TokenTable) -> None:
+        """Keep the token table, read from shared memory where there is some."""
+        self._tokens = tokens
+
+    def compile(self, shape: BatchShape) -> CompileInfo:
+        """Make the program for one shape.
+
+        Raises:
+            DeviceMemoryError: the device has no room for it.
+        """
+        with memory_errors():
+            return self._predictor.compile(shape)
+
+    def predict(self, batch: Batch) -> BatchResult:
+        """Return the probabilities of a batch; filler rows are left out.
+
+        Raises:
+            DeviceMemoryError: the device has no room for it.
+        """
+        started = time.perf_counter()
+        with memory_errors():
+            self._injected.before(batch)
+            tokens, lengths = self._arrays(batch)
+            probabilities = self._predictor.predict(tokens, lengths)[: len(batch.rows)]
+        took = time.perf_counter() - started
+        probabilities = self._injected.after(batch, probabilities, took)
+        work = (self._work_since(started),)
+        return BatchResult(batch, self._slot.replica, probabilities, work)
+
+    def predict_in_float(self, spec: ModelSpec, batch: Batch) -> np.ndarray:
+        """Return a batch's probabilities in float32, by Keras' own layers, one after the other.
+
+        The weights are read again, a decoder layer at a time: slow, and never the whole model.
+        """
+        tokens, lengths = self._arrays(batch)
+        probabilities = predict_in_float(spec, tokens, lengths)[: len(batch.rows)]
+        return self._injected.after(batch, probabilities, 0.0, wide=True)
+
+    def _work_since(self, started: float, sent_bytes: int = 0) -> Work:
+        """Return the work of a batch that ends now. A batch waits on the device while the one
+        before computes: that time is the other's."""
+        with self._clock:
+            ended = time.perf_counter()
+            seconds, self._last_end = ended - max(started, self._last_end), ended
+        return Work(seconds, peak_rss_bytes(), sent_bytes, time.time())
+
+    def _arrays(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        assert self._tokens is not None, "this is a bug: no tokens before the first batch"
+        return self._tokens.batch_arrays(batch.rows, batch.shape.rows, batch.shape.length)
+
+    def _introduce(
+        self, device: Any, dtype: str, started: float, before: int, notes: tuple[str, ...] = ()
+    ) -> WorkerInfo:
+        from runner.model.predictor import matmul_rate
+
+        if KINDS[device.platform].is_host:
+            cpu_allocator.keep_work_space()
+        load_s = time.perf_counter() - started
+        name = device.device_kind
+        if self._slot.cores:
+            name = f"cpu, cores {','.join(map(str, self._slot.cores))}"
+        elif self._slot.node and KINDS[self._slot.kind].is_host:
+            name = f"cpu, {self._slot.cpus} of its node's"
+        return WorkerInfo(
+            kind=device.platform,
+            device=name,
+            dtype=dtype,
+            weight_bytes=self._predictor.weight_bytes,
+            rss_after_imports_bytes=before,
+            load_s=load_s,
+            matmul_flops_per_s=matmul_rate(dtype, device),
+            attention=self._predictor.way,
+            notes=notes + self._predictor.notes,
+        )
+
+
+def predict_in_float(spec: ModelSpec, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return float32 (rows, classes): what a float preset says of tokens int32 (rows, length)."""
+    from runner.model.loading import float_parts
+    from runner.model.predictor import Predictor
+
+    values = tokens
+    for part, is_last in float_parts(spec.preset, spec.lora_weights):
+        head = load_head(spec, part) if is_last else None
+        output = spec.head if is_last else "hidden"
+        predictor = Predictor(part, head, pooling=spec.pooling, output=output, way="keras")
+        values = predictor.predict(values, lengths)
+        del predictor
+    return values
+
+
+def load_head(spec: ModelSpec, backbone: Any) -> Head | None:
+    """Return the head that is named, else the preset's own; None where the pooled states are asked
+    for.
+
+    Raises:
+        DataError: it is damaged, or does not fit.
+    """
+    if spec.head == "none":
+        return None
+    from runner.preset.classifiers import read_own_head
+    from runner.preset.reader import read_head
+
+    output = backbone.output
+    hidden = output["sequence_output"] if isinstance(output, dict) else output
+    sizes = {"hidden_dim": int(hidden.shape[-1]), "classes": spec.classes}
+    if spec.head_kernel is None or spec.head_bias is None:
+        return read_own_head(Path(spec.preset), **sizes)
+    return read_head(Path(spec.head_kernel), Path(spec.head_bias), **sizes)

@@ -1,0 +1,213 @@
+"""A few rows of the job, run by the ordinary command into a temporary folder -> measured rates.
+
+The run is the real one in all but its rows, so nothing of it is modelled here. Knows the report's
+keys `seconds`, `tokens` and `workers`, and nothing of Ray or JAX.
+"""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import runner
+from runner.common.errors import ConfigError, WorkerError
+from runner.common.poolings import padded_length
+from runner.common.records import Examples
+from runner.config.command import FLAGS_OF_A_LONG_RUN, command_flags
+from runner.planner.records import Measured, Option, PlanInput
+from runner.telemetry.progress import Progress
+from sharding.batches import BatchShape
+from sharding.fit import plan_flops
+from sharding.times import compile_seconds
+
+# What the batches of all lengths together should take by the forecast before.
+MEASURE_S = 20.0
+# Batches of each length and replica: two so that one is on its way while another computes.
+FEWEST_BATCHES, MOST_BATCHES = 2, 8
+# Places in the rows by length, as shares of all FLOPs: each stands for a third of the work.
+PLACES = (5 / 6, 1 / 2, 1 / 6)
+STOPS_WITHIN_S = 30
+
+
+def calibrate(job: PlanInput, option: Option, examples: Examples, progress: Progress) -> Measured:
+    """Run a few batches of what the config asks for and return what they showed.
+
+    Raises:
+        ConfigError: what is asked for does not fit.
+        WorkerError: the run failed.
+    """
+    if not option.fits or option.plan is None:
+        raise ConfigError(
+            f"--calibrate runs a few batches of what is asked for, and that does not fit: "
+            f"{option.why_not}. Leave it out to see what does. Received: --mode {option.mode}"
+        )
+    rows = sample_rows(job, option)
+    sample = _rows_of(examples, rows)
+    replicas = max(1, option.workers // option.group_size)
+    of_sample = replace(job, lengths=job.lengths[rows], plans={})
+    plan = of_sample.plan(budget=option.budget, replicas=replicas)
+    progress.note(
+        f"calibrating: {len(plan.batches)} batches of {_lengths(plan.shapes)} tokens a row"
+    )
+    progress.stage("calibrating: a run of a few batches")
+    first = _measure(job, sample)
+    second = first
+    if job.devices.is_host and any(worker["compiled_shapes"] for worker in first["workers"]):
+        # Compiling took cores from the batches. Now it is in the cache.
+        progress.stage("calibrating: the same again, with nothing left to compile")
+        second = _measure(job, sample)
+    flops_per_s = (
+        plan_flops(job.preset.shape, plan)
+        * _busiest_share(job, option)
+        / _busy_s(second["workers"])
+    )
+    peak = job.peak(option.mode, option.dtype, option.quantization, option.workers)
+    before_predict_s = first["seconds"]["total"] - first["seconds"]["predict"]
+    one_shape_s = compile_seconds(
+        job.preset.shape,
+        kind=job.devices.kind,
+        shapes=1,
+        replicas=replicas,
+        members=option.group_size,
+        strategy=option.strategy,
+    )
+    slowness = 1.0
+    if option.seconds is not None:
+        expected_s = option.seconds.start + option.seconds.load + one_shape_s
+        slowness = before_predict_s / expected_s
+    compile_s = _compile_s(first["workers"], one_shape_s)
+    others = len(plan.shapes) - 1
+    if second is not first and others:
+        # Batches and compiles shared the cores: what a shape added is less than what it took.
+        added = first["seconds"]["predict"] - second["seconds"]["predict"]
+        compile_s = min(compile_s, max(0.0, added * replicas / others))
+    return Measured(
+        way=option.way,
+        flops_per_s=flops_per_s,
+        efficiency=flops_per_s / peak if peak else None,
+        before_predict_s=before_predict_s,
+        slowness=slowness,
+        compile_s=compile_s,
+        batches=len(plan.batches),
+        seconds=first["seconds"]["total"]
+        + (second["seconds"]["total"] if second is not first else 0),
+    )
+
+
+def sample_rows(job: PlanInput, option: Option) -> np.ndarray:
+    """Return rows for a few batches each of a long, a middling and a short length.
+
+    The same row is taken many times: what a batch costs is its shape's to say. Each length gets
+    about the same FLOPs, since each stands for a third of the job's.
+    """
+    assert option.plan is not None, "this is a bug: only what fits has a plan"
+    shape, replicas = job.preset.shape, max(1, option.workers // option.group_size)
+    order = np.argsort(job.lengths, kind="stable")
+    costs = np.array([shape.batch_flops(BatchShape(1, int(n))) for n in job.lengths[order]], float)
+    up_to = np.cumsum(costs)
+    chosen = []
+    for place in PLACES:
+        row = int(order[min(np.searchsorted(up_to, place * up_to[-1]), order.size - 1)])
+        padded = padded_length(
+            job.config.pooling, int(job.lengths[row]), job.config.sequence_length
+        )
+        rows_of_batch = max(1, option.budget // padded)
+        batches = replicas * FEWEST_BATCHES
+        if option.seconds and option.seconds.predict:
+            total = sum(shape.batch_flops(batch.shape) for batch in option.plan.batches)
+            one = shape.batch_flops(BatchShape(rows_of_batch, padded)) / total
+            wanted = MEASURE_S / len(PLACES) / (one * option.seconds.predict)
+            batches = replicas * round(
+                min(max(wanted / replicas, FEWEST_BATCHES), MOST_BATCHES)
+            )  # fmt: skip
+        chosen += [row] * (batches * rows_of_batch)
+    return np.array(chosen)
+
+
+def _rows_of(examples: Examples, rows: np.ndarray) -> Examples:
+    """Return some rows under ids of their own."""
+    return Examples(
+        tuple(str(number) for number in range(len(rows))),
+        {name: tuple(cells[row] for row in rows) for name, cells in examples.columns.items()},
+    )
+
+
+def _compile_s(workers: list[dict[str, Any]], default: float) -> float:
+    """Return the seconds that a shape took to compile at most; `default` if all came from the
+    cache, since other shapes may still have to be compiled."""
+    compiled = [worker for worker in workers if worker["compiled_shapes"]]
+    return max(
+        (worker["compile_s"] / worker["compiled_shapes"] for worker in compiled), default=default
+    )
+
+
+def _measure(job: PlanInput, sample: Examples) -> dict[str, Any]:
+    """Run the ordinary command on a sample of rows and return its report."""
+    with tempfile.TemporaryDirectory(prefix="arena-runner-calibrate-") as folder:
+        rows, output = Path(folder, "rows.csv"), Path(folder, "submission.csv")
+        task, task_file = replace(job.config.task, keep_columns=()), Path(folder, "task.toml")
+        task_file.write_text(task.as_toml(), encoding="utf-8")
+        with open(rows, "w", encoding="utf-8", errors="surrogatepass", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([task.id_column, *sample.columns])
+            writer.writerows(zip(sample.ids, *sample.columns.values(), strict=True))
+        changes = dict.fromkeys((*FLAGS_OF_A_LONG_RUN, "report"))
+        flags = command_flags(job.config, **changes | {"input": rows, "output": output})
+        root = str(Path(runner.__file__).resolve().parent.parent)
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "runner.cli", "--config", str(task_file), *flags],
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            _, errors = process.communicate()
+        except BaseException:
+            # It ends its own workers when it is told to.
+            process.terminate()
+            try:
+                process.communicate(timeout=STOPS_WITHIN_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+        if process.returncode:
+            lines = errors.splitlines() or ["it said nothing"]
+            said = next((line for line in lines if line.startswith("error: ")), lines[-1])
+            raise WorkerError(
+                f"The calibrating run failed with exit code {process.returncode}: "
+                f"{said.removeprefix('error: ')}"
+            )
+        report: dict[str, Any] = json.loads(
+            output.with_name(f"{output.name}.report.json").read_text()
+        )
+        return report
+
+
+def _busy_s(workers: list[dict[str, Any]]) -> float:
+    """Seconds in which replicas computed, all together: of each its busiest member's."""
+    busiest: dict[int, float] = {}
+    for worker in workers:
+        replica = worker["replica"]
+        busiest[replica] = max(busiest.get(replica, 0.0), worker["busy_s"])
+    return sum(busiest.values())
+
+
+def _busiest_share(job: PlanInput, option: Option) -> float:
+    """The part of a replica's FLOPs that its busiest member computes."""
+    layers, members = job.preset.shape.num_layers, option.group_size
+    if option.strategy == "pipeline":
+        return -(-layers // members) / layers
+    return 1 / members
+
+
+def _lengths(shapes: tuple[BatchShape, ...]) -> str:
+    return ", ".join(str(shape.length) for shape in shapes)

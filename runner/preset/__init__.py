@@ -1,0 +1,1 @@
+"""Files of a model -> checked facts about it. Loads no weights and starts no framework."""

@@ -1,0 +1,100 @@
+"""Config and preset -> what `auto` resolves to: the strategy, the tokens of a batch, the plan.
+
+Hands what `sharding/` decides by to it as plain arguments, and turns its ValueError into an error
+of the user's. Asks nvidia-smi for a device's memory. What --dtype auto means is in
+`sharding/kinds.py`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from runner.common.errors import ConfigError
+from runner.common.machine import device_memory_bytes
+from runner.common.poolings import POOLINGS
+from runner.config.run_config import RunConfig
+from runner.preset.families import strategies as strategies_of
+from runner.preset.reader import Preset
+from sharding import strategies
+from sharding.batches import BatchShape, Plan
+from sharding.kinds import KINDS
+from sharding.plan import plan_rows
+from sharding.strategies import Strategy
+
+
+def choose_strategy(config: RunConfig, preset: Preset) -> Strategy | None:
+    """Return the strategy of a model-parallel run, None for the other modes.
+
+    Raises:
+        ConfigError: the model cannot be held in the way that was asked for.
+    """
+    if config.mode != "model-parallel":
+        return None
+    try:
+        return strategies.choose(
+            preset.shape,
+            class_name=preset.class_name,
+            known=strategies_of(preset.class_name),
+            asked=config.strategy or "auto",
+            members=config.members,
+            dtype=config.dtype,
+            quantization=preset.quantization or config.quantization,
+            memory_bytes=device_memory_bytes(),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def tokens_per_batch(config: RunConfig, preset: Preset, kind: str) -> int:
+    """Return the most padded tokens of a batch on a kind of device.
+
+    Raises:
+        ConfigError: a stage that no device can hold.
+    """
+    if config.max_tokens_per_batch is not None:
+        return config.max_tokens_per_batch
+    try:
+        return strategies.batch_tokens(
+            preset.shape,
+            kind=kind,
+            members=config.members,
+            strategy=config.strategy or "auto",
+            dtype=config.dtype,
+            quantization=preset.quantization or config.quantization,
+            memory_bytes=device_memory_bytes() if KINDS[kind].fits_batches else None,
+            sequence_length=config.sequence_length,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def plan_run(
+    lengths: np.ndarray,
+    config: RunConfig,
+    preset: Preset,
+    *,
+    kind: str,
+    replicas: int,
+    budget: int | None = None,
+    rows: Sequence[int] | None = None,
+    cap: int | None = None,
+    known: Sequence[BatchShape] = (),
+) -> Plan:
+    """Return the batches for these rows on so many replicas on this kind of device.
+
+    Args:
+        budget: the most padded tokens of a batch, None for what `tokens_per_batch` says.
+        lengths, rows, cap, known: as in `sharding.plan.plan_rows`.
+    """
+    return plan_rows(
+        lengths,
+        preset.shape,
+        kind=kind,
+        replicas=replicas,
+        sequence_length=config.sequence_length,
+        sees_padding=POOLINGS[config.pooling].sees_padding,
+        budget=tokens_per_batch(config, preset, kind) if budget is None else budget,
+        rows=rows,
+        cap=cap,
+        known=known,
+    )

@@ -1,0 +1,150 @@
+"""The task.json and task.weights.h5 of a KerasHub `TextClassifier` preset -> its head.
+
+Read without Keras, in the driver and in workers alike. The backbone beside them is read as that of
+any preset. Which pooling and which layers a class has is said in `families.py`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import ml_dtypes
+import numpy as np
+
+from runner.common.errors import DataError, first_line, shown
+from runner.common.records import Head
+from runner.preset.families import FAMILIES, Classifier
+from runner.preset.json_files import read_json, settings_of
+
+TASK = "task.json"
+TASK_WEIGHTS = "task.weights.h5"
+# Logits, of which the task makes answers as the loss did in training; or these answers themselves.
+ACTIVATIONS = ("linear", "softmax", "sigmoid")
+
+
+@dataclass(frozen=True, slots=True)
+class TextClassifier:
+    """A classifier's own head, as its files describe it. activation: one of `ACTIVATIONS`."""
+
+    path: Path
+    known: Classifier
+    classes: int
+    activation: str
+
+    @property
+    def pooling(self) -> str:
+        return self.known.pooling
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.path / TASK, self.path / TASK_WEIGHTS
+
+    def head(self, *, hidden_dim: int, classes: int) -> Head:
+        """Return the weights of the head, in float32.
+
+        Raises:
+            DataError: they are damaged, or do not fit the backbone or the number of classes.
+        """
+        if self.classes != classes:
+            raise DataError(
+                f"{self.path / TASK} must classify into {classes}, one for each label column. "
+                f"Received: num_classes={self.classes}"
+            )
+        layers = _dense_layers(self.path / TASK_WEIGHTS)
+        wanted = 1 if self.known.dense is None else 2
+        if len(layers) != wanted:
+            raise DataError(
+                f"{self.path / TASK_WEIGHTS} must hold {wanted} dense layers, those of a "
+                f"{self.known.class_name}. Received: {len(layers)}"
+            )
+        size = hidden_dim
+        for kernel, bias in layers:
+            if kernel.ndim != 2 or kernel.shape[0] != size or bias.shape != kernel.shape[1:]:
+                raise DataError(
+                    f"{self.path / TASK_WEIGHTS} does not fit its backbone: expected a kernel of "
+                    f"{size} rows and a bias for its columns. Received: {kernel.shape} and "
+                    f"{bias.shape}"
+                )
+            size = kernel.shape[1]
+        if size != classes:
+            raise DataError(
+                f"{self.path / TASK_WEIGHTS} must end in {classes} classes. Received: {size}"
+            )
+        kernel, bias = layers[-1]
+        if self.known.dense is None:
+            return Head(kernel, bias)
+        return Head(kernel, bias, dense=layers[0], activation=self.known.dense)
+
+
+def read_classifier(path: Path, class_name: str) -> TextClassifier | None:
+    """Return the classifier that a preset directory holds whole, None where it holds none.
+
+    A task.json of another task, such as CausalLM, says nothing of a head for classes.
+
+    Args:
+        class_name: the backbone's.
+
+    Raises:
+        DataError: it is a classifier that cannot be followed.
+    """
+    known = FAMILIES[class_name].classifier
+    if known is None or not all((path / name).is_file() for name in (TASK, TASK_WEIGHTS)):
+        return None
+    content = read_json(path / TASK)
+    if content.get("class_name") not in (known.class_name, _old_name(known)):
+        return None
+    config = settings_of(path / TASK, content)
+    classes, activation = config.get("num_classes"), _name(config.get("activation"))
+    if type(classes) is not int or classes < 1:
+        raise DataError(f"{path / TASK} must name its num_classes. Received: {shown(classes)}")
+    if activation not in ACTIVATIONS:
+        raise DataError(
+            f"{path / TASK} must end in one of {', '.join(ACTIVATIONS)}. "
+            f"Received: activation={shown(activation)}"
+        )
+    return TextClassifier(path, known, classes, activation)
+
+
+def read_own_head(preset: Path, *, hidden_dim: int, classes: int) -> Head:
+    """Return the head of a preset that is a whole classifier.
+
+    Raises:
+        DataError: as `read_classifier` and `TextClassifier.head`.
+    """
+    classifier = read_classifier(preset, str(read_json(preset / "config.json").get("class_name")))
+    assert classifier is not None, f"this is a bug: {preset} was taken for a classifier"
+    return classifier.head(hidden_dim=hidden_dim, classes=classes)
+
+
+def _old_name(known: Classifier) -> str:
+    """KerasNLP called the class without Text, as in BertClassifier."""
+    return known.class_name.replace("TextClassifier", "Classifier")
+
+
+def _name(activation: Any) -> str:
+    """Return an activation's name, as Keras serializes it: a text, an object or nothing."""
+    if isinstance(activation, dict):
+        activation = activation.get("config", activation.get("class_name"))
+    return "linear" if activation is None else str(activation)
+
+
+def _dense_layers(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return kernel and bias of each layer, in the order of the model; all but that is left."""
+    try:
+        with h5py.File(path, "r") as file:
+            names = sorted(file["layers"], key=lambda name: (len(name), name))
+            groups = [file[f"layers/{name}/vars"] for name in names]
+            layers = [(_values(vars["0"]), _values(vars["1"])) for vars in groups if len(vars)]
+    except Exception as error:  # what h5py raises for a damaged file has no narrower class
+        raise DataError(f"{path} is damaged or cut short: {first_line(error)}") from None
+    if not all(np.isfinite(array).all() for layer in layers for array in layer):
+        raise DataError(f"{path} must hold finite weights. Received: NaN or infinity")
+    return layers
+
+
+def _values(dataset: h5py.Dataset) -> np.ndarray:
+    values = dataset[()]
+    if dataset.attrs.get("dtype") == "bfloat16":
+        values = values.view(ml_dtypes.bfloat16)
+    return np.asarray(values, np.float32)

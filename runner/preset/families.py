@@ -1,0 +1,194 @@
+"""Every family of backbones that loads, one entry each: all that the rest needs to know of it.
+
+A new family is an entry in `FAMILIES`, with its tokenizer in `TOKENIZERS` where that is new; where
+it is to be split over a tensor group also a table in `sharding/layouts.py`. `docs/models.md` shows
+the same as a matrix and says how to go about it. Imports neither Keras nor JAX.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from runner.common.poolings import DECODER, ENCODER, poolings_of
+from sharding.costs import ModelShape, encoder, gated, gated_halves
+from sharding.layouts import RULES
+
+# How texts are cut into tokens; how tokens are packed is the preprocessor's, below.
+SENTENCE_PIECES, BYTE_PAIRS, WORD_PIECES = "sentence-pieces", "byte-pairs", "word-pieces"
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """How a KerasHub tokenizer cuts a text, and the tokens that its preprocessor adds.
+
+    kind: SENTENCE_PIECES, BYTE_PAIRS or WORD_PIECES.
+    start: None where the family has none. pad: None where it is the id 0, whatever its token.
+    others: further tokens that are looked for in the text, by byte-level BPE and, where the
+    preset asks for it, by WordPiece.
+    is_segment: packed by `TextClassifierPreprocessor`, which always keeps the end token; else by
+    `CausalLMPreprocessor`, which packs one position more and drops it.
+    splits_words: byte-level BPE that merges within words alone.
+    """
+
+    kind: str
+    start: str | None
+    end: str
+    pad: str | None = None
+    others: tuple[str, ...] = ()
+    is_segment: bool = False
+    splits_words: bool = False
+
+
+# KerasHub's tokenizer class -> its tokens, as it passes them to `_add_special_token`.
+TOKENIZERS = {
+    "GemmaTokenizer": Tokenizer(SENTENCE_PIECES, "<bos>", "<eos>", "<pad>"),
+    "Gemma3Tokenizer": Tokenizer(SENTENCE_PIECES, "<bos>", "<eos>", "<pad>"),
+    "LlamaTokenizer": Tokenizer(SENTENCE_PIECES, "<s>", "</s>"),
+    "MistralTokenizer": Tokenizer(SENTENCE_PIECES, "<s>", "</s>"),
+    "Llama3Tokenizer": Tokenizer(
+        BYTE_PAIRS,
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        others=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
+    "QwenTokenizer": Tokenizer(BYTE_PAIRS, None, "<|endoftext|>"),
+    "Qwen3Tokenizer": Tokenizer(BYTE_PAIRS, None, "<|im_end|>", "<|endoftext|>"),
+    "BertTokenizer": Tokenizer(
+        WORD_PIECES, "[CLS]", "[SEP]", "[PAD]", others=("[MASK]",), is_segment=True
+    ),
+    "RobertaTokenizer": Tokenizer(
+        *(BYTE_PAIRS, "<s>", "</s>", "<pad>"),
+        others=("<mask>",),
+        is_segment=True,
+        splits_words=True,
+    ),
+    "DebertaV3Tokenizer": Tokenizer(SENTENCE_PIECES, "[CLS]", "[SEP]", "[PAD]", is_segment=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """A KerasHub `TextClassifier` of a family: the head that a whole task preset brings.
+
+    pooling: a key of `poolings.POOLINGS`. dense: the activation of the layer between that and the
+    logits, a key of `heads.ACTIVATIONS`; None where there is no such layer.
+    """
+
+    class_name: str
+    pooling: str
+    dense: str | None = None
+
+
+DECODER_POOLINGS = poolings_of(DECODER)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """What is known of a family of backbones.
+
+    shape: how its config is read. tokenizer: a key of `TOKENIZERS`. checkpoints: the model types of
+    Hugging Face that KerasHub converts to it. shares_seam: its attention layers hand queries, keys
+    and values over (`attention.py`), so none of them computes what causality throws away.
+    has_stages: hidden states and the mask are all that one layer gets of those before it, so it can
+    be cut into a pipeline. has_positions: an embedding for each position up to the config's
+    max_sequence_length, and none beyond. classifier: its TextClassifier, if KerasHub has one.
+    """
+
+    shape: Callable[[Mapping[str, Any]], ModelShape]
+    tokenizer: str
+    poolings: tuple[str, ...] = DECODER_POOLINGS
+    checkpoints: tuple[str, ...] = ()
+    shares_seam: bool = True
+    has_stages: bool = True
+    has_positions: bool = False
+    classifier: Classifier | None = None
+
+
+def _encoder(
+    tokenizer: str,
+    classifier: Classifier,
+    *,
+    checkpoints: tuple[str, ...] = (),
+    has_stages: bool = True,
+    has_positions: bool = True,
+) -> Family:
+    return Family(
+        shape=encoder,
+        tokenizer=tokenizer,
+        poolings=poolings_of(ENCODER, own=classifier.pooling),
+        checkpoints=checkpoints,
+        shares_seam=False,
+        has_stages=has_stages,
+        has_positions=has_positions,
+        classifier=classifier,
+    )
+
+
+# KerasHub's backbone class -> what is known of it.
+FAMILIES: dict[str, Family] = {
+    "GemmaBackbone": Family(
+        shape=gated_halves, tokenizer="GemmaTokenizer", checkpoints=("gemma", "gemma2")
+    ),
+    "Gemma3Backbone": Family(
+        shape=gated, tokenizer="Gemma3Tokenizer", checkpoints=("gemma3_text",)
+    ),
+    "LlamaBackbone": Family(shape=gated, tokenizer="LlamaTokenizer"),
+    "Llama3Backbone": Family(shape=gated, tokenizer="Llama3Tokenizer", checkpoints=("llama",)),
+    "MistralBackbone": Family(shape=gated, tokenizer="MistralTokenizer", checkpoints=("mistral",)),
+    "QwenBackbone": Family(shape=gated, tokenizer="QwenTokenizer", checkpoints=("qwen2",)),
+    "Qwen3Backbone": Family(shape=gated, tokenizer="Qwen3Tokenizer", checkpoints=("qwen3",)),
+    "BertBackbone": _encoder(
+        "BertTokenizer", Classifier("BertTextClassifier", "pooler"), checkpoints=("bert",)
+    ),
+    "RobertaBackbone": _encoder(
+        "RobertaTokenizer",
+        Classifier("RobertaTextClassifier", "first", dense="tanh"),
+        checkpoints=("roberta",),
+    ),
+    # Each layer also gets the embedded distances, which are made from the first layer's input.
+    "DebertaV3Backbone": _encoder(
+        "DebertaV3Tokenizer",
+        Classifier("DebertaV3TextClassifier", "first", dense="gelu"),
+        has_stages=False,
+        has_positions=False,
+    ),
+}
+# Config keys of Gemma 3 that add inputs (images) or outputs (a pooled vector) to the backbone.
+MORE_THAN_TEXT = ("vision_encoder", "is_embedding_model")
+
+
+def strategies(class_name: str) -> tuple[str, ...]:
+    """Return the ways in which several workers can hold one replica of a family."""
+    found = ["pipeline"] if FAMILIES[class_name].has_stages else []
+    return (*found, "tensor") if class_name in RULES else tuple(found)
+
+
+def family_of_checkpoint(model_type: str) -> str | None:
+    """Return the backbone class that a Hugging Face model type becomes, None where none does."""
+    return next(
+        (name for name, family in FAMILIES.items() if model_type in family.checkpoints), None
+    )
+
+
+def model_shape(class_name: str, config: Mapping[str, Any]) -> ModelShape:
+    """Return the dimensions of the backbone that a KerasHub config.json describes.
+
+    Raises:
+        ValueError: the class is not listed in `FAMILIES`, a key is missing, or the backbone takes
+            images or returns a pooled vector alone.
+    """
+    if class_name not in FAMILIES:
+        raise ValueError(
+            f"Expected a text backbone, one of {', '.join(sorted(FAMILIES))}. "
+            f"Received: class_name={class_name!r}"
+        )
+    for key in MORE_THAN_TEXT:
+        if config.get(key):
+            raise ValueError(
+                f"Expected a {class_name} from token ids to hidden states alone, as in the presets "
+                f"whose name ends in _text. Received: a config with {key}"
+            )
+    try:
+        return FAMILIES[class_name].shape(config)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"The config of {class_name} lacks or garbles {error}.") from error

@@ -1,0 +1,234 @@
+"""Config -> the files of a run, what is known of them, and what workers are told.
+
+Everything here is found before anything starts. Does not know rows, devices or workers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from runner.common.errors import ConfigError
+from runner.common.files import compilation_cache
+from runner.common.records import ModelSpec
+from runner.common.versions import versions
+from runner.config.flags import DefaultLength, DefaultPooling
+from runner.config.run_config import PrepareConfig, RunConfig, check_dtype
+from runner.config.task import CONTEST, Task
+from runner.preset.reader import Preset, check_lora, read_head, read_preset
+from runner.results.fingerprint import Fingerprint, fingerprint
+from sharding.dtypes import dtype_beside
+
+# Packages whose versions may change an answer.
+ANSWERS_DEPEND_ON = ("jax", "keras", "keras-hub")
+
+Config = TypeVar("Config", RunConfig, PrepareConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The files of a run, the demo's where the person named none, and the preset's facts.
+
+    head_kernel, head_bias: None where the task has no head, or the preset's own is used.
+    quantization: what workers have to make of the preset's weights while they load them.
+    """
+
+    test_set: Path
+    preset: Preset
+    lora_weights: Path | None
+    head_kernel: Path | None
+    head_bias: Path | None
+    quantization: str | None
+
+    def width(self, task: Task) -> int:
+        """Return how many numbers a row gets."""
+        return task.width(self.preset.shape.hidden_dim)
+
+    def dtype(self, config: RunConfig, of_device: str) -> str:
+        """Return the dtype to compute in: what was named, or what the device likes."""
+        quantization = self.preset.quantization or config.quantization
+        return dtype_beside(quantization, of_device) if config.dtype == "auto" else of_device
+
+    def spec(self, config: RunConfig, dtype: str) -> ModelSpec:
+        """Return what workers need, in a dtype."""
+        lora, kernel, bias = self.lora_weights, self.head_kernel, self.head_bias
+        return ModelSpec(
+            preset=str(self.preset.path.resolve()),
+            lora_weights=str(lora.resolve()) if lora is not None else None,
+            head_kernel=str(kernel.resolve()) if kernel is not None else None,
+            head_bias=str(bias.resolve()) if bias is not None else None,
+            classes=self.width(config.task),
+            pooling=config.pooling,
+            dtype=dtype,
+            quantization=self.quantization,
+            compilation_cache=compilation_cache(),
+            stored_bytes=sum(path.stat().st_size for path in self.preset.weight_files),
+            head=config.task.head,
+            is_int8="int8" in (self.preset.quantization, self.quantization),
+        )
+
+    def head_files(self, task: Task) -> tuple[Path, ...]:
+        """Return the files that make pooled vectors into answers."""
+        if task.head == "none":
+            return ()
+        if self.head_kernel is not None and self.head_bias is not None:
+            return self.head_kernel, self.head_bias
+        return self.preset.classifier.files if self.preset.classifier is not None else ()
+
+    def fingerprint(
+        self, config: RunConfig, dtype: str, ids: Sequence[str], texts: Sequence[str]
+    ) -> Fingerprint:
+        """Return what decides the answers of this run."""
+        found = versions()
+        return fingerprint(
+            settings={
+                "pooling": config.pooling,
+                "sequence_length": config.sequence_length,
+                "text_format": config.text_format,
+                "dtype": dtype,
+                "quantization": self.preset.quantization or config.quantization,
+                "extra_passes": config.extra_passes,
+                **_settings_of(config),
+            },
+            versions={name: found[name] for name in ANSWERS_DEPEND_ON if name in found},
+            ids=ids,
+            texts=texts,
+            preset_files=self.preset.small_files,
+            weight_files=self.preset.weight_files,
+            head_files=self.head_files(config.task),
+            lora_file=self.lora_weights,
+        )
+
+
+def named_files(config: RunConfig, others: Mapping[str, Path]) -> dict[str, Path]:
+    """Return field name -> file, of those that a config names or else `others` has."""
+    names = ("preset", "lora_weights", "head_kernel", "head_bias", "input")
+    named = {name: getattr(config, name) for name in names} | dict(others)
+    return {name: path for name, path in named.items() if path is not None}
+
+
+def find_job(config: RunConfig, others: Mapping[str, Path]) -> Job:
+    """Find and check the files of a run.
+
+    Args:
+        others: field name -> file, in place of those that the config does not name.
+
+    Raises:
+        ConfigError, DataError: a file is missing or cannot be used.
+    """
+    files = named_files(config, others)
+    preset = read_preset(files["preset"])
+    check_dtype(config.dtype, preset.quantization)
+    lora = files.get("lora_weights")
+    if lora is not None:
+        check_lora(lora, preset.shape)
+    if config.task.head == "none":
+        files = {name: files[name] for name in files if not name.startswith("head")}  # the demo's
+    else:
+        check_head(preset, files.get("head_kernel"), files.get("head_bias"), config.task)
+    return Job(
+        test_set=files["input"],
+        preset=preset,
+        lora_weights=lora,
+        head_kernel=files.get("head_kernel"),
+        head_bias=files.get("head_bias"),
+        quantization=_quantization_to_do(config, preset),
+    )
+
+
+def check_head(preset: Preset, kernel: Path | None, bias: Path | None, task: Task) -> None:
+    """Check the head that is named, or else the preset's own.
+
+    Raises:
+        ConfigError: there is neither, or the preset's own gives other answers than the task wants.
+        DataError: it is damaged, or does not fit.
+    """
+    hidden_dim, classes = preset.shape.hidden_dim, len(task.label_columns)
+    if kernel is not None and bias is not None:
+        read_head(kernel, bias, hidden_dim=hidden_dim, classes=classes)
+    elif preset.classifier is not None:
+        if preset.classifier.activation not in ("linear", task.head):
+            raise ConfigError(
+                f"{preset.path} ends in {preset.classifier.activation}, so [task] must have that "
+                f"head. Received: head = {task.head!r}"
+            )
+        preset.classifier.head(hidden_dim=hidden_dim, classes=classes)
+    else:
+        raise ConfigError(
+            "--preset needs a head: --head-kernel FILE.npy of shape (hidden, classes) and "
+            "--head-bias FILE.npy of shape (classes,), or a preset that is a whole TextClassifier. "
+            f"Missing: --head-kernel and --head-bias. Received: --preset {preset.path} alone"
+        )
+
+
+def settle(config: Config, preset: Preset) -> Config:
+    """Return the config with what the preset decides where the person did not: a classifier's own
+    pooling and its preprocessor's sequence length, and no more positions than a backbone has.
+
+    Raises:
+        ConfigError: what the person asked for does not go with the preset.
+    """
+    pooling, length = config.pooling, config.sequence_length
+    uses_own = config.head_kernel is None and config.task.head != "none"
+    own = preset.classifier if uses_own else None
+    if own is not None:
+        if isinstance(pooling, DefaultPooling):
+            pooling = own.pooling
+        elif pooling != own.pooling:
+            raise ConfigError(
+                f"{preset.path} brings the head of a {own.known.class_name}, which was trained "
+                f"with --pooling {own.pooling}; leave the flag out, or name a head of your own. "
+                f"Received: --pooling {pooling}"
+            )
+    if pooling not in preset.family.poolings:
+        raise ConfigError(
+            f"{preset.class_name} goes with --pooling {', '.join(preset.family.poolings)}. "
+            f"Received: --pooling {pooling}"
+        )
+    if isinstance(length, DefaultLength):
+        length = (own and preset.tokenizer.sequence_length) or length
+        length = min(length, preset.max_positions or length)
+    elif preset.max_positions is not None and length > preset.max_positions:
+        raise ConfigError(
+            f"{preset.path} has embeddings for {preset.max_positions} positions. "
+            f"Received: --sequence-length {length}"
+        )
+    if preset.tokenizer.is_segment and length < 2:
+        raise ConfigError(
+            f"{preset.class_name} has a start and an end token in every row, so --sequence-length "
+            f"must be at least 2. Received: --sequence-length {length}"
+        )
+    return replace(config, pooling=pooling, sequence_length=length)
+
+
+def _settings_of(config: RunConfig) -> dict[str, object]:
+    """What of a task decides an answer; nothing where it is as the contest's, whose journals are
+    older than tasks. What labels are called does not: how many there are, the head says."""
+    task, settings = config.task, dict[str, object]()
+    if (task.template, task.head) != (CONTEST.template, CONTEST.head):
+        settings |= {"template": repr(task.template), "kind_of_head": task.head}
+    exchanged = task.swapped_columns, task.swapped_labels
+    if config.extra_passes == "swap" and exchanged != (
+        CONTEST.swapped_columns,
+        CONTEST.swapped_labels,
+    ):
+        settings["swapped"] = f"{' and '.join(task.swap)}, labels to {task.swapped_labels}"
+    return settings
+
+
+def _quantization_to_do(config: RunConfig, preset: Preset) -> str | None:
+    asked = None if config.quantization == "none" else config.quantization
+    if preset.quantization is None:
+        return asked
+    if asked not in (None, preset.quantization):
+        raise ConfigError(
+            f"{preset.path} holds {preset.quantization} weights; take the float preset for another "
+            f"quantization. Received: --quantization {asked}"
+        )
+    if config.lora_weights is not None:
+        raise ConfigError(
+            f"{preset.path} holds {preset.quantization} weights, into which no LoRA file can be "
+            "merged; `run.py prepare` merges it before. Received: --lora-weights "
+            f"{config.lora_weights}"
+        )
+    return None

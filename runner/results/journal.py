@@ -1,0 +1,362 @@
+"""Rows that are done -> an SQLite file beside the output, from which a killed run goes on.
+
+A row counts as done when `Journal.add` has returned: it is on the disk then, and neither SIGKILL
+nor a power cut takes it back. One run at a time holds a journal. Knows no batches and not what
+decides an answer: a fingerprint says whether the rows of an earlier run are this run's too.
+The file itself, and its lock, are in `journal_file.py`.
+"""
+
+import json
+import os
+import sqlite3
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import ClassVar
+
+import numpy as np
+
+from runner.common.errors import ConfigError, JournalError
+from runner.common.files import check_writable
+from runner.results.fingerprint import Fingerprint
+from runner.results.journal_file import (
+    APPLICATION_ID,
+    Identity,
+    Unusable,
+    begin,
+    check_file,
+    close,
+    connect,
+    explained,
+    identity_of,
+    in_use,
+    keep_aside,
+    make_durable,
+    one_opens,
+    result_code,
+    sidecars,
+)
+from runner.results.journal_rows import (
+    LITTLE_ENDIAN_FLOAT32,
+    SCHEMA,
+    TABLES,
+    Done,
+    check_meta,
+    checksum,
+    read_rows,
+)
+from runner.results.table import unsound
+
+
+class Journal:
+    """The open journal of one run.
+
+    Attributes:
+        notes: sentences for the person on what became of a journal that was there.
+    """
+
+    # The files that journals of this process hold; see `journal_file.py` on its lock.
+    _held: ClassVar[set[Identity]] = set()
+
+    def __init__(
+        self,
+        path: Path,
+        connection: sqlite3.Connection,
+        *,
+        ids: Sequence[str],
+        classes: int,
+        head: str,
+        rows: set[int],
+        notes: tuple[str, ...],
+    ) -> None:
+        self.notes = notes
+        self._head = head
+        self._path = path
+        self._connection = connection
+        self._ids = ids
+        self._classes = classes
+        self._rows = rows
+        self._identity = identity_of(path)
+        if self._identity is not None:
+            self._held.add(self._identity)
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        fingerprint: Fingerprint,
+        ids: Sequence[str],
+        classes: int,
+        resume: str,
+        head: str = "softmax",
+    ) -> "Journal":
+        """Go on with the journal at `path`, or start one there.
+
+        Args:
+            classes: numbers a row. head: of `task.HEADS`, what they must be.
+            resume: `auto` goes on where the fingerprint agrees and every row is sound, and starts
+                afresh where not; `require` goes on or raises; `never` starts afresh. A journal
+                that is not gone on with is renamed to the first free of `<name>.1`, `<name>.2`.
+
+        Raises:
+            ConfigError: another run holds it, it is no journal, it cannot be made or read, or
+                `require` and it cannot be gone on with; nothing was changed then.
+        """
+        check_writable("--journal", path)
+        if path.is_symlink():
+            path = path.resolve()  # SQLite lays its -wal beside the file itself
+        with one_opens(path.parent):
+            connection, rows, notes = _open(
+                path, cls._held, fingerprint, ids, classes, head, resume
+            )
+        return cls(path, connection, ids=ids, classes=classes, head=head, rows=rows, notes=notes)
+
+    def __len__(self) -> int:
+        """How many rows are in it."""
+        return len(self._rows)
+
+    def done(self) -> Done:
+        """Return all rows so far.
+
+        Raises:
+            JournalError: the disk does not give back what was written.
+        """
+        try:
+            return read_rows(self._connection, self._ids, self._classes, self._head)
+        except (Unusable, sqlite3.Error) as error:
+            raise JournalError(f"The journal {self._path} cannot be read: {error}.") from error
+
+    def add(
+        self,
+        rows: Sequence[int],
+        probabilities: np.ndarray,
+        *,
+        how: str,
+        worker: str,
+        lengths: Sequence[int],
+    ) -> None:
+        """Keep rows with their probabilities, float32 (len(rows), classes): durably, once this
+        returns. A row that is there already is replaced.
+
+        Args:
+            how: a word on how the rows were made. lengths: the tokens that each was made from.
+
+        Raises:
+            JournalError: they cannot be kept; says where the rows before them are safe.
+        """
+        entries = self._entries(rows, probabilities, how, worker, lengths)
+        try:
+            # One transaction, undone by whatever comes between, an interrupt too.
+            with self._connection:
+                self._connection.execute("BEGIN IMMEDIATE")
+                self._connection.executemany(
+                    "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?)", entries
+                )
+        except sqlite3.Error as error:
+            if not self._is_gone():
+                full = result_code(error) == sqlite3.SQLITE_FULL
+                raise JournalError(
+                    f"The journal cannot be written: {error}. "
+                    f"{len(self._rows):,} of {len(self._ids):,} rows are safe in {self._path}; the "
+                    "same command with --resume auto goes on from there once "
+                    f"{'there is room' if full else 'it can be written'}."
+                ) from error
+        else:
+            self._rows.update(entry[0] for entry in entries)
+        self.check()
+
+    def check(self) -> None:
+        """Make sure that what is done is where it should be.
+
+        Raises:
+            JournalError: it is not; names the copy that was saved.
+        """
+        if self._is_gone():
+            self._rescue()
+
+    def close(self, *, keep_empty: bool = True) -> None:
+        """Leave one file and no -wal beside it, for the next run to go on from.
+
+        Args:
+            keep_empty: whether the file stays where no row is in it.
+        """
+        if self._identity is not None:
+            self._held.discard(self._identity)
+        if self._rows or keep_empty or self._is_gone():
+            # Its last connection carries the -wal over into the file, and leaves it where it
+            # cannot.
+            self._connection.close()
+        else:
+            with one_opens(self._path.parent):
+                self._connection.close()
+                self._path.unlink(missing_ok=True)
+        self._identity = None
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _entries(
+        self,
+        rows: Sequence[int],
+        probabilities: np.ndarray,
+        how: str,
+        worker: str,
+        lengths: Sequence[int],
+    ) -> list[tuple[int, str, bytes, str, str, int, float, int]]:
+        if probabilities.shape != (len(rows), self._classes) or len(lengths) != len(rows):
+            raise JournalError(
+                f"This is a bug: {len(rows)} rows need probabilities of shape "
+                f"{(len(rows), self._classes)} and a length each. "
+                f"Received: {probabilities.shape} and {len(lengths)} lengths"
+            )
+        if (wrong := unsound(probabilities, self._head)).any():
+            row = int(rows[int(wrong.argmax())])
+            raise JournalError(
+                f"This is a bug: a row without probabilities is not done. Received: row {row} "
+                f"(id {self._ids[row]})"
+            )
+        now, entries = time.time(), []
+        for row, values, length in zip(rows, probabilities, lengths, strict=True):
+            row, length = int(row), int(length)
+            blob = np.asarray(values, dtype=LITTLE_ENDIAN_FLOAT32).tobytes()
+            crc = checksum(self._ids[row], how, length, blob)
+            entries.append((row, self._ids[row], blob, how, worker, length, now, crc))
+        return entries
+
+    def _is_gone(self) -> bool:
+        """Whether the path no longer leads to the open file: what is written would be lost."""
+        identity = identity_of(self._path)
+        return identity is None or identity != self._identity
+
+    def _rescue(self) -> None:
+        rows = f"all {len(self._rows):,} rows that are done"
+        fact = f"The journal {self._path} is no longer there: it was moved or removed"
+        try:
+            descriptor, name = tempfile.mkstemp(prefix="arena-runner-", suffix=".journal")
+            try:
+                self._connection.execute("VACUUM INTO ?", (name,))
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except (OSError, sqlite3.Error) as error:
+            raise JournalError(f"{fact}, and {rows} could not be saved: {error}.") from error
+        raise JournalError(
+            f"{fact}. A copy of {rows} is safe in {name}; the same command with --journal {name} "
+            "goes on from there."
+        )
+
+
+def _open(
+    path: Path,
+    held: set[Identity],
+    fingerprint: Fingerprint,
+    ids: Sequence[str],
+    classes: int,
+    head: str,
+    resume: str,
+) -> tuple[sqlite3.Connection, set[int], tuple[str, ...]]:
+    """Return what `Journal.open` needs: the open database, its rows, and notes."""
+    connection = None
+    notes: tuple[str, ...] = ()
+    try:
+        if check_file(path, resume, held):
+            connection = connect(path)
+            rows = _take_up(connection, path, fingerprint, ids, classes, head, resume)
+            notes = (f"resuming {path}: {len(rows):,} of {len(ids):,} rows are done",)
+            return connection, rows, notes
+    except Unusable as why:
+        if resume == "require":
+            close(connection)
+            raise ConfigError(
+                f"--resume require cannot go on: {path} {why}. "
+                "--resume auto keeps it aside and starts afresh"
+            ) from None
+        notes = (f"{path} {why}: kept as {keep_aside(path, connection)}, starting afresh",)
+    except BaseException:
+        close(connection)
+        raise
+    return _create(path, fingerprint, ids, classes), set(), notes
+
+
+def _take_up(
+    connection: sqlite3.Connection,
+    path: Path,
+    fingerprint: Fingerprint,
+    ids: Sequence[str],
+    classes: int,
+    head: str,
+    resume: str,
+) -> set[int]:
+    """Hold a journal that is there and return its rows.
+
+    Raises:
+        ConfigError: another run holds it, or the disk does not let it be read.
+        Unusable: it is damaged or another run's, or is not to be gone on with.
+    """
+    with explained(path):
+        begin(connection)
+        connection.execute("ROLLBACK")  # COMMIT would make an empty file a database
+        if resume == "never":
+            raise Unusable("is not gone on with (--resume never)")
+        check_meta(connection, fingerprint, ids, classes)
+        done = read_rows(connection, ids, classes, head)
+        make_durable(connection)
+    for file in (path, *sidecars(path)):
+        with suppress(OSError):  # as a person has copied them; another's file stays as it is
+            os.chmod(file, 0o600)
+    return {int(row) for row in done.rows}
+
+
+def _create(
+    path: Path, fingerprint: Fingerprint, ids: Sequence[str], classes: int
+) -> sqlite3.Connection:
+    """Make a journal without rows, readable by its owner alone from its first byte on."""
+    try:
+        # SQLite gives the file that it finds, and its mode to the -wal.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        raise in_use(path) from None
+    except OSError as error:
+        raise ConfigError(
+            f"--journal cannot be made. Received: {path} ({error.strerror})"
+        ) from None
+    meta = {
+        "schema": str(SCHEMA),
+        "fingerprint": json.dumps(fingerprint.parts),
+        "rows": str(len(ids)),
+        "classes": str(classes),
+        "created_at": str(time.time()),
+    }
+    connection = connect(path)
+    try:
+        with explained(path):
+            begin(connection)
+            try:
+                # All or nothing: what a kill leaves here is a file without tables.
+                with connection:
+                    number = int.from_bytes(APPLICATION_ID, "big")
+                    connection.execute(f"PRAGMA application_id = {number}")
+                    for statement in TABLES.split(";"):
+                        connection.execute(statement)
+                    connection.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+                make_durable(connection)
+            except BaseException:
+                for file in (path, *sidecars(path)):
+                    file.unlink(missing_ok=True)
+                raise
+    except BaseException:
+        connection.close()
+        raise
+    return connection

@@ -1,0 +1,98 @@
+"""The tables of a journal -> the rows of a run, each checked; raises where one is not as written.
+
+Does not know the file they lie in (`journal_file.py`).
+"""
+
+import json
+import sqlite3
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from runner.results.fingerprint import Fingerprint
+from runner.results.journal_file import Unusable
+from runner.results.table import unsound
+
+SCHEMA = 1
+TABLES = """
+    CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+    CREATE TABLE rows (
+        row INTEGER PRIMARY KEY, id TEXT NOT NULL, probabilities BLOB NOT NULL, how TEXT NOT NULL,
+        worker TEXT NOT NULL, length INTEGER NOT NULL, finished_at REAL NOT NULL,
+        crc32 INTEGER NOT NULL
+    )
+"""
+LITTLE_ENDIAN_FLOAT32 = np.dtype("<f4")
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The rows of a journal, by row: rows and lengths int64 (n,), probabilities float32
+    (n, classes), and how each was made."""
+
+    rows: np.ndarray
+    probabilities: np.ndarray
+    how: tuple[str, ...]
+    lengths: np.ndarray
+
+
+def check_meta(
+    connection: sqlite3.Connection, fingerprint: Fingerprint, ids: Sequence[str], classes: int
+) -> None:
+    names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+    if not names:
+        raise Unusable("is half-written (it has no tables)")
+    fault = str(connection.execute("PRAGMA quick_check(1)").fetchone()[0])
+    if fault != "ok":
+        raise Unusable(f"is damaged ({' '.join(fault.split())})")
+    meta = dict(connection.execute("SELECT key, value FROM meta").fetchall())
+    if meta.get("schema") != str(SCHEMA):
+        raise Unusable(f"is damaged (its schema is {meta.get('schema')}, not {SCHEMA})")
+    try:
+        parts = json.loads(meta["fingerprint"])
+        counts = int(meta["rows"]), int(meta["classes"])
+        different = fingerprint.differences(parts)
+    except (KeyError, ValueError, TypeError, AttributeError):
+        raise Unusable("is damaged (it does not say of which run it is)") from None
+    if different:
+        raise Unusable(f"is of another run ({'; '.join(different)})")
+    if counts != (len(ids), classes):
+        raise Unusable(f"is damaged (it counts {counts[0]} rows of {counts[1]} classes)")
+
+
+def read_rows(connection: sqlite3.Connection, ids: Sequence[str], classes: int, head: str) -> Done:
+    """Return every row after checking it.
+
+    Raises:
+        Unusable: a row is not as it was written.
+    """
+    found = connection.execute(
+        "SELECT row, id, probabilities, how, length, crc32 FROM rows ORDER BY row"
+    ).fetchall()
+    size = classes * LITTLE_ENDIAN_FLOAT32.itemsize
+    for row, row_id, blob, how, length, crc in found:
+        if not 0 <= row < len(ids):
+            raise Unusable(f"is damaged (it has row {row} of {len(ids)})")
+        if row_id != ids[row]:
+            raise Unusable(f"is damaged (row {row} is of id {row_id}, not {ids[row]})")
+        if not isinstance(blob, bytes) or len(blob) != size:
+            raise Unusable(f"is damaged (row {row}, id {row_id}, is not of {classes} classes)")
+        if crc != checksum(row_id, how, length, blob):
+            raise Unusable(f"is damaged (the checksum of row {row}, id {row_id}, does not agree)")
+    blobs = b"".join(blob for _, _, blob, _, _, _ in found)
+    probabilities = np.frombuffer(blobs, LITTLE_ENDIAN_FLOAT32).reshape(len(found), classes)
+    if (wrong := unsound(probabilities, head)).any():
+        row, row_id = found[int(wrong.argmax())][:2]
+        raise Unusable(f"is damaged (row {row}, id {row_id}, does not hold probabilities)")
+    return Done(
+        np.array([entry[0] for entry in found], dtype=np.int64),
+        probabilities.astype(np.float32),
+        tuple(entry[3] for entry in found),
+        np.array([entry[4] for entry in found], dtype=np.int64),
+    )
+
+
+def checksum(row_id: str, how: str, length: int, blob: bytes) -> int:
+    return zlib.crc32(blob, zlib.crc32(f"{row_id}\0{how}\0{length}".encode()))

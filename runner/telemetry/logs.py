@@ -1,0 +1,327 @@
+"""What a run says -> lines of text or JSON, and one folder with all that its processes wrote.
+
+The folder, for its owner alone:
+
+    driver.log        what the run said, with the time, and the traceback of what ended it
+    driver.err        what libraries wrote to the driver's standard error and output
+    worker-R-M.log    what the processes of member M of replica R wrote, one life after the other
+    ray/              where a run failed: the logs of Ray's own processes
+    previous/         the same, of the run before
+
+No file grows beyond `MOST_BYTES`, and one older part of it is kept as NAME.1. Texts of rows are
+never logged. Does not know rows, Ray or JAX; workers import it, so it imports the standard library
+alone.
+"""
+
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from runner.common.errors import ArenaRunnerError, ConfigError, DataError, on_one_line
+
+DRIVER_LOG, DRIVER_ERRORS, RAY_FOLDER, PREVIOUS = "driver.log", "driver.err", "ray", "previous"
+MOST_BYTES = 4 << 20
+# Of each log of Ray's own, its end; and how many of them.
+MOST_RAY_BYTES, MOST_RAY_FILES = 256 << 10, 40
+# Seconds between looks at what was written.
+LOOK_S = 0.3
+STDOUT, STDERR = 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class LogEvent:
+    """One thing that a run says. level: info, warning or error.
+
+    fields: facts for programs; of `traceback` a file of text has the lines too.
+    """
+
+    event: str
+    message: str
+    level: str = "info"
+    fields: dict[str, Any] = field(default_factory=dict)
+    time: float = field(default_factory=time.time)
+
+    def as_json(self) -> str:
+        """Return one line: time, level, event, message, then the fields."""
+        named = {"time": _iso(self.time), "level": self.level, "event": self.event}
+        return json.dumps({**named, "message": self.message, **self.fields}, default=str)
+
+    def as_text(self) -> str:
+        """Return the line for driver.log."""
+        line = f"{_iso(self.time)} {self.level:7} {self.event:8} {on_one_line(self.message)}"
+        trace = self.fields.get("traceback", "")
+        return "\n    ".join([line, *trace.splitlines()])
+
+
+def _iso(seconds: float) -> str:
+    moment = datetime.fromtimestamp(seconds, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class RunLogs:
+    """The folder of a run and the way to the terminal. A context manager.
+
+    Args:
+        takes_streams: whether this process is the command's own: what libraries write to its
+            standard error and output then goes to the folder, and is shown from there.
+        workers_too: whether what workers write is to be echoed.
+
+    Attributes:
+        terminal: where the run itself speaks to the person.
+        folder: None until `open` has made it.
+    """
+
+    def __init__(
+        self, path: Path, *, takes_streams: bool = False, workers_too: bool = False
+    ) -> None:
+        self._path = path
+        self._takes_streams = takes_streams and _are_real_streams()
+        self._workers_too = workers_too
+        self._early: list[LogEvent] = []
+        self._lock = threading.Lock()
+        self._file: TextIO | None = None
+        self._saved: dict[int, int] = {}
+        self._seen: dict[str, int] = {}
+        self._echo: Callable[[str], None] | None = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.folder: Path | None = None
+        self.terminal: TextIO = sys.stderr
+        if self._takes_streams:
+            self.terminal = open(  # noqa: SIM115
+                os.dup(STDERR), "w", buffering=1, encoding=sys.stderr.encoding, errors="replace"
+            )
+
+    def __enter__(self) -> "RunLogs":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+        if self._takes_streams:
+            self.terminal.close()
+        if self.folder is None:
+            return
+        if isinstance(error, (ConfigError, DataError)):
+            self._remove()
+            return
+        if error is not None:
+            said = {"traceback": "".join(traceback.format_exception(error))}
+            self.record(LogEvent("end", f"{type(error).__name__}: {error}", "error", said))
+        if self._file is not None:
+            self._file.close()
+        if isinstance(error, ArenaRunnerError):
+            error.args = (f"{error}\nLogs: {self.folder / DRIVER_LOG}",)
+
+    def check(self) -> None:
+        """Look whether the folder can be made, making nothing.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        if self._path.is_dir():
+            return
+        if os.path.lexists(self._path) or not self._path.resolve().parent.is_dir():
+            raise ConfigError(
+                "--log-dir must name a folder, or one to be made in a folder that exists. "
+                f"Received: {self._path}"
+            )
+
+    def open(self, echo: Callable[[str], None] | None, *, leaves_stdout: bool = False) -> None:
+        """Make the folder, after the person's files were found to be good.
+
+        Args:
+            echo: shows a line that a library wrote; None where nothing else may be on the terminal.
+            leaves_stdout: for a debugger, which asks there.
+
+        Raises:
+            ConfigError: it cannot be made.
+        """
+        try:
+            self._path.mkdir(mode=0o700, exist_ok=True)
+            _set_aside(self._path)
+            self._file = open(  # noqa: SIM115
+                _append_to(self._path / DRIVER_LOG), "w", buffering=1, encoding="utf-8",
+                errors="backslashreplace",
+            )  # fmt: skip
+            errors = _append_to(self._path / DRIVER_ERRORS) if self._takes_streams else None
+        except OSError as error:
+            raise ConfigError(
+                "--log-dir must name a folder that exists or can be made. Received: "
+                f"{self._path} ({error.strerror or error})"
+            ) from None
+        self.folder, self._echo = self._path, echo
+        early, self._early = self._early, []
+        for event in early:
+            self.record(event)
+        if errors is not None:
+            _flush()
+            for number in (STDERR,) if leaves_stdout else (STDOUT, STDERR):
+                self._saved[number] = os.dup(number)
+                os.dup2(errors, number)
+            os.close(errors)
+        self._thread = threading.Thread(target=self._look_after, daemon=True, name="logs")
+        self._thread.start()
+
+    def record(self, event: LogEvent) -> None:
+        """Write an event to driver.log, as soon as there is one. A full disk loses it."""
+        with self._lock:
+            if self._file is None:
+                if self.folder is None:
+                    self._early.append(event)
+                return
+            try:
+                self._file.write(event.as_text() + "\n")
+            except (OSError, ValueError):
+                self._file = None
+
+    def release(self) -> None:
+        """Give the streams back, and show what was written until now."""
+        self._stop.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=5)
+            self._thread = None
+        if self._saved:
+            _flush()
+            for number, saved in self._saved.items():
+                os.dup2(saved, number)
+                os.close(saved)
+            self._saved = {}
+            self._look()
+            _remove_if_empty(self._path / DRIVER_ERRORS)
+
+    def _look_after(self) -> None:
+        while not self._stop.wait(LOOK_S):
+            self._look()
+
+    def _look(self) -> None:
+        """Echo what is new, and keep the files small."""
+        assert self.folder is not None, "this is a bug: a folder is looked after that is not there"
+        for path in (self.folder / DRIVER_ERRORS, *sorted(self.folder.glob(worker_log("*", "*")))):
+            is_own = path.name == DRIVER_ERRORS
+            try:
+                if self._echo is not None and (is_own or self._workers_too):
+                    self._show(path, "" if is_own else f"({path.stem}) ", self._echo)
+                if path.stat().st_size > MOST_BYTES:
+                    # Its writers append, so they go on at the new end.
+                    shutil.copy2(path, path.with_name(path.name + ".1"))
+                    os.truncate(path, 0)
+                    self._seen[path.name] = 0
+            except OSError:
+                continue
+
+    def _show(self, path: Path, name: str, echo: Callable[[str], None]) -> None:
+        seen = self._seen.get(path.name, 0)
+        with open(path, "rb") as file:
+            file.seek(seen)
+            new = file.read(MOST_BYTES)
+        whole = new if self._stop.is_set() else new[: new.rfind(b"\n") + 1]
+        self._seen[path.name] = seen + len(whole)
+        for line in whole.decode(errors="replace").splitlines():
+            echo(name + line)
+
+    def _remove(self) -> None:
+        """Leave nothing of this run: its files were not good."""
+        assert self.folder is not None, "this is a bug: a folder is removed that is not there"
+        if self._file is not None:
+            self._file.close()
+        for path in _files_of_a_run(self.folder):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.folder / RAY_FOLDER, ignore_errors=True)
+        with suppress(OSError):  # other files are in there
+            self.folder.rmdir()
+
+
+def worker_log(replica: int | str, member: int | str) -> str:
+    """Return the name of a worker's file."""
+    return f"worker-{replica}-{member}.log"
+
+
+def write_to_folder(folder: str | None, replica: int, member: int) -> None:
+    """Let all that this worker's process writes from now on go to its file in the folder.
+
+    Where the folder is not on this machine, Ray's own logs keep it.
+    """
+    if folder is None or not os.path.isdir(folder):
+        return
+    try:
+        descriptor = _append_to(Path(folder, worker_log(replica, member)))
+    except OSError:
+        return
+    _flush()
+    for number in (STDOUT, STDERR):
+        os.dup2(descriptor, number)
+    os.close(descriptor)
+    # Ray's own streams may hold back what is written until a process ends, killed ones never.
+    sys.stdout = open(STDOUT, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
+    sys.stderr = open(STDERR, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
+    print(f"{_iso(time.time())} worker {replica}, member {member}: process {os.getpid()} starts")
+
+
+def keep_logs_of_ray(session: Path, folder: Path) -> None:
+    """Copy the ends of the logs of Ray's own processes, of a run that failed."""
+    written = [path for path in session.glob("*.*") if path.is_file() and path.stat().st_size]
+    kept = folder / RAY_FOLDER
+    with suppress(OSError):  # the run has failed of something else, which is to be said
+        kept.mkdir(mode=0o700, exist_ok=True)
+        for path in sorted(written, key=lambda path: path.stat().st_mtime)[-MOST_RAY_FILES:]:
+            with open(path, "rb") as file:
+                file.seek(max(0, path.stat().st_size - MOST_RAY_BYTES))
+                (kept / path.name).write_bytes(file.read())
+            (kept / path.name).chmod(0o600)
+
+
+def _remove_if_empty(path: Path) -> None:
+    with suppress(OSError):
+        if not path.stat().st_size:
+            path.unlink()
+
+
+def _append_to(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    return os.open(path, flags, 0o600)
+
+
+def _set_aside(folder: Path) -> None:
+    """Move what an earlier run wrote out of the way; of those before it nothing is kept."""
+    found, previous = _files_of_a_run(folder), folder / PREVIOUS
+    shutil.rmtree(previous, ignore_errors=True)
+    if not found:
+        return
+    previous.mkdir(mode=0o700)
+    for path in (*found, folder / RAY_FOLDER):
+        if path.exists():
+            path.rename(previous / path.name)
+
+
+def _files_of_a_run(folder: Path) -> list[Path]:
+    """Return the files in a folder that a run has made, and no other."""
+    names = (DRIVER_LOG, DRIVER_ERRORS, worker_log("*", "*"))
+    return sorted(path for name in names for path in folder.glob(f"{name}*"))
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def _are_real_streams() -> bool:
+    try:
+        return (sys.stdout.fileno(), sys.stderr.fileno()) == (STDOUT, STDERR)
+    except (AttributeError, OSError, ValueError):
+        return False

@@ -1,0 +1,326 @@
+"""What a person watches: one line that says what is waited for, then how far the rows are.
+
+On a terminal a tqdm line; in a notebook a bar in the cell; elsewhere plain lines, or one JSON
+object a line. A thread of its own redraws it, so that it lives while the main thread is inside Ray
+or JAX. All that is said is handed on to be recorded, too.
+"""
+
+import html
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from runner.telemetry.logs import LogEvent
+
+REDRAW_S = 0.5
+# A notebook keeps each message until its page has drawn it.
+NOTEBOOK_REDRAW_S = 1.0
+# Between progress lines as JSON, and between those that are recorded.
+JSON_PROGRESS_S, RECORD_PROGRESS_S = 5.0, 30.0
+# Plain lines: before the first row no silence is longer than this, and after it than that.
+PLAIN_WAITING_S = 5.0
+PLAIN_RUNNING_S = 30.0
+# With more workers than this their states are counted instead of listed.
+LISTED_WORKERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a run is. Rates count from the first finished batch on; None: not known yet.
+
+    workers: what each replica does, by its number.
+    """
+
+    stage: str
+    workers: dict[int, str]
+    elapsed_s: float
+    rows_done: int
+    rows_total: int
+    rows_per_s: float | None
+    tokens_per_s: float | None
+    left_s: float | None
+    slack_s: float | None
+
+
+class Progress:
+    """A context manager. Every method may be called from any thread.
+
+    Args:
+        log_format: text, or json for one object a line and nothing else.
+        record: is handed every event, and now and then how far the rows are.
+    """
+
+    def __init__(
+        self,
+        *,
+        started: float | None = None,
+        stream: TextIO | None = None,
+        log_format: str = "text",
+        record: Callable[[LogEvent], None] = lambda event: None,
+    ) -> None:
+        self._stream = stream if stream is not None else sys.stderr
+        self._is_json = log_format == "json"
+        self._record = record
+        self._started = time.monotonic() if started is None else started
+        self._lock = threading.RLock()
+        self._stage = "starting"
+        self._states: dict[int, str] = {}
+        self._rows = self._rows_before = self._total_rows = 0
+        self._tokens = self._timed_rows = 0
+        self._left_s: float | None = None
+        self._slack_s: float | None = None
+        self._forecast_at = 0.0
+        self._first_row_at: float | None = None
+        is_terminal = bool(getattr(self._stream, "isatty", lambda: False)())
+        self._is_terminal = is_terminal and not self._is_json
+        self._bar: tqdm | None = None
+        self._cell: _Cell | None = None
+        self._last_plain = self._last_recorded = self._started
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._keep_drawing, daemon=True, name="progress")
+
+    def __enter__(self) -> "Progress":
+        if self._is_terminal:
+            # A terminal that does not know its width says 0, and tqdm would then draw nothing.
+            knows_width = os.get_terminal_size(self._stream.fileno()).columns > 0
+            self._bar = tqdm(
+                total=1,
+                file=self._stream,
+                ncols=None if knows_width else 100,
+                dynamic_ncols=knows_width,
+                bar_format="{desc}",
+                leave=False,
+            )
+        elif self._stream is sys.stderr and not self._is_json and _is_notebook():
+            self._cell = _Cell()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+        if self._bar is not None:
+            self._bar.close()
+        elif self._cell is not None:
+            self._draw_cell(self._cell)
+
+    def stage(self, text: str) -> None:
+        """Say what is waited for."""
+        with self._lock:
+            # Of a stage that counts its rows only the first count is an event.
+            is_new = re.sub("[0-9,]+", "", text) != re.sub("[0-9,]+", "", self._stage)
+            self._stage = text
+            if is_new:
+                self._say(LogEvent("stage", text))
+
+    def note(self, text: str, *, event: str = "note", **fields: Any) -> None:
+        """Say something that stays on the screen.
+
+        Args:
+            text: begins with `warning: ` or `error: ` where it is one, and with `deadline: ` where
+                it is a decision.
+            event: what kind of thing it is, in a word.
+            fields: facts in it, for programs.
+        """
+        kind, _, rest = text.partition(": ")
+        said, level = (rest, kind) if kind in ("warning", "error") else (text, "info")
+        if kind == "deadline":
+            said, event = rest, "decision"
+        with self._lock:
+            if not self._is_json:
+                self.show(text)
+            self._say(LogEvent(event, said, level, fields))
+
+    def keep(self, error: BaseException) -> None:
+        """Record the traceback of an error that is survived; the person is told in a note."""
+        trace = "".join(traceback.format_exception(error))
+        self._record(LogEvent("fault", type(error).__name__, fields={"traceback": trace}))
+
+    def show(self, text: str) -> None:
+        """Put a line on the screen that is not the run's own."""
+        with self._lock:
+            if self._bar is not None:
+                self._bar.write(text, file=self._stream)
+            else:
+                self._print(text)
+
+    def standing(self) -> Standing:
+        """Return how far the run is."""
+        with self._lock:
+            now = time.monotonic()
+            rates: list[float | None] = [None, None]
+            if self._tokens and self._first_row_at is not None:
+                took = now - self._first_row_at
+                rates = [self._timed_rows / took, self._tokens / took]
+            return Standing(
+                stage=self._stage,
+                workers=dict(sorted(self._states.items())),
+                elapsed_s=now - self._started,
+                rows_done=self._rows_before + self._rows,
+                rows_total=self._total_rows,
+                rows_per_s=rates[0],
+                tokens_per_s=rates[1],
+                left_s=None
+                if self._left_s is None
+                else max(0.0, self._left_s - (now - self._forecast_at)),
+                slack_s=self._slack_s,
+            )
+
+    def set_worker(self, number: int, state: str) -> None:
+        with self._lock:
+            self._states[number] = state
+
+    def expect(self, *, rows: int, done: int = 0) -> None:
+        """Say how many rows there are to predict, and how many are done already."""
+        with self._lock:
+            self._total_rows, self._rows_before = rows, done
+
+    def advance(self, *, rows: int, tokens: int) -> None:
+        """Count a finished batch."""
+        with self._lock:
+            if self._first_row_at is None:
+                # Work done before the clock started would flatter the rate.
+                self._first_row_at = time.monotonic()
+            else:
+                self._tokens += tokens
+                self._timed_rows += rows
+            self._rows += rows
+
+    def forecast(self, *, left_s: float, slack_s: float | None) -> None:
+        """Say how many seconds of work are left, and how much time beyond them, if there is a
+        limit."""
+        with self._lock:
+            self._left_s, self._slack_s = left_s, slack_s
+            self._forecast_at = time.monotonic()
+
+    def _keep_drawing(self) -> None:
+        while not self._stop.wait(REDRAW_S if self._cell is None else NOTEBOOK_REDRAW_S):
+            with self._lock:
+                now = time.monotonic()
+                if self._bar is not None:
+                    self._draw_bar(self._bar)
+                elif self._cell is not None:
+                    self._draw_cell(self._cell)
+                else:
+                    patience = PLAIN_RUNNING_S if self._rows else PLAIN_WAITING_S
+                    patience = JSON_PROGRESS_S if self._is_json else patience
+                    if now - self._last_plain >= patience - REDRAW_S:
+                        event = self._progress_event()
+                        self._print(event.as_json() if self._is_json else event.message)
+                if now - self._last_recorded >= RECORD_PROGRESS_S:
+                    self._last_recorded = now
+                    self._record(self._progress_event())
+
+    def _say(self, event: LogEvent) -> None:
+        self._record(event)
+        if self._is_json:
+            # Its silence is broken by progress lines alone.
+            print(event.as_json(), file=self._stream, flush=True)
+
+    def _progress_event(self) -> LogEvent:
+        now = self.standing()
+        fields = {
+            "stage": now.stage,
+            "rows_done": now.rows_done,
+            "rows_total": now.rows_total,
+            "rows_per_s": now.rows_per_s,
+            "tokens_per_s": now.tokens_per_s,
+            "seconds_elapsed": now.elapsed_s,
+            "seconds_left": now.left_s,
+            "seconds_slack": now.slack_s,
+            "workers": now.workers,
+        }
+        rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in fields.items()}
+        return LogEvent("progress", self._line(), fields=rounded)
+
+    def _draw_bar(self, bar: tqdm) -> None:
+        if self._rows:
+            bar.total, bar.n = self._total_rows, self._rows_before + self._rows
+            bar.bar_format = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows, {desc}"
+            bar.set_description_str(f"{self._rates()}; {self._workers()}", refresh=False)
+        else:
+            text = f"[{_clock(self._elapsed())}] {self._stage}"
+            bar.set_description_str(f"{text}; {self._workers()}".rstrip("; "), refresh=False)
+        bar.refresh()
+
+    def _draw_cell(self, cell: "_Cell") -> None:
+        done = self._rows_before + self._rows
+        cell.show(done / self._total_rows if self._rows else None, self._line())
+
+    def _line(self) -> str:
+        what = self._stage
+        if self._rows:
+            what = f"{self._rows_before + self._rows}/{self._total_rows} rows, {self._rates()}"
+        return f"[{_clock(self._elapsed())}] " + "; ".join(filter(None, [what, self._workers()]))
+
+    def _print(self, text: str) -> None:
+        self._last_plain = time.monotonic()
+        print(text, file=self._stream, flush=True)
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._started
+
+    def _rates(self) -> str:
+        if self._left_s is None:
+            return "time left ?"
+        now = time.monotonic()
+        said = f"{_clock(self._left_s - (now - self._forecast_at))} left"
+        if self._tokens and self._first_row_at is not None:
+            said = f"{self._tokens / (now - self._first_row_at):,.0f} tokens/s, {said}"
+        if self._slack_s is not None:
+            short = self._slack_s < 0
+            said += f", {_clock(abs(self._slack_s))} {'too long' if short else 'to spare'}"
+        return said
+
+    def _workers(self) -> str:
+        states = sorted(self._states.items())
+        if not states:
+            return ""
+        if len(states) <= LISTED_WORKERS:
+            return ", ".join(f"w{number} {state}" for number, state in states)
+        counts = Counter(state.split()[0] for _, state in states)
+        return "workers: " + ", ".join(f"{count} {state}" for state, count in counts.most_common())
+
+
+class _Cell:
+    """A bar and a line in the output of a notebook's cell, drawn again in its place.
+
+    By IPython's display, which every notebook has: widgets need a package on the notebook's side,
+    and leave nothing to read in a notebook that ran by itself.
+    """
+
+    def __init__(self) -> None:
+        self._id = uuid.uuid4().hex
+        self._is_there = False
+
+    def show(self, share: float | None, text: str) -> None:
+        from IPython.display import display  # what runs a notebook has it
+
+        bar = "" if share is None else f'<progress max="1" value="{share:.4f}"></progress> '
+        line = f"<pre style='display:inline'>{html.escape(text)}</pre>"
+        data = {"text/plain": text, "text/html": bar + line}
+        display(data, raw=True, display_id=self._id, update=self._is_there)
+        self._is_there = True
+
+
+def _is_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return "IPKernelApp" in getattr(shell, "config", {})
+
+
+def _clock(seconds: float) -> str:
+    """73 -> 1:13, 3700 -> 1:01:40."""
+    minutes, second = divmod(round(max(0.0, seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -1,0 +1,115 @@
+"""A kind of device (cpu, gpu, tpu) -> all that is known of it: one record each.
+
+A new kind is a record here, and how to find its devices in `runner/common/machine.py`. One model of
+a device, such as an H100, is an entry in `devices.py`. Nothing else decides by a kind's name.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What holds for every device of a kind.
+
+    platform: its name in JAX_PLATFORMS. extra: of the package, with JAX's libraries for it.
+    resource: its name among Ray's resources. place: what a worker needs on a node, in words.
+    is_host: its memory and cores are the machine's own. Cores are dealt out to workers, the
+    compiler takes cores from the batches, and weights lie in the worker's own memory.
+    fits_batches: its memory decides how many tokens a batch may have.
+    bucket_multiple: padded lengths are multiples of it: what vector and matrix units like.
+    tokens_per_batch: padded tokens of a batch when the user names no budget.
+    auto_dtype: what --dtype auto means; None if its compute capability decides.
+    typical_flops_per_s: of one device at work on a model, rounded.
+    efficiency: of the rate of a large matmul, what a whole model reaches over its padded tokens:
+    expected, and the range.
+    imported_bytes: resident in each worker before its first weight.
+    libraries_s: seconds of Keras, JAX and its libraries, before the first byte of a weight.
+    """
+
+    name: str
+    platform: str
+    extra: str
+    resource: str
+    place: str
+    is_host: bool = False
+    fits_batches: bool = False
+    bucket_multiple: int
+    tokens_per_batch: int
+    auto_dtype: str | None
+    typical_flops_per_s: float
+    efficiency: tuple[float, float, float]
+    imported_bytes: float
+    libraries_s: float
+
+
+CPU = Kind(
+    name="cpu",
+    platform="cpu",
+    extra="",
+    resource="CPU",
+    place="CPU",
+    is_host=True,
+    bucket_multiple=8,
+    # 512 and 2,048 were equally fast and 8,192 a third slower (two cores, hidden size 512).
+    tokens_per_batch=2048,
+    # Both 16-bit dtypes are slower than float32 on most.
+    auto_dtype="float32",
+    typical_flops_per_s=1e11,  # a pair of cores with AVX-512
+    # Measured: 0.46 to 0.81 (benchmarks/results, LOG.md).
+    efficiency=(0.6, 0.5, 0.75),
+    imported_bytes=0.4e9,  # measured
+    libraries_s=1.5,
+)
+# Efficiency, memory and start of the other two are taken over from CPUs or guessed.
+GPU = Kind(
+    name="gpu",
+    platform="cuda",
+    extra="cuda",
+    resource="GPU",
+    place="GPU and a CPU",
+    fits_batches=True,
+    bucket_multiple=16,
+    # Enough to fill the matrix units while the float32 attention square of 16 heads at 512 tokens
+    # stays near 0.5 GB.
+    tokens_per_batch=16384,
+    auto_dtype=None,
+    typical_flops_per_s=2e13,  # a T4
+    efficiency=(0.6, 0.45, 0.75),
+    imported_bytes=1.5e9,
+    libraries_s=10.0,
+)
+TPU = Kind(
+    name="tpu",
+    platform="tpu",
+    extra="tpu",
+    resource="TPU",
+    place="TPU chip and a CPU",
+    bucket_multiple=128,
+    tokens_per_batch=16384,
+    auto_dtype="bfloat16",
+    typical_flops_per_s=1e14,  # a TPU v5e
+    efficiency=(0.5, 0.35, 0.7),
+    imported_bytes=1.5e9,
+    libraries_s=15.0,
+)
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (CPU, GPU, TPU)}
+# NVIDIA Ampere's; a device below it emulates bfloat16: a T4 (7.5) at a twentieth of its float16.
+FIRST_WITH_BFLOAT16 = 8.0
+
+
+def named_by_jax(platforms: str) -> str:
+    """Return the kind that JAX_PLATFORMS names first, as it is if unknown; empty for none."""
+    wanted = platforms.split(",")[0]
+    return next((kind.name for kind in KINDS.values() if kind.platform == wanted), wanted)
+
+
+def auto_dtype(kind: str, capability: float | None = None) -> str | None:
+    """Return what --dtype auto means on a device; None if its compute capability is not known.
+
+    Args:
+        capability: of a GPU.
+    """
+    known = KINDS[kind].auto_dtype
+    if known is not None or capability is None:
+        return known
+    return "bfloat16" if capability >= FIRST_WITH_BFLOAT16 else "float16"
