@@ -10,6 +10,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache as cached
 from pathlib import Path
@@ -414,7 +415,8 @@ def start(cache, warm):
     yield run
     for started in runs:
         for process in started.family():
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         started.process.communicate()
 
 
