@@ -10,8 +10,11 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache as cached
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -412,7 +415,8 @@ def start(cache, warm):
     yield run
     for started in runs:
         for process in started.family():
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         started.process.communicate()
 
 
@@ -427,42 +431,49 @@ def heavy(models: Models) -> Iterator[Model]:
 OF_PROCESSES = frozenset(("warm", "cli", "start", "predict", "models", "plain", "reference"))
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts processes, keep on one process what shares what a module or class has made
-    (`--dist loadgroup`), and put the slowest first, as far as is known of an earlier run."""
-    groups: dict[str, list[pytest.Item]] = {}
+    """Mark what starts processes, and put the slowest first, as far as is known of earlier runs."""
+    units: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        name = item.nodeid
-        if isinstance(item, pytest.Function):
-            if OF_PROCESSES.intersection(item.fixturenames):
-                item.add_marker(pytest.mark.process)
-            if group := _group_of(item):
-                item.add_marker(pytest.mark.xdist_group(group))
-                name = group
-        groups.setdefault(name, []).append(item)
+        if OF_PROCESSES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.process)
+        units[unit_of(item.nodeid)].append(item)
     known = read_durations()
-    taking = {name: sum(known.get(one.nodeid, 0.0) for one in groups[name]) for name in groups}
-    items[:] = [one for name in sorted(groups, key=lambda name: -taking[name])
-                for one in groups[name]]  # fmt: skip
+    taking = {name: sum(known.get(one.nodeid, 0.0) for one in unit) for name, unit in units.items()}
+    slowest_first = sorted(units, key=lambda name: -taking[name])
+    items[:] = [item for name in slowest_first for item in units[name]]
 
 
-def _group_of(item: pytest.Function) -> str | None:
-    definitions = item._fixtureinfo.name2fixturedefs.values()
-    scopes = {one[-1].scope for one in definitions if one[-1].func.__module__ != __name__}
-    if scopes & {"module", "package"}:
-        return str(item.module.__name__)
-    if "class" in scopes and item.cls is not None:
-        return f"{item.module.__name__}.{item.cls.__name__}"
-    return None
+@cached
+def _shares(file: str) -> bool:
+    """Whether a file makes something for several of its tests."""
+    return re.search(r"scope=.(module|class)", (ROOT / file).read_text()) is not None
+
+
+def unit_of(nodeid: str) -> str:
+    """Return what a test must stay together with on one process: its file, or itself alone."""
+    file = nodeid.partition("::")[0]
+    return file if _shares(file) else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deal tests in the units of `unit_of`, in their order."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return unit_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
 
 
 _took: dict[str, float] = defaultdict(float)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    name = report.nodeid.partition("@")[0]  # xdist adds the group
-    _took[name] += report.duration
+    _took[report.nodeid] += report.duration
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

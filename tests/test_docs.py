@@ -37,7 +37,12 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 ROWS = 12
 LONGEST_S = 600
 # Commands that no test runs, with the reason beside each in its page.
-NOT_RUN = {"docs/clusters.md": 3, "docs/models.md": 3, "docs/performance.md": 3}
+NOT_RUN = {
+    "CONTRIBUTING.md": 3,
+    "docs/clusters.md": 3,
+    "docs/models.md": 3,
+    "docs/performance.md": 3,
+}
 # The first line of a block that is a file: `# run.toml`.
 TOML_NAME = re.compile(r"# ([\w-]+\.toml)")
 FOLDERS = "runner|sharding|tests|benchmarks|docs|examples"

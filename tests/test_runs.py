@@ -91,7 +91,7 @@ def test_one_long_row_and_three_workers(models, predict, tmp_path):
 
 def test_report_holds_the_contract(models, test_set, predict, tmp_path):
     flags = (*models["gemma2"].flags(), "--input", str(test_set), "--pooling", "mean",
-             "--sequence-length", "32", "--max-tokens-per-batch", "128")  # fmt: skip
+             "--sequence-length", "64", "--max-tokens-per-batch", "256")  # fmt: skip
     fresh = str(tmp_path / "cache")
     first = predict("--num-workers", "2", *flags, XDG_CACHE_HOME=fresh)
     report = first.report

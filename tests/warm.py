@@ -104,6 +104,12 @@ class WarmProcess:
                 stream.close()
         return said.get("stdout"), said.get("stderr")
 
+    def close(self) -> None:
+        """Let go of what is held of the process, which may still run."""
+        for end in (self._status, self.stdout, self.stderr):
+            if end is not None:
+                end.close()
+
     def _read_status(self, timeout: float) -> None:
         self.returncode = int(self._line(timeout))
         self._status.close()
