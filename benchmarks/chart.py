@@ -58,8 +58,8 @@ def draw(result: dict[str, Any]) -> str:
     y += 8
     for line in (
         f"{result['command']}, {result['date']}",
-        f"{result['hardware']}; {result['sequence_length']} tokens, {result['preset_shape']} preset; float32",
-        f"unless named; median of {result['rounds']} rounds, after compiling",
+        f"{result['hardware']}; {result['preset_shape']} model, {result['sequence_length']} tokens",
+        f"float32 unless named; median of {result['rounds']} rounds, after compiling",
         f"jax {versions['jax']}, keras {versions['keras']}, torch {versions['torch']}",
     ):
         y += 15
@@ -67,7 +67,8 @@ def draw(result: dict[str, Any]) -> str:
     body = "\n  ".join(parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 12}" width="{WIDTH}" '
-        'font-family="Helvetica, Arial, sans-serif" fill="#1f2933" role="img" aria-labelledby="t">\n'
+        'font-family="Helvetica, Arial, sans-serif" fill="#1f2933" role="img" '
+        'aria-labelledby="t">\n'
         '  <title id="t">Seconds that arena-runner and others need for the same rows.</title>\n'
         f'  <rect width="{WIDTH}" height="{y + 12}" rx="8" fill="#ffffff"/>\n  {body}\n</svg>\n'
     )
@@ -77,7 +78,8 @@ def _text(
     x: float, y: float, words: str, *, size: int = 12, bold: bool = False, anchor: str = "start"
 ) -> str:
     weight = ' font-weight="bold"' if bold else ""
-    return f'<text x="{x:.1f}" y="{y}" font-size="{size}" text-anchor="{anchor}"{weight}>{words}</text>'
+    place = f'x="{x:.1f}" y="{y}" font-size="{size}" text-anchor="{anchor}"{weight}'
+    return f"<text {place}>{words}</text>"
 
 
 if __name__ == "__main__":
