@@ -140,7 +140,7 @@ def main() -> None:
 
 
 def contenders(tuned: dict[str, dict[str, Any]], quick: bool) -> list[Any]:
-    """Return all contenders, with the notebook's pooling or with `mean`, which allows short rows."""
+    """Return all contenders: some with the notebook's pooling, some with `mean`."""
     from benchmarks.harness import Contender
 
     def ours(name: str, pooling: str, *flags: str, **named: Any) -> Contender:
