@@ -195,14 +195,25 @@ def test_the_program_of_a_batch_calls_a_new_pooling(copy):
     assert np.asarray(pooled).tolist() == [[5.0], [4.0]]
 
 
+# Phi 3, as KerasHub names its weights.
+PHI_3_RULES = r"""_PHI_3 = (
+    *_LLAMA[:2],
+    Rule(r"transformer_layer_\d+/attention/(query|key|value)/kernel", (None, SPLIT_AXIS, None)),
+    Rule(r"transformer_layer_\d+/attention/attention_output/kernel", (SPLIT_AXIS, None, None)),
+    Rule(r"transformer_layer_\d+/feedforward_(intermediate|gate)_dense/kernel", (None, SPLIT_AXIS)),
+    Rule(r"transformer_layer_\d+/feedforward_output_dense/kernel", (SPLIT_AXIS, None)),
+    Rule(r"transformer_layer_\d+/(pre|post)_attention_layernorm/scale", (None,), reason=NORM),
+    Rule(r"sequence_output_layernorm/scale", (None,), reason=NORM),
+)
+"""
+
+
 def test_a_backbone_family(copy, simulate, tmp_path):
     copy.change(
         "runner/preset/families.py",
         '    "LlamaBackbone": Family(shape=gated, tokenizer="LlamaTokenizer"),\n',
         '    "LlamaBackbone": Family(shape=gated, tokenizer="LlamaTokenizer"),\n'
-        '    "Phi3Backbone": Family(\n'
-        '        shape=gated, tokenizer="Phi3Tokenizer", checkpoints=("phi3",)\n'
-        "    ),\n",
+        '    "Phi3Backbone": Family(shape=gated, tokenizer="Phi3Tokenizer", shares_seam=False),\n',
     )
     copy.change(
         "runner/preset/families.py",
@@ -211,12 +222,20 @@ def test_a_backbone_family(copy, simulate, tmp_path):
         '    "Phi3Tokenizer": Tokenizer(SENTENCE_PIECES, "<bos>", "<eos>"),\n'
         '    "LlamaTokenizer": Tokenizer(',
     )
+    rules = "# KerasHub class name -> its rules."
+    copy.change("sharding/layouts.py", rules, f"{PHI_3_RULES}{rules}")
     copy.change(
         "sharding/layouts.py",
         '    "LlamaBackbone": _LLAMA,\n',
-        '    "LlamaBackbone": _LLAMA,\n    "Phi3Backbone": _LLAMA,\n',
+        '    "LlamaBackbone": _LLAMA,\n    "Phi3Backbone": _PHI_3,\n',
     )
     assert copy.changed == files_named("Add a backbone family", tmp_path)
+
+    layouts = copy.load("sharding.layouts")
+    weights = {"query": (32, 4, 8), "value": (32, 2, 8), "attention_output": (4, 8, 32)}
+    named = [layouts.Weight(f"transformer_layer_0/attention/{name}/kernel", shape)
+             for name, shape in weights.items()]  # fmt: skip
+    assert len(layouts.lay_out("Phi3Backbone", named, 2)) == 3
 
     def change_preset(job):
         config = job.files["preset"] / "config.json"
