@@ -68,6 +68,8 @@ def serve(folder: str) -> None:
 
     # What the cluster says of itself to those who join.
     ray.__version__ = os.environ.get("TEST_RAY_VERSION", ray.__version__)
+    # Here Ray writes which cluster was started last, and does not make the folder.
+    os.makedirs(ray._common.utils.get_ray_temp_dir(), exist_ok=True)
     cluster = cluster_utils.Cluster()
     nodes = {}
     environment = dict(os.environ)

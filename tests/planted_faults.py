@@ -64,6 +64,13 @@ FAULTS = (
     ),
     Fault(
         "a journal that is not brought to the disk",
+        "runner/results/journal_file.py",
+        "PRAGMA synchronous = FULL",
+        "PRAGMA synchronous = OFF",
+        ("tests/test_journal.py",),
+    ),
+    Fault(
+        "a copy of a lost journal that is not brought to the disk",
         "runner/results/journal.py",
         "os.fsync(descriptor)",
         "pass",

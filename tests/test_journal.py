@@ -705,6 +705,22 @@ def test_a_journal_that_is_no_longer_there(written, rescue_folder, change):
         assert written.with_name(written.name + "-wal").read_text() == "theirs too"
 
 
+def test_what_counts_as_done_is_on_the_disk(written, rescue_folder, monkeypatch):
+    """Of each batch by SQLite, of the copy of a lost journal by our own hand."""
+    with open_journal(written) as journal:
+        (synchronous,) = journal._connection.execute("PRAGMA synchronous").fetchone()
+        assert synchronous == 2, "FULL: each commit waits for the disk"
+
+    def fail(descriptor):
+        raise OSError("no disk")
+
+    with open_journal(written) as journal:
+        removed(written)
+        monkeypatch.setattr("os.fsync", fail)
+        with pytest.raises(JournalError, match="could not be saved: no disk"):
+            add(journal, [30])
+
+
 def test_a_journal_that_cannot_be_rescued(written, rescue_folder):
     rescue_folder.rmdir()
     with open_journal(written) as journal:
