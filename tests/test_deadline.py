@@ -335,6 +335,7 @@ def test_the_forecast_after_a_tenth():
 LONG_S = 600
 
 
+@pytest.mark.process
 class TestGuard:
     def process(self, body):
         code = f"import time\nfrom runner.driver.guard import Guard\nnow = time.monotonic()\n{body}"

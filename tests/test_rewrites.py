@@ -191,6 +191,8 @@ def test_a_table_by_words_that_are_not_known_stays_in_the_program():
     ],
     ids=["tile", "iota", "broadcast", "concatenate", "product", "batched-product"],
 )
+
+pytestmark = pytest.mark.process  # compiles programs
 def test_tables_are_what_jax_computes(angles):
     def function(x):
         return x * jnp.sin(angles())
