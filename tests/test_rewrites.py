@@ -13,6 +13,8 @@ import pytest
 from runner.model import cpu_rewrites
 from runner.model.cpu_rewrites import rewritten_for_cpu
 
+pytestmark = pytest.mark.process  # compiles programs
+
 
 @pytest.fixture(params=[True, False], ids=["bfloat16-here", "no-bfloat16"])
 def has_bfloat16(request, monkeypatch):
@@ -191,8 +193,6 @@ def test_a_table_by_words_that_are_not_known_stays_in_the_program():
     ],
     ids=["tile", "iota", "broadcast", "concatenate", "product", "batched-product"],
 )
-
-pytestmark = pytest.mark.process  # compiles programs
 def test_tables_are_what_jax_computes(angles):
     def function(x):
         return x * jnp.sin(angles())
