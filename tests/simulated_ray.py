@@ -40,9 +40,11 @@ import runner.driver.passes
 import runner.driver.run
 import runner.driver.setting
 import runner.driver.swap_pass
+import runner.executors.ray.actors
 import runner.executors.ray.calls
 import runner.executors.ray.failures
 import runner.executors.ray.group
+import runner.executors.ray.keepers
 import runner.executors.ray.nodes
 import runner.executors.ray.places
 import runner.executors.ray.replicas
@@ -962,12 +964,11 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, *, cores: int = 2) ->
     world = SimulatedRay()
     seen = SimulatedTime(world)
     patch = monkeypatch.setattr
-    ray_rooms = (
-        *(runner.executors.ray.calls, runner.executors.ray.failures, runner.executors.ray.group),
-        *(runner.executors.ray.nodes, runner.executors.ray.replicas),
-    )
+    executors = runner.executors.ray
+    ray_rooms = executors.calls, executors.keepers, executors.nodes, executors.replicas
     for module in (
         *(runner.cli, runner.common.files, runner.data.submission, *ray_rooms),
+        *(executors.failures, executors.group),
         *(runner.driver.passes, runner.driver.run, runner.driver.setting, runner.driver.swap_pass),
         *(runner.model.injected_faults, runner.model.slice_worker, runner.model.stage_worker),
         *(runner.model.worker, runner.telemetry.timeline),
@@ -975,21 +976,21 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, *, cores: int = 2) ->
         patch(module, "time", seen)
 
     # Ray.
-    for module in ray_rooms:
+    for module in (*ray_rooms, executors.actors):
         patch(module, "ray", world)
-    patch(runner.executors.ray.group, "placement_group", world.placement_group)
-    patch(runner.executors.ray.group, "remove_placement_group", world.remove_placement_group)
-    patch(runner.executors.ray.places, "start_ray", lambda num_cpus, verbose: None)
+    patch(executors.actors, "placement_group", world.placement_group)
+    patch(executors.group, "remove_placement_group", world.remove_placement_group)
+    patch(executors.places, "start_ray", lambda num_cpus, verbose: None)
     patch(
         runner.executors.ray.replicas,
         "join_ray",
-        lambda address, verbose: patch(runner.executors.ray.session, "_folder", None),
+        lambda address, verbose: patch(executors.session, "_folder", None),
     )
-    patch(runner.executors.ray.replicas, "stop_ray", lambda: None)
-    patch(runner.executors.ray.places, "find_devices", lambda: ("cpu", 0))
-    patch(runner.executors.ray.nodes, "find_devices", lambda: ("cpu", 0))
-    patch(runner.executors.ray.places, "cores_here", lambda: tuple(range(cores)))
-    patch(runner.executors.ray.session, "_folder", (folder, -1))
+    patch(executors.replicas, "stop_ray", lambda: None)
+    patch(executors.places, "find_devices", lambda: ("cpu", 0))
+    patch(executors.nodes, "find_devices", lambda: ("cpu", 0))
+    patch(executors.places, "cores_here", lambda: tuple(range(cores)))
+    patch(executors.session, "_folder", (folder, -1))
     server = SimpleNamespace(dead_processes=lambda: world.dead_servers)
     patch(ray._private.worker, "_global_node", server)
     patch(
@@ -1004,8 +1005,7 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, *, cores: int = 2) ->
     # Workers.
     actors = {None: SimulatedReplica, "pipeline": SimulatedStage, "tensor": SimulatedMember}
     monkeypatch.setattr(_Simulated, "world", world, raising=False)
-    patch(runner.executors.ray.group, "ACTORS", actors)
-    patch(runner.executors.ray.group, "Replica", SimulatedReplica)
+    patch(executors.actors, "ACTORS", actors)
     patch(runner.executors.single, "Replica", SimulatedReplica)
     patch(runner.model.worker, "write_to_folder", lambda *_: None)
     patch(runner.model.worker, "prepare_process", lambda slot, verbose: None)

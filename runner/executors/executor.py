@@ -21,6 +21,7 @@ from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape
 from sharding.forecast import Pace
 from sharding.rates import Rates
+from sharding.strategies import Strategy
 
 
 class Executor(Protocol):
@@ -62,8 +63,15 @@ class Executor(Protocol):
             WorkerError: the devices cannot be used.
         """
 
-    def start(self, spec: ModelSpec) -> None:
-        """Begin to load the model; return before it is there."""
+    def memory_bytes(self) -> int | None:
+        """Return the memory of the smallest GPU among its devices, None if not known."""
+
+    def start(self, spec: ModelSpec, strategy: Strategy | None) -> None:
+        """Begin to load the model; return before it is there.
+
+        Args:
+            strategy: how the members of a group hold a replica, None if a worker holds it whole.
+        """
 
     def poll(self) -> None:
         """Take what workers have answered so far: finds bad files early.

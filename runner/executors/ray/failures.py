@@ -56,7 +56,7 @@ class Failures:
         while isinstance(cause, ray.exceptions.RayTaskError):
             cause = cause.cause  # handed on from an earlier stage
         is_ours = isinstance(cause, ArenaRunnerError)
-        if isinstance(cause, DEATHS) or (not is_ours and group.has_lost_a_member()):
+        if isinstance(cause, DEATHS) or (not is_ours and group.actors.has_lost_one()):
             # Those who work with the dead one may hear of it sooner than we do.
             self.died(group, failure)
             return
