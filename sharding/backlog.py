@@ -50,11 +50,10 @@ class Backlog:
         self._shards: dict[int, BatchQueue] = {}
         # Of each shape the batches that wait, wherever.
         self._waiting: Counter[BatchShape] = Counter()
-        # Batch index -> the replicas that compute it.
-        self._under_way: dict[int, list[int]] = {}
-        self._batches_under_way: dict[int, Batch] = {}
+        self._under_way = _UnderWay()
+        self._budgets = _Budgets()
+        # Of each suspect, by its index: how often it failed.
         self._setbacks: dict[int, int] = {}
-        self._budgets: dict[int, int] = {}
         self.next_index = first_index
         self.version = 0
         self.given_up: dict[int, str] = {}
@@ -83,11 +82,11 @@ class Backlog:
 
     def under_way(self) -> Iterator[Batch]:
         """Batches that some replica computes now."""
-        return iter(self._batches_under_way.values())
+        return iter(self._under_way)
 
     def replicas_of(self, batch: Batch) -> tuple[int, ...]:
         """The replicas that compute a batch now, the first one first."""
-        return tuple(self._under_way.get(batch.index, ()))
+        return self._under_way.replicas_of(batch)
 
     def is_suspect(self, batch: Batch) -> bool:
         """Whether a batch was under way when a replica failed, and so is computed alone."""
@@ -99,7 +98,7 @@ class Backlog:
         own = self._shards[replica].shapes() if replica in self._shards else ()
         suspects = (batch.shape for batch in self._suspects)
         ordered = chain(own, self._queue.shapes(), suspects, self._waiting)
-        return tuple(dict.fromkeys(self._fitted(shape, replica) for shape in ordered))
+        return tuple(dict.fromkeys(self._budgets.fitted(shape, replica) for shape in ordered))
 
     def take(
         self, replica: int, *, runnable: Runnable, alone: bool, share: float = 1.0
@@ -117,7 +116,7 @@ class Backlog:
         if not shard and not self._queue:
             self._steal(shard, replica, runnable)
         if shard:
-            if not runnable(self._fitted(shard.first.shape, replica)):
+            if not runnable(self._budgets.fitted(shard.first.shape, replica)):
                 return None
             first, *others = self._start(shard.popleft(), replica)
             for piece in reversed(others):
@@ -125,7 +124,7 @@ class Backlog:
             return first
         if alone:
             for place, suspect in enumerate(self._suspects):
-                if runnable(self._fitted(suspect.shape, replica)):
+                if runnable(self._budgets.fitted(suspect.shape, replica)):
                     del self._suspects[place]
                     first, *others = self._start(suspect, replica)
                     for piece in reversed(others):
@@ -135,20 +134,19 @@ class Backlog:
 
     def copy(self, batch: Batch, replica: int) -> None:
         """A second replica computes a batch that is under way; the first answer counts."""
-        self._under_way[batch.index].append(replica)
+        self._under_way.add(batch, replica)
 
     def finish(self, batch: Batch) -> bool:
         """An answer came; return whether it is the first for this batch."""
-        if self._under_way.pop(batch.index, None) is None:
+        if not self._under_way.end(batch):
             return False
-        del self._batches_under_way[batch.index]
         self._setbacks.pop(batch.index, None)
         self.rows_left.difference_update(batch.rows)
         return True
 
     def put_back(self, batch: Batch, replica: int) -> None:
         """A replica gave a batch back unharmed: it is the next to be pulled."""
-        if self._leave(batch, replica):
+        if self._under_way.leave(batch, replica):
             (self._suspects if self.is_suspect(batch) else self._queue).appendleft(batch)
             self._count(batch.shape, 1)
 
@@ -160,9 +158,9 @@ class Backlog:
             reason: why a row is given up, if it comes to that.
         """
         count = self._setbacks.get(batch.index, 0) + 1
-        if batch.index in self._under_way:
+        if self.replicas_of(batch):
             self._setbacks[batch.index] = count
-        if not self._leave(batch, replica):
+        if not self._under_way.leave(batch, replica):
             return None
         is_one = len(batch.rows) == 1
         if count < (MOST_SETBACKS_OF_A_ROW if is_one else MOST_SETBACKS):
@@ -192,13 +190,11 @@ class Backlog:
             still computes it.
         """
         if batch.shape.rows == 1:
-            if not self._leave(batch, replica):
+            if not self._under_way.leave(batch, replica):
                 return None
             self._give_up(batch, reason)
             return 0
-        budget = (batch.shape.rows // 2) * batch.shape.length
-        for number in replicas:
-            self._budgets[number] = min(budget, self._budgets.get(number, budget))
+        budget = self._budgets.halve(batch.shape, replicas)
         self.version += 1
         self.put_back(batch, replica)
         return budget
@@ -249,7 +245,7 @@ class Backlog:
         """Move the first run of batches that a replica can begin now from the queue."""
 
         def is_first(shape: BatchShape) -> bool:
-            return runnable(self._fitted(shape, replica))
+            return runnable(self._budgets.fitted(shape, replica))
 
         size = shard_size(
             (self._cost(batch.shape) for batch in self._queue.after(is_first)),
@@ -265,14 +261,14 @@ class Backlog:
             return
         others = (other for number, other in self._shards.items() if number != replica and other)
         largest = max(others, key=lambda other: other.cost(self._cost), default=None)
-        if largest and runnable(self._fitted(largest.last.shape, replica)):
+        if largest and runnable(self._budgets.fitted(largest.last.shape, replica)):
             shard.append(largest.pop())
 
     def _start(self, batch: Batch, replica: int) -> list[Batch]:
         """Begin a batch that waited, cut to the replica's budget; the other pieces go on waiting.
         Return the one that is under way, and those."""
         self._count(batch.shape, -1)
-        fitted = self._fitted(batch.shape, replica)
+        fitted = self._budgets.fitted(batch.shape, replica)
         pieces = [batch]
         if fitted != batch.shape:
             setbacks = self._setbacks.pop(batch.index, None)
@@ -280,15 +276,8 @@ class Backlog:
             self._count(fitted, len(pieces) - 1)
             if setbacks is not None:
                 self._setbacks |= {piece.index: setbacks for piece in pieces}
-        self._under_way[pieces[0].index] = [replica]
-        self._batches_under_way[pieces[0].index] = pieces[0]
+        self._under_way.add(pieces[0], replica)
         return pieces
-
-    def _fitted(self, shape: BatchShape, replica: int) -> BatchShape:
-        budget = self._budgets.get(replica)
-        if budget is None or shape.tokens <= budget:
-            return shape
-        return replace(shape, rows=max(1, budget // shape.length))
 
     def _cut(self, batch: Batch, rows: int) -> list[Batch]:
         """Cut a batch into pieces of one shape, `rows` rows each but for the last."""
@@ -300,18 +289,57 @@ class Backlog:
         self.next_index += 1
         return replace(batch, index=self.next_index - 1)
 
-    def _leave(self, batch: Batch, replica: int) -> bool:
-        """A replica no longer computes a batch; return whether nobody does and it is not done."""
-        replicas = self._under_way.get(batch.index)
-        if replicas is None:
-            return False
-        replicas.remove(replica)
-        if replicas:
-            return False
-        del self._under_way[batch.index], self._batches_under_way[batch.index]
-        return True
-
     def _give_up(self, batch: Batch, reason: str) -> None:
         self._setbacks.pop(batch.index, None)
         self.rows_left.difference_update(batch.rows)
         self.given_up |= dict.fromkeys(batch.rows, reason)
+
+
+class _UnderWay:
+    """Batches that are computed now, and by which replicas."""
+
+    def __init__(self) -> None:
+        # By batch index; the replica that began it comes first.
+        self._found: dict[int, tuple[Batch, list[int]]] = {}
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (batch for batch, _ in self._found.values())
+
+    def replicas_of(self, batch: Batch) -> tuple[int, ...]:
+        return tuple(self._found[batch.index][1]) if batch.index in self._found else ()
+
+    def add(self, batch: Batch, replica: int) -> None:
+        self._found.setdefault(batch.index, (batch, []))[1].append(replica)
+
+    def end(self, batch: Batch) -> bool:
+        """Nobody needs to compute a batch any longer; return whether anybody did."""
+        return self._found.pop(batch.index, None) is not None
+
+    def leave(self, batch: Batch, replica: int) -> bool:
+        """A replica no longer computes a batch; return whether nobody does and it is not done."""
+        if batch.index not in self._found:
+            return False
+        replicas = self._found[batch.index][1]
+        replicas.remove(replica)
+        return not replicas and self.end(batch)
+
+
+class _Budgets:
+    """The tokens of a batch that fit the memory of each replica whose memory was once short."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[int, int] = {}
+
+    def halve(self, shape: BatchShape, replicas: Iterable[int]) -> int:
+        """A batch does not fit: return half of its tokens, from now on the most of replicas."""
+        budget = (shape.rows // 2) * shape.length
+        for number in replicas:
+            self._tokens[number] = min(budget, self._tokens.get(number, budget))
+        return budget
+
+    def fitted(self, shape: BatchShape, replica: int) -> BatchShape:
+        """Return a shape with no more rows than fit a replica."""
+        budget = self._tokens.get(replica)
+        if budget is None or shape.tokens <= budget:
+            return shape
+        return replace(shape, rows=max(1, budget // shape.length))

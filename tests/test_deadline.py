@@ -337,7 +337,7 @@ LONG_S = 600
 
 class TestGuard:
     def process(self, body):
-        code = f"import time\nfrom runner.guard import Guard\nnow = time.monotonic()\n{body}"
+        code = f"import time\nfrom runner.driver.guard import Guard\nnow = time.monotonic()\n{body}"
         return subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=LONG_S)
 
     def test_it_ends_a_process_that_is_stuck(self):

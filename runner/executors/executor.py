@@ -30,18 +30,22 @@ class Executor(Protocol):
     Attributes:
         kind: of its devices: cpu, gpu or tpu; known once it is open, as is `replicas`.
         replicas: how many there are.
-        info: of a worker that has loaded, None before one has.
         faults: what it has survived.
-        start_workers_s, predict_s: seconds of starting, and from the first replica that was ready
-            to the last answer.
+        predict_s: seconds from the first replica that was ready to the last answer.
     """
 
     kind: str
     replicas: int
-    info: WorkerInfo | None
     faults: Faults
-    start_workers_s: float
     predict_s: float
+
+    @property
+    def info(self) -> WorkerInfo | None:
+        """Of a worker that has loaded, None before one has."""
+
+    @property
+    def start_workers_s(self) -> float:
+        """Seconds until the last process was up."""
 
     @property
     def stats(self) -> list[WorkerStats]:

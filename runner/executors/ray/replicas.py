@@ -14,7 +14,6 @@ import numpy as np
 import ray
 import ray.exceptions
 
-from runner.common.errors import ConfigError
 from runner.common.records import (
     BatchResult,
     Faults,
@@ -33,6 +32,7 @@ from runner.executors.ray.in_float import FloatWorker
 from runner.executors.ray.nodes import Nodes
 from runner.executors.ray.places import Here, Places
 from runner.executors.ray.session import join_ray, private_folder, stop_ray
+from runner.executors.ray.setup import Setup
 from runner.executors.recovery import Recovery
 from runner.model.injected_faults import patience_s
 from runner.telemetry.logs import keep_logs_of_ray
@@ -105,15 +105,12 @@ class RayReplicas:
             timeline=timeline,
             clock=lambda: crew.clock.now,
         )
-        self._failures = Failures(crew, self._take_setup_step)
+        self._setup = Setup(crew)
+        self._failures = Failures(crew, self._setup.take_step)
         self._float_worker = FloatWorker(crew)
-        self._created_at = time.monotonic()
-        self._said: set[str] = set()
         self._copied_before = 0
         self.kind = "cpu"
         self.replicas = 1
-        self.info: WorkerInfo | None = None
-        self.start_workers_s = 0.0
         self.predict_s = 0.0
 
     def __enter__(self) -> "RayReplicas":
@@ -129,6 +126,14 @@ class RayReplicas:
         if kind is not None and folder is not None and self._log_folder is not None:
             keep_logs_of_ray(folder / "r" / "session_latest" / "logs", self._log_folder)
         stop_ray()
+
+    @property
+    def info(self) -> WorkerInfo | None:
+        return self._setup.info
+
+    @property
+    def start_workers_s(self) -> float:
+        return self._setup.start_workers_s
 
     @property
     def copied_batches(self) -> int:
@@ -185,7 +190,7 @@ class RayReplicas:
                 if step.what == "predict":
                     group.take_result(step)  # a copy of a batch that another replica ended before
                     continue
-                self._take_setup_step(group, step)
+                self._setup.take_step(group, step)
 
     def run(
         self, backlog: Backlog, tokens: TokenTable, *, rates: Rates, ids: Sequence[str]
@@ -208,9 +213,7 @@ class RayReplicas:
         first_ready = 0.0
         crew, dealer = self._crew, self._crew.at_work.dealer
         for group in crew.groups:
-            if group.loaded:
-                self._expect(group)
-                group.hand_tokens(crew.at_work.tokens)
+            self._setup.hand_tokens(group)
         while backlog:
             self._follow_nodes()
             for group in crew.groups:
@@ -218,11 +221,11 @@ class RayReplicas:
                     self._give_work(group, dealer)
             for group, step in self._finished_steps():
                 if step.what != "predict":
-                    self._take_setup_step(group, step)
+                    self._setup.take_step(group, step)
                     first_ready = first_ready or group.is_ready * group.ready_at
                     continue
                 result = self._take_result(group, step)
-                self.predict_s = time.monotonic() - (first_ready or self._created_at)
+                self.predict_s = time.monotonic() - (first_ready or self._setup.created_at)
                 if result is not None:
                     yield result
             self._failures.end_hung()
@@ -244,44 +247,6 @@ class RayReplicas:
 
     def compile_s(self) -> float:
         return seconds_to_compile(self.stats, is_new=True)
-
-    def _take_setup_step(self, group: Group, step: Step) -> None:
-        crew = self._crew
-        if step.what == "ping":
-            self.start_workers_s = max(self.start_workers_s, time.monotonic() - self._created_at)
-            crew.show(group, "loading")
-        elif step.what == "load":
-            self._take_load(group, step.answers)
-        elif step.what == "tokens":
-            group.has_tokens = True
-        elif step.what == "compile":
-            group.take_compiled(step)
-            crew.at_work.dealer.compiled(group, step.payload)
-        group.go_on_after(step)
-
-    def _take_load(self, group: Group, answers: list[WorkerInfo]) -> None:
-        crew = self._crew
-        for info in answers:
-            if self.info is not None and self.info.dtype != info.dtype:
-                raise ConfigError(
-                    "The devices differ in what --dtype auto means; name one dtype. Received: "
-                    f"{self.info.device}: {self.info.dtype}, {info.device}: {info.dtype}"
-                )
-            self.info = info
-            for note in info.notes:
-                if note not in self._said:
-                    self._said.add(note)
-                    crew.progress.note(note)
-        group.take_load(answers)
-        crew.show(group, "loaded")
-        if crew.at_work.tokens is not None:
-            self._expect(group)
-            group.hand_tokens(crew.at_work.tokens)
-
-    def _expect(self, group: Group) -> None:
-        assert self.info is not None, "this is a bug: a loaded worker has said what it is"
-        rate = self.info.matmul_flops_per_s * len(group.slots)
-        self._crew.at_work.rates.expect(group.number, rate)
 
     def _take_result(self, group: Group, step: Step) -> BatchResult | None:
         """Count an answer; None if another replica's came before."""
