@@ -9,6 +9,7 @@ Pure bookkeeping over rows and batches: does not know workers, time or answers.
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 
 from sharding.batches import Batch, BatchShape
@@ -118,18 +119,11 @@ class Backlog:
         if shard:
             if not runnable(self._budgets.fitted(shard.first.shape, replica)):
                 return None
-            first, *others = self._start(shard.popleft(), replica)
-            for piece in reversed(others):
-                shard.appendleft(piece)
-            return first
-        if alone:
-            for place, suspect in enumerate(self._suspects):
-                if runnable(self._budgets.fitted(suspect.shape, replica)):
-                    del self._suspects[place]
-                    first, *others = self._start(suspect, replica)
-                    for piece in reversed(others):
-                        self._suspects.insert(place, piece)
-                    return first
+            return self._start(shard.popleft(), replica, shard.appendleft)
+        for place, suspect in enumerate(self._suspects if alone else ()):
+            if runnable(self._budgets.fitted(suspect.shape, replica)):
+                del self._suspects[place]
+                return self._start(suspect, replica, partial(self._suspects.insert, place))
         return None
 
     def copy(self, batch: Batch, replica: int) -> None:
@@ -264,9 +258,8 @@ class Backlog:
         if largest and runnable(self._budgets.fitted(largest.last.shape, replica)):
             shard.append(largest.pop())
 
-    def _start(self, batch: Batch, replica: int) -> list[Batch]:
-        """Begin a batch that waited, cut to the replica's budget; the other pieces go on waiting.
-        Return the one that is under way, and those."""
+    def _start(self, batch: Batch, replica: int, put_back: Callable[[Batch], None]) -> Batch:
+        """Begin a batch that waited, cut to the replica's budget; put the other pieces back."""
         self._count(batch.shape, -1)
         fitted = self._budgets.fitted(batch.shape, replica)
         pieces = [batch]
@@ -276,8 +269,11 @@ class Backlog:
             self._count(fitted, len(pieces) - 1)
             if setbacks is not None:
                 self._setbacks |= {piece.index: setbacks for piece in pieces}
-        self._under_way.add(pieces[0], replica)
-        return pieces
+        first, *others = pieces
+        self._under_way.add(first, replica)
+        for piece in reversed(others):
+            put_back(piece)
+        return first
 
     def _cut(self, batch: Batch, rows: int) -> list[Batch]:
         """Cut a batch into pieces of one shape, `rows` rows each but for the last."""

@@ -72,7 +72,7 @@ from runner.model.worker import Replica
 from runner.preset.reader import read_preset
 from runner.preset.tokenizer_files import TokenizerFiles
 from sharding.batches import BatchShape
-from sharding.stages import Stage
+from sharding.stages import StageLayers
 from sharding.topology import WorkerSlot
 from tests.conftest import TOLERANCE
 from tests.fakes import answer, write_fake_job
@@ -754,7 +754,7 @@ class SimulatedRay:
         for group in self._groups:
             for node, cpus in zip(group.nodes, group.cpus, strict=True):
                 free[node] -= 0.0 if group.is_removed else cpus
-        return {name: {"CPU": count} for name, count in free.items()}
+        return {name: {"CPU": count, "GPU": count} for name, count in free.items()}
 
 
 def _node_id(name: str) -> str:
@@ -835,7 +835,7 @@ class SimulatedReplica(_Simulated):
 
 
 class SimulatedStage(_Simulated, PipelineStage):
-    def load(self, spec: ModelSpec, stage: Stage | None = None) -> WorkerInfo:
+    def load(self, spec: ModelSpec, stage: StageLayers | None = None) -> WorkerInfo:
         assert stage is not None, "this is a bug: a stage must know its layers"
         predictor = _Predictor(
             self.world,
