@@ -29,7 +29,8 @@ class Backlog:
 
     A row is in exactly one of them; `rows_left` are those not done, `given_up` those that no
     replica can compute, with the reason. A decision looks at shapes and replicas, never at every
-    batch; `version` grows whenever what `shapes` says may have changed.
+    batch; `version` grows whenever what `shapes` says may have changed. One class, though a long
+    one: each method moves batches between the same three places.
 
     Args:
         batches: in the order of work.
@@ -71,11 +72,11 @@ class Backlog:
         return chain(*self._shards.values(), self._queue, self._suspects)
 
     def counts(self) -> Mapping[BatchShape, int]:
-        """Return how many batches of each shape nobody computes now; empty where none waits."""
+        """Return how many batches of each shape nobody computes now; empty if none waits."""
         return self._waiting
 
     def last_shape(self) -> BatchShape | None:
-        """Return the shape of the last of the batches that wait, None where none does."""
+        """Return the shape of the last of the batches that wait, None if none does."""
         if self._suspects:
             return self._suspects[-1].shape
         queues = chain([self._queue], reversed(self._shards.values()))
@@ -104,7 +105,7 @@ class Backlog:
     def take(
         self, replica: int, *, runnable: Runnable, alone: bool, share: float = 1.0
     ) -> Batch | None:
-        """Return the next batch of a replica, now under way; None where it has to wait.
+        """Return the next batch of a replica, now under way; None if it has to wait.
 
         Args:
             runnable: whether the replica has a program for a shape.
@@ -145,7 +146,7 @@ class Backlog:
             self._count(batch.shape, 1)
 
     def setback(self, batch: Batch, replica: int, reason: str) -> str | None:
-        """A replica failed while a batch was under way. Return what became of it, in words, where
+        """A replica failed while a batch was under way. Return what became of it, in words, if
         it is more than another try.
 
         Args:
@@ -180,7 +181,7 @@ class Backlog:
         given up.
 
         Returns:
-            The new budget, in tokens; 0 where the row was given up, None where another replica
+            The new budget, in tokens; 0 if the row was given up, None if another replica
             still computes it.
         """
         if batch.shape.rows == 1:

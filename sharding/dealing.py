@@ -120,7 +120,7 @@ class Dealer:
         return len(replica.in_flight) >= replica.most_in_flight and self._has_all(replica)
 
     def next_batch(self, replica: ReplicaState, now: float) -> Batch | None:
-        """Return what a replica computes next, which then is under way; None where it has enough,
+        """Return what a replica computes next, which then is under way; None if it has enough,
         or has to wait."""
         backlog, in_flight = self._backlog, replica.in_flight
         if len(in_flight) >= replica.most_in_flight or any(map(backlog.is_suspect, in_flight)):
@@ -141,14 +141,14 @@ class Dealer:
         return batch
 
     def next_shape(self, replica: ReplicaState, now: float) -> BatchShape | None:
-        """Return the shape that a replica compiles next; None where it has them all, compiles
+        """Return the shape that a replica compiles next; None if it has them all, compiles
         already, or others compile those that it lacks: then they will be in the cache."""
         if replica.compiling is not None:
             return None
         if self._has_all(replica):
             return self._shape_to_copy(replica, now)
         if replica.in_flight and not self._rates.is_measured(replica.number):
-            return None  # what a batch takes is known sooner where no compiler is beside it
+            return None  # what a batch takes is known sooner if no compiler is beside it
         lacking = [one for one in self.shapes(replica) if one not in replica.warm]
         if not lacking:
             self._complete[replica.number] = (self._backlog.version, len(replica.warm))
@@ -181,7 +181,7 @@ class Dealer:
 
         Args:
             shapes: those that are to come, None for those of the backlog.
-            compile_s: the seconds of one, where so many replicas share a cache.
+            compile_s: the seconds of one, if so many replicas share a cache.
         """
         starts = [one.start_s for one in self._replicas if one.start_s is not None]
         slowest_start_s = max(starts, default=None)

@@ -125,8 +125,8 @@ class Steering:
             self._decide(now, left)
 
     def improve(self) -> None:
-        """Where nothing waits and time is left, predict rows again that were cut, whole: as many
-        as fit, the shortest first. They have an answer already, whatever comes of it."""
+        """If nothing waits and time is left, predict rows that were cut again at full length: as
+        many as fit, the shortest first. They keep their answer if that fails."""
         if self._deadline.policy == "fail":
             return
         now = self._clock() - self._started
