@@ -6,13 +6,13 @@ from runner.common.records import Activations, BatchResult, ModelSpec, WorkerInf
 from runner.model.process import memory_errors, peak_rss_bytes, start_jax
 from runner.model.worker import Replica, load_head
 from sharding.batches import Batch
-from sharding.stages import Stage
+from sharding.stages import StageLayers
 
 
 class PipelineStage(Replica):
     """Some of a replica's layers; what it computes goes on to the next stage."""
 
-    def load(self, spec: ModelSpec, stage: Stage | None = None) -> WorkerInfo:
+    def load(self, spec: ModelSpec, stage: StageLayers | None = None) -> WorkerInfo:
         """Load the weights of one stage, and the head where it is the last.
 
         Raises:

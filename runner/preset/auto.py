@@ -5,7 +5,7 @@ of the user's. Asks nvidia-smi for a device's memory. What --dtype auto means is
 `sharding/kinds.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -22,8 +22,13 @@ from sharding.plan import plan_rows
 from sharding.strategies import Strategy
 
 
-def choose_strategy(config: RunConfig, preset: Preset) -> Strategy | None:
+def choose_strategy(
+    config: RunConfig, preset: Preset, memory_bytes: Callable[[], int | None] = device_memory_bytes
+) -> Strategy | None:
     """Return the strategy of a model-parallel run, None for the other modes.
+
+    Args:
+        memory_bytes: returns the memory of the smallest GPU, None if not known.
 
     Raises:
         ConfigError: the model cannot be held in the way that was asked for.
@@ -39,14 +44,22 @@ def choose_strategy(config: RunConfig, preset: Preset) -> Strategy | None:
             members=config.members,
             dtype=config.dtype,
             quantization=preset.quantization or config.quantization,
-            memory_bytes=device_memory_bytes(),
+            memory_bytes=memory_bytes(),
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
-def tokens_per_batch(config: RunConfig, preset: Preset, kind: str) -> int:
+def tokens_per_batch(
+    config: RunConfig,
+    preset: Preset,
+    kind: str,
+    memory_bytes: Callable[[], int | None] = device_memory_bytes,
+) -> int:
     """Return the most padded tokens of a batch on a kind of device.
+
+    Args:
+        memory_bytes: returns the memory of the smallest GPU, None if not known.
 
     Raises:
         ConfigError: a stage that no device can hold.
@@ -61,7 +74,7 @@ def tokens_per_batch(config: RunConfig, preset: Preset, kind: str) -> int:
             strategy=config.strategy or "auto",
             dtype=config.dtype,
             quantization=preset.quantization or config.quantization,
-            memory_bytes=device_memory_bytes() if KINDS[kind].fits_batches else None,
+            memory_bytes=memory_bytes() if KINDS[kind].fits_batches else None,
             sequence_length=config.sequence_length,
         )
     except ValueError as error:
