@@ -19,7 +19,7 @@ import runner
 import runner.common.errors
 import runner.executors.single
 from runner import ConfigError, RunConfig, WorkerError, run
-from runner.api import _as_it_was
+from runner.api import _process_restored
 from runner.cli import main
 from runner.config import readers
 from runner.config.command import command_flags
@@ -118,7 +118,7 @@ class TestConfig:
             ({"sequence_length": 1.5}, "--sequence-length must be a whole number"),
             ({"sequence_length": None}, "--sequence-length must be a whole number"),
             ({"time_limit": float("nan")}, "--time-limit must be hours"),
-            ({"time_limit": -3}, "--time-limit must be longer than nothing"),
+            ({"time_limit": -3}, "--time-limit must be longer than zero"),
             ({"metrics_port": 65536}, "--metrics-port must be a whole number from 0"),
             ({"metrics_port": True}, "--metrics-port must be a whole number from 0"),
             ({"log_format": "xml"}, "--log-format must be one of text, json"),
@@ -173,7 +173,7 @@ class TestRun:
         assert "40 rows -> " in capsys.readouterr().out
         flags = [part for name, value in job.items() for part in (flag(name), str(value))]
         command = tmp_path / "command.csv"
-        with _as_it_was():
+        with _process_restored():
             assert main([*flags, "--output", str(command)]) == 0
         assert command.read_bytes() == own
 
@@ -192,7 +192,7 @@ class TestRun:
         thread.start()
         try:
             assert started.wait(60)
-            with pytest.raises(ConfigError, match="A run is on in this process already"):
+            with pytest.raises(ConfigError, match="A run is already in progress in this process"):
                 run(config)
         finally:
             go_on.set()
@@ -229,7 +229,7 @@ class TestRun:
         monkeypatch.setitem(sys.modules, "ray", ray)
         monkeypatch.setitem(sys.modules, "keras", keras)
         output = tmp_path / "s.csv"
-        with pytest.raises(ConfigError, match=r"call ray\.shutdown\(\) before"):
+        with pytest.raises(ConfigError, match=r"call ray\.shutdown\(\) first"):
             run(RunConfig(**job | {"mode": "data-parallel"}, output=output))
         with pytest.raises(ConfigError, match="Received: Keras on tensorflow"):
             run(RunConfig(**job, output=output))
@@ -248,8 +248,7 @@ class TestHelp:
                 field = settings[row.name]
                 assert row.required == (field.default is MISSING)
                 assert row.required or field.default is row.default
-                given = (*row.choices, *EXAMPLES.get(row.read, ()))
-                assert given, f"{row.name} has neither choices nor an example"
+                given = row.choices or EXAMPLES[row.read]
                 parts = get_args(types[row.name]) or (types[row.name],)
                 kinds = tuple(get_origin(part) or part for part in parts)
                 assert all(isinstance(row.value(value), kinds) for value in given), row.name
@@ -273,7 +272,7 @@ class TestHelp:
 
     @pytest.mark.parametrize("row", FLAGS, ids=lambda row: row.name)
     def test_a_flag_is_refused_elsewhere_than_its_row_says(self, row):
-        value = (*row.choices, *EXAMPLES.get(row.read, ()))[-1]
+        value = (row.choices or EXAMPLES[row.read])[-1]
         for mode in MODES:
             if mode not in row.modes:
                 with pytest.raises(ConfigError, match=f"^{flag(row.name)} is for --mode"):
@@ -301,7 +300,7 @@ class TestHelp:
         ]
         assert places == sorted(places)
         assert "\n  --sequence-length TOKENS\n" in text
-        for whole in ("data-parallel: Ray", "--num-workers of them"):
+        for whole in ("data-parallel: Ray", "--num-workers of another device"):
             assert whole in re.sub(r"\s+", " ", text)
 
 
