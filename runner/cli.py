@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _main(argv: Sequence[str] | None) -> int:
+def _main(argv: Sequence[str] | None) -> int:  # noqa: PLR0911 - one return per way to end
     started = time.monotonic() - (process_age_s() if argv is None else 0.0)
     interrupts = _Interrupts()
     interrupts.install()
@@ -156,7 +156,7 @@ class _Interrupts:
                 if self._signals - self._again > 1:
                     os._exit(EXIT_INTERRUPTED)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
         if self._interrupted:
             os._exit(EXIT_INTERRUPTED)
         self._interrupted = True

@@ -5,12 +5,12 @@ import re
 import shutil
 import subprocess
 import threading
-import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
