@@ -595,9 +595,8 @@ def check_flags(lab: Lab, case: tuple[list[tuple[str, str]], bool]) -> None:
     pairs, joined = case
     flags = []
     for name, value in pairs:
-        if name == "report":
-            value = "{}/" + value
-        flags += [f"--{name}={value}"] if joined else [f"--{name}", value]
+        given = "{}/" + value if name == "report" else value
+        flags += [f"--{name}={given}"] if joined else [f"--{name}", given]
     done = lab.run(None, *flags)
     if done.ended.code == 0:
         ids, _ = done.is_valid()

@@ -223,11 +223,7 @@ class TestDecisions:
         assert run.steering.cap is None
         while run.steering.tick():
             run.compute()
-        assert run.merger.how == ["predicted"] * 3 or run.merger.how == [
-            "",
-            "predicted",
-            "predicted",
-        ]
+        assert run.merger.how in (["predicted"] * 3, ["", "predicted", "predicted"])
         assert len(run.notes) == 1
 
     def test_fail_says_so_once(self):

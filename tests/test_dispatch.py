@@ -309,9 +309,9 @@ class TestHangs:
 class TestErrors:
     def test_memory_for_a_program(self, command, job):
         """What compiling says is said again of a batch, which can be split."""
-        for mode in MODES:
+        for flags in MODES.values():
             command.ray.strike("compile", refuse, times=1)
-            done = command(*MODES[mode], *BATCHES, "--resume", "never")
+            done = command(*flags, *BATCHES, "--resume", "never")
             assert_whole(done, job)
             assert done.faults == {}
             command.renew()

@@ -524,7 +524,7 @@ NOT_JOURNALS = {
     "killed database": (make_killed_database, "another program's database"),
     "damaged database": (make_damaged_database, "another program's database"),
     "folder": (lambda path: path.mkdir(), "a folder"),
-    "pipe": (lambda path: os.mkfifo(path), "must name a file"),
+    "pipe": (os.mkfifo, "must name a file"),
 }
 
 

@@ -229,7 +229,7 @@ class TestCommand:
         config = make_config({}, path)
         assert (config.plan, config.device, config.calibrate) == (True, "h100", False)
         path.write_text("plan = 1\n")
-        with pytest.raises(ConfigError, match="plan = 1"):
+        with pytest.raises(ConfigError, match="plan=1"):
             make_config({}, path)
 
 

@@ -20,7 +20,8 @@ import runner
 from runner.common.errors import ConfigError, WorkerError
 from runner.common.poolings import padded_length
 from runner.common.records import Examples
-from runner.config.command import FLAGS_OF_A_LONG_RUN, command_flags
+from runner.config.command import command_flags
+from runner.config.flags import CALIBRATION
 from runner.planner.records import Measured, Option, PlanInput
 from runner.telemetry.progress import Progress
 from sharding.batches import BatchShape
@@ -158,8 +159,7 @@ def _measure(job: PlanInput, sample: Examples) -> dict[str, Any]:
             writer = csv.writer(file)
             writer.writerow([task.id_column, *sample.columns])
             writer.writerows(zip(sample.ids, *sample.columns.values(), strict=True))
-        changes = dict.fromkeys((*FLAGS_OF_A_LONG_RUN, "report"))
-        flags = command_flags(job.config, **changes | {"input": rows, "output": output})
+        flags = command_flags(job.config, CALIBRATION, input=rows, output=output)
         root = str(Path(runner.__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         process = subprocess.Popen(

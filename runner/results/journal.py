@@ -228,8 +228,9 @@ class Journal:
                 f"(id {self._ids[row]})"
             )
         now, entries = time.time(), []
-        for row, values, length in zip(rows, probabilities, lengths, strict=True):
-            row, length = int(row), int(length)
+        for row, values, length in zip(
+            map(int, rows), probabilities, map(int, lengths), strict=True
+        ):
             blob = np.asarray(values, dtype=LITTLE_ENDIAN_FLOAT32).tobytes()
             crc = checksum(self._ids[row], how, length, blob)
             entries.append((row, self._ids[row], blob, how, worker, length, now, crc))

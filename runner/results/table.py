@@ -95,7 +95,8 @@ class Merger:
         """Return the mean of what was predicted, float64 (classes,), even where nothing was."""
         done = [row for row, how in enumerate(self.how) if how not in ("", FILLED)]
         if done:
-            return self._probabilities[done].mean(axis=0, dtype=np.float64)
+            mean: np.ndarray = self._probabilities[done].mean(axis=0, dtype=np.float64)
+            return mean
         classes = self._probabilities.shape[1]
         return np.full(classes, KNOWING_NOTHING.get(self._head, 1 / classes))
 
@@ -143,4 +144,5 @@ def unsound(table: np.ndarray, head: str) -> np.ndarray:
         with np.errstate(invalid="ignore"):
             sums = table.sum(axis=1, dtype=np.float64)
             sound &= np.abs(sums - 1) <= SUM_TOLERANCE
-    return ~sound
+    wrong: np.ndarray = ~sound
+    return wrong
