@@ -540,7 +540,7 @@ def test_what_is_no_journal_is_left_untouched(path, resume, make, why):
 
 
 def test_folders_and_links(path, tmp_path):
-    with pytest.raises(ConfigError, match="--journal must lie in a folder that exists"):
+    with pytest.raises(ConfigError, match="--journal must be in a folder that exists"):
         open_journal(tmp_path / "absent" / "x.journal")
     link = tmp_path / "link.journal"
     link.symlink_to(path)
