@@ -211,7 +211,6 @@ def save_model(
     np.save(folder / "head_bias.npy", rng.normal(0, 0.1, classes).astype(np.float32))
 
 
-
 def _make_words(rng: random.Random, count: int) -> list[str]:
     consonants = [*"bcdfghlmnprstvw", "st", "tr", "ch"]
     syllables = [consonant + vowel for consonant in consonants for vowel in "aeiou"]

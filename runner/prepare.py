@@ -147,7 +147,6 @@ def _start_keras() -> None:
     prepare_process(WorkerSlot(0, "cpu"), verbose=False)
 
 
-
 def _measure(
     config: PrepareConfig, spec: ModelSpec, preset: Preset, backbone: Any
 ) -> dict[str, Any]:

@@ -89,7 +89,9 @@ def test_a_cell_that_is_no_list_of_turns(refuse, models, tmp_path):
 
 def test_bad_parquet(refuse, models, tmp_path):
     flags = models["gemma2"].flags()
-    refuse([*flags, "--input", csv_of(tmp_path, "x", "bad.parquet")], "is not a readable Parquet file")
+    refuse(
+        [*flags, "--input", csv_of(tmp_path, "x", "bad.parquet")], "is not a readable Parquet file"
+    )
     path = tmp_path / "floats.parquet"
     pd.DataFrame([(1.5, "p", "a", "b")], columns=COLUMNS).to_parquet(path)
     refuse([*flags, "--input", path], "column id must hold text or whole numbers", "double")

@@ -188,7 +188,10 @@ class TestReading:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ('{"key": 1, "title": "a", "body": "b"}\n{', "not a well-formed JSON lines file: line 2"),
+            (
+                '{"key": 1, "title": "a", "body": "b"}\n{',
+                "not a well-formed JSON lines file: line 2",
+            ),
             ("[1]", r"an object|a JSON object.*Received: \[1\] in line 1"),
             ('{"key": 1, "title": "a"}', "body is missing"),
             ('\n{"key": 1.5, "title": "a", "body": "b"}', "whole numbers.*1.5 in line 2"),

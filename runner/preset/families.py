@@ -185,8 +185,8 @@ def model_shape(class_name: str, config: Mapping[str, Any]) -> ModelShape:
     for key in MORE_THAN_TEXT:
         if config.get(key):
             raise ValueError(
-                f"Expected a {class_name} that only turns token ids into hidden states, as in the "
-                f"presets whose names end in _text. Received: a config with {key}"
+                f"Expected a {class_name} from token ids to hidden states only, as in the presets "
+                f"whose names end in _text. Received: a config with {key}"
             )
     try:
         return FAMILIES[class_name].shape(config)

@@ -132,8 +132,7 @@ def _byte_pairs(path: Path, known: Tokenizer, config: dict[str, Any]) -> BytePai
 def _word_pieces(file: Path, known: Tokenizer, config: dict[str, Any]) -> WordPieceOptions:
     if not config.get("split", True):
         raise DataError(
-            f"{file} must split texts into words, since rows are whole texts. "
-            "Received: split=false"
+            f"{file} must split texts into words, since rows are whole texts. Received: split=false"
         )
     suffix, unknown = config.get("suffix_indicator", "##"), config.get("oov_token", "[UNK]")
     for key, value in {"suffix_indicator": suffix, "oov_token": unknown}.items():
