@@ -8,8 +8,8 @@ The folder, which only its owner can read:
     ray/              the logs of Ray's own processes, if the run failed
     previous/         the same files of the previous run
 
-A file that exceeds `MOST_BYTES` is copied to NAME.1 and emptied. Texts of rows are never logged. Does not
-know rows, Ray or JAX. Workers import it, so it imports only the standard library and
+A file that exceeds `MOST_BYTES` is copied to NAME.1 and emptied. Texts of rows are never logged.
+Does not know rows, Ray or JAX. Workers import it, so it imports only the standard library and
 `common/errors.py`.
 """
 
