@@ -13,7 +13,8 @@ The user can fix the first two: their message is one or two lines, without a tra
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 # Exit codes other than 0.
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_DEADLINE, EXIT_INTERRUPTED = 1, 2, 3, 130
@@ -65,6 +66,26 @@ def first_line(error: BaseException) -> str:
     if lines and lines[0].startswith("Exception encountered when calling"):
         lines = [line for line in lines[1:] if line.strip()]
     return lines[0] if lines else ""
+
+
+@contextmanager
+def readable(path: object, part: str = "") -> Iterator[None]:
+    """Within, any error but a DataError becomes a DataError: the file at `path` is damaged.
+
+    What h5py raises for a damaged file has no narrower class than Exception.
+
+    Args:
+        part: what of the file cannot be read, such as `layers/x cannot be read: `.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{path} is damaged or cut short: {part}{first_line(error)}. Copy it again from where "
+            "it came from."
+        ) from error
 
 
 def shown(value: object, most: int = 60) -> str:

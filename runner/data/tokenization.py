@@ -27,6 +27,8 @@ CHUNK_ROWS = 256
 MOST_TOKEN_ID = 2**31 - 1
 # Words whose tokens are cached, since texts repeat words.
 KEPT_WORDS = 1 << 18
+# For WordPiece, words of more UTF-8 bytes become the unknown token.
+MOST_WORD_BYTES = 100
 
 
 class _Tokenizer(Protocol):
@@ -79,11 +81,11 @@ def tokenize(
 
 def _open(files: TokenizerFiles) -> _Tokenizer:
     if files.word_pieces is not None:
-        return _WordPieces(files.vocabulary, files.word_pieces)
+        return _word_pieces(files.vocabulary, files.word_pieces)
     if files.byte_pairs is None:
         return _SentencePiece(files.vocabulary)
     if files.byte_pairs.splits_words:
-        return _BytePairsOfWords(files.vocabulary, files.byte_pairs)
+        return _byte_pairs_of_words(files.vocabulary, files.byte_pairs)
     return _BytePairs(files.vocabulary, files.byte_pairs)
 
 
@@ -133,85 +135,76 @@ class _BytePairs:
         return self._ids.get(token)
 
 
-class _BytePairsOfWords:
-    """Byte-level BPE within words, like KerasHub's `BytePairTokenizer` inside of tf.data.
+class _OfWords:
+    """Tokens within words, such as byte-level BPE and WordPiece; those of frequent words are kept.
+
+    Args:
+        ids: token -> id. split: text -> words. ids_of: word -> ids of its tokens.
+    """
+
+    def __init__(
+        self,
+        ids: dict[str, int],
+        split: Callable[[str], list[str]],
+        ids_of: Callable[[str], tuple[int, ...]],
+    ) -> None:
+        self._ids, self._split = ids, split
+        self._ids_of = functools.lru_cache(KEPT_WORDS)(ids_of)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [[*chain.from_iterable(map(self._ids_of, self._split(text)))] for text in texts]
+
+    def id_of(self, token: str) -> int | None:
+        return self._ids.get(token)
+
+
+def _byte_pairs_of_words(vocabulary: Path, options: BytePairOptions) -> _OfWords:
+    """Return byte-level BPE within words, like KerasHub's `BytePairTokenizer` inside of tf.data.
 
     `fit` and `predict` of a TextClassifier tokenize there, and RoBERTa was trained so. Outside of
     tf.data the same class does not split words (`_BytePairs`).
     """
+    ids, model = _read_byte_pairs(vocabulary, options)
+    kept, prefix = options.unsplittable_tokens, " " if options.add_prefix_space else ""
+    letters = bytes_as_letters()
 
-    def __init__(self, vocabulary: Path, options: BytePairOptions) -> None:
-        self._ids, model = _read_byte_pairs(vocabulary, options)
-        self._options = options
-        letters = bytes_as_letters()
+    def ids_of(word: str) -> tuple[int, ...]:
+        if word in kept:
+            return (ids[word],)
+        spelled = "".join(letters[byte] for byte in word.encode("utf-8", "surrogatepass"))
+        return tuple(token.id for token in model.tokenize(spelled))
 
-        @functools.lru_cache(KEPT_WORDS)
-        def ids_of(word: str) -> tuple[int, ...]:
-            if word in options.unsplittable_tokens:
-                return (self._ids[word],)
-            spelled = "".join(letters[byte] for byte in word.encode("utf-8", "surrogatepass"))
-            return tuple(token.id for token in model.tokenize(spelled))
-
-        self._ids_of = ids_of
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        options = self._options
-        prefix = " " if options.add_prefix_space else ""
-        return [
-            [*chain.from_iterable(map(self._ids_of, words))]
-            for words in (
-                byte_pair_words(prefix + text, options.unsplittable_tokens) for text in texts
-            )
-        ]
-
-    def id_of(self, token: str) -> int | None:
-        return self._ids.get(token)
+    return _OfWords(ids, lambda text: byte_pair_words(prefix + text, kept), ids_of)
 
 
-class _WordPieces:
-    """WordPiece, like KerasHub's `WordPieceTokenizer`."""
+def _word_pieces(vocabulary: Path, options: WordPieceOptions) -> _OfWords:
+    """Return WordPiece, like KerasHub's `WordPieceTokenizer`."""
+    try:
+        lines = vocabulary.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{vocabulary} is not a list of tokens: {first_line(error)}. Copy it again from where "
+            "the preset came from."
+        ) from None
+    # If a token is repeated, its last line counts.
+    ids = {line.rstrip(): number for number, line in enumerate(lines[:-1] or lines)}
+    unknown = options.unknown_token
+    for token in (unknown, *options.unsplittable_tokens):
+        if token not in ids:
+            raise DataError(f"{vocabulary} must hold the special token {shown(token)}.")
+    model = tokenizers.models.WordPiece(
+        vocab=ids,
+        unk_token=unknown,
+        max_input_chars_per_word=MOST_WORD_BYTES,
+        continuing_subword_prefix=options.suffix_indicator,
+    )
 
-    # Words of more UTF-8 bytes become the unknown token.
-    MOST_BYTES = 100
+    def ids_of(word: str) -> tuple[int, ...]:
+        if len(word.encode("utf-8", "surrogatepass")) > MOST_WORD_BYTES:
+            return (ids[unknown],)
+        return tuple(token.id for token in model.tokenize(word))
 
-    def __init__(self, vocabulary: Path, options: WordPieceOptions) -> None:
-        try:
-            lines = vocabulary.read_text(encoding="utf-8").split("\n")
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"{vocabulary} is not a list of tokens: {first_line(error)}. Copy it again from "
-                "where the preset came from."
-            ) from None
-        # If a token is repeated, its last line counts.
-        self._ids = {line.rstrip(): number for number, line in enumerate(lines[:-1] or lines)}
-        unknown = options.unknown_token
-        for token in (unknown, *options.unsplittable_tokens):
-            if token not in self._ids:
-                raise DataError(f"{vocabulary} must hold the special token {shown(token)}.")
-        self._options = options
-        model = tokenizers.models.WordPiece(
-            vocab=self._ids,
-            unk_token=unknown,
-            max_input_chars_per_word=self.MOST_BYTES,
-            continuing_subword_prefix=options.suffix_indicator,
-        )
-
-        @functools.lru_cache(KEPT_WORDS)
-        def ids_of(word: str) -> tuple[int, ...]:
-            if len(word.encode("utf-8", "surrogatepass")) > self.MOST_BYTES:
-                return (self._ids[unknown],)
-            return tuple(token.id for token in model.tokenize(word))
-
-        self._ids_of = ids_of
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return [
-            [*chain.from_iterable(map(self._ids_of, word_piece_words(text, self._options)))]
-            for text in texts
-        ]
-
-    def id_of(self, token: str) -> int | None:
-        return self._ids.get(token)
+    return _OfWords(ids, lambda text: word_piece_words(text, options), ids_of)
 
 
 def _read_byte_pairs(

@@ -19,7 +19,7 @@ import numpy as np
 from keras.src.backend.common import global_state
 from keras.src.saving import saving_lib
 
-from runner.common.errors import DataError, first_line
+from runner.common.errors import DataError, first_line, readable
 from runner.model.cpu_allocator import large_blocks_go_back
 from runner.model.quantization import policies_of, quantize_layer
 from runner.model.weights import StoredWeight, find_weights
@@ -201,22 +201,17 @@ def _read_lora(
     layers = [layer for layer in backbone._flatten_layers(include_self=False) if layer.weights]
     targets = set(backbone.default_lora_layer_names())
     expected = {str(i): layer for i, layer in enumerate(layers) if layer.name in targets}
-    try:
-        with h5py.File(path, "r") as file:
-            names = set(file["lora"]) - {"vars"}
-            if names != set(expected):
-                raise DataError(
-                    f"{path} belongs to another backbone: expected LoRA kernels for layers "
-                    f"{_some(expected)}. Received: layers {_some(names)}"
-                )
-            return [
-                (layer.kernel, _read_factors(file, index, layer.kernel))
-                for index, layer in expected.items()
-            ]
-    except DataError:
-        raise
-    except Exception as error:  # what h5py raises for a damaged file has no narrower class
-        raise DataError(f"{path} is damaged or cut short: {first_line(error)}") from error
+    with readable(path), h5py.File(path, "r") as file:
+        names = set(file["lora"]) - {"vars"}
+        if names != set(expected):
+            raise DataError(
+                f"{path} belongs to another backbone: expected LoRA kernels for layers "
+                f"{_some(expected)}. Received: layers {_some(names)}"
+            )
+        return [
+            (layer.kernel, _read_factors(file, index, layer.kernel))
+            for index, layer in expected.items()
+        ]
 
 
 def _read_factors(

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from keras.src.saving import saving_lib
 
-from runner.common.errors import DataError, first_line, shown
+from runner.common.errors import DataError, first_line, readable, shown
 
 Index = tuple[slice, ...]
 # The exponent's bits in each format; only NaN and infinity have all of them set.
@@ -53,15 +53,10 @@ class StoredWeight:
             DataError: the file is damaged, or has NaN or infinity at `index`.
         """
         index = index if index is not None else tuple(slice(None) for _ in self.shape)
-        try:
+        with readable(self.file, f"{self.dataset} cannot be read: "):
             with h5py.File(self.file, "r") as file:
                 values = file[self.dataset][index]
             is_sound = is_finite(values, self.dtype)
-        except Exception as error:  # what h5py raises for a damaged file has no narrower class
-            raise DataError(
-                f"{self.file} is damaged or cut short: {self.dataset} cannot be read: "
-                f"{first_line(error)}. Copy it again from where the preset came from."
-            ) from error
         if not is_sound:
             raise DataError(
                 f"{self.file} must hold finite weights. Received: NaN or infinity in {self.dataset}"

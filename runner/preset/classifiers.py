@@ -12,7 +12,7 @@ import h5py
 import ml_dtypes
 import numpy as np
 
-from runner.common.errors import DataError, first_line, shown
+from runner.common.errors import DataError, readable, shown
 from runner.common.records import Head
 from runner.preset.families import FAMILIES, Classifier
 from runner.preset.json_files import read_json, settings_of
@@ -134,13 +134,10 @@ def _name(activation: Any) -> str:
 
 def _dense_layers(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return kernel and bias of each layer of a file that has them, in the order of the model."""
-    try:
-        with h5py.File(path, "r") as file:
-            names = sorted(file["layers"], key=lambda name: (len(name), name))
-            groups = [file[f"layers/{name}/vars"] for name in names]
-            layers = [(_values(vars["0"]), _values(vars["1"])) for vars in groups if len(vars)]
-    except Exception as error:  # what h5py raises for a damaged file has no narrower class
-        raise DataError(f"{path} is damaged or cut short: {first_line(error)}") from None
+    with readable(path), h5py.File(path, "r") as file:
+        names = sorted(file["layers"], key=lambda name: (len(name), name))
+        groups = [file[f"layers/{name}/vars"] for name in names]
+        layers = [(_values(vars["0"]), _values(vars["1"])) for vars in groups if len(vars)]
     if not all(np.isfinite(array).all() for layer in layers for array in layer):
         raise DataError(f"{path} must hold finite weights. Received: NaN or infinity")
     return layers

@@ -38,6 +38,12 @@ class Tokenizer:
     is_segment: bool = False
     splits_words: bool = False
 
+    @property
+    def special_tokens(self) -> list[str]:
+        """All of its special tokens."""
+        added = (self.start, self.end, self.pad, *self.others)
+        return [token for token in added if token is not None]
+
 
 # KerasHub's tokenizer class -> its tokens, as it passes them to `_add_special_token`.
 TOKENIZERS = {

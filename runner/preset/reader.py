@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import h5py
 import numpy as np
 
-from runner.common.errors import DataError, first_line, shown
+from runner.common.errors import DataError, first_line, readable, shown
 from runner.common.records import Head
 from runner.preset.classifiers import TASK_WEIGHTS, TextClassifier, read_classifier
 from runner.preset.families import FAMILIES, Family, family_of_checkpoint, model_shape
@@ -319,12 +319,6 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
     for file in files:
         if not os.path.isfile(file):
             raise DataError(f"The preset lacks a part of its weights. Expected: {file}")
-        try:
-            with h5py.File(file, "r"):
-                pass
-        except Exception as error:  # what h5py raises for a damaged file has no narrower class
-            raise DataError(
-                f"{file} is damaged or cut short: {first_line(error)}. Copy it again from where "
-                "the preset came from."
-            ) from None
+        with readable(file), h5py.File(file, "r"):
+            pass
     return tuple(files)

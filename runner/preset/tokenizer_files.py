@@ -117,10 +117,9 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
 
 
 def _byte_pairs(path: Path, known: Tokenizer, config: dict[str, Any]) -> BytePairOptions:
-    added = (known.start, known.end, known.pad, *known.others)
     unsplittable = _tokens(path / "tokenizer.json", config, "unsplittable_tokens")
     if unsplittable is None:
-        unsplittable = [token for token in added if token is not None]
+        unsplittable = known.special_tokens
     return BytePairOptions(
         merges=_asset(path, "merges.txt"),
         unsplittable_tokens=tuple(unsplittable),
@@ -140,9 +139,7 @@ def _word_pieces(file: Path, known: Tokenizer, config: dict[str, Any]) -> WordPi
             raise DataError(f"{file} must give {key} as a string. Received: {shown(value)}")
     found: list[str] = []
     if config.get("special_tokens_in_strings"):
-        added = (known.start, known.end, known.pad, *known.others)
-        found = [token for token in added if token is not None]
-        found += _tokens(file, config, "special_tokens") or []
+        found = known.special_tokens + (_tokens(file, config, "special_tokens") or [])
     return WordPieceOptions(
         lowercase=bool(config.get("lowercase", False)),
         strip_accents=bool(config.get("strip_accents", False)),

@@ -250,51 +250,44 @@ class Progress:
 
     def _draw_bar(self, bar: tqdm) -> None:
         if self._rows:
-            bar.total, bar.n = self._total_rows, self._rows_before + self._rows
+            now = self.standing()
+            bar.total, bar.n = now.rows_total, now.rows_done
             bar.bar_format = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows, {desc}"
-            bar.set_description_str(f"{self._rates()}; {self._workers()}", refresh=False)
+            bar.set_description_str(f"{_rates(now)}; {_workers(now)}", refresh=False)
         else:
-            text = f"[{clock(self._elapsed())}] {self._stage}"
-            bar.set_description_str(f"{text}; {self._workers()}".rstrip("; "), refresh=False)
+            bar.set_description_str(self._line(), refresh=False)
         bar.refresh()
 
     def _draw_cell(self, cell: "_Cell") -> None:
-        done = self._rows_before + self._rows
-        cell.show(done / self._total_rows if self._rows else None, self._line())
+        now = self.standing()
+        cell.show(now.rows_done / now.rows_total if self._rows else None, self._line())
 
     def _line(self) -> str:
-        what = self._stage
-        if self._rows:
-            what = f"{self._rows_before + self._rows}/{self._total_rows} rows, {self._rates()}"
-        return f"[{clock(self._elapsed())}] " + "; ".join(filter(None, [what, self._workers()]))
+        now = self.standing()
+        what = f"{now.rows_done}/{now.rows_total} rows, {_rates(now)}" if self._rows else now.stage
+        return f"[{clock(now.elapsed_s)}] " + "; ".join(filter(None, [what, _workers(now)]))
 
     def _print(self, text: str) -> None:
         self._last_plain = time.monotonic()
         print(text, file=self._stream, flush=True)
 
-    def _elapsed(self) -> float:
-        return time.monotonic() - self._started
 
-    def _rates(self) -> str:
-        if self._left_s is None:
-            return "time left ?"
-        now = time.monotonic()
-        said = f"{clock(self._left_s - (now - self._forecast_at))} left"
-        if self._tokens and self._first_row_at is not None:
-            said = f"{self._tokens / (now - self._first_row_at):,.0f} tokens/s, {said}"
-        if self._slack_s is not None:
-            short = self._slack_s < 0
-            said += f", {clock(abs(self._slack_s))} {'too long' if short else 'to spare'}"
-        return said
+def _rates(now: Standing) -> str:
+    if now.left_s is None:
+        return "time left ?"
+    said = f"{clock(now.left_s)} left"
+    if now.tokens_per_s is not None:
+        said = f"{now.tokens_per_s:,.0f} tokens/s, {said}"
+    if now.slack_s is not None:
+        said += f", {clock(abs(now.slack_s))} {'too long' if now.slack_s < 0 else 'to spare'}"
+    return said
 
-    def _workers(self) -> str:
-        states = sorted(self._states.items())
-        if not states:
-            return ""
-        if len(states) <= LISTED_WORKERS:
-            return ", ".join(f"w{number} {state}" for number, state in states)
-        counts = Counter(state.split()[0] for _, state in states)
-        return "workers: " + ", ".join(f"{count} {state}" for state, count in counts.most_common())
+
+def _workers(now: Standing) -> str:
+    if len(now.workers) <= LISTED_WORKERS:
+        return ", ".join(f"w{number} {state}" for number, state in now.workers.items())
+    counts = Counter(state.split()[0] for state in now.workers.values())
+    return "workers: " + ", ".join(f"{count} {state}" for state, count in counts.most_common())
 
 
 class _Cell:
