@@ -269,8 +269,9 @@ def _time(
     elif way.strategy == "pipeline":
         ideal = flops / way.workers / rates[0]
         link = f", {max(0.0, middle.predict / ideal - 1):.1%} of it waiting for other stages"
+    workers = f"{way.workers} x " if way.workers > 1 else ""
     how = (
-        f"{flops_text(flops)} of padded tokens / ({_times(way.workers)}{rate_text}) = "
+        f"{flops_text(flops)} of padded tokens / ({workers}{rate_text}) = "
         f"{duration(middle.predict)}{link}; {before_text}"
     )
     return middle, (fast.total, slow.total), how
@@ -285,8 +286,8 @@ def _rates(job: PlanInput, mode: str, way: Way) -> tuple[tuple[float, float, flo
         return (rate, rate, rate), f"{flops_text(rate)}/s measured here"
     peak = job.peak(mode, dtype, quantization, way.workers)
     if peak is None:
-        why = f"how fast {dtype}{_and(quantization)} is on {job.devices.title} is not known"
-        return None, why
+        form = dtype if quantization == "none" else f"{dtype} with {quantization}"
+        return None, f"how fast {form} is on {job.devices.title} is not known"
     expected, low, high = KINDS[job.devices.kind].efficiency
     if measured is not None and measured.efficiency is not None:
         expected, low, high = (measured.efficiency * part for part in (1.0, 0.8, 1.2))
@@ -330,11 +331,3 @@ def _before(job: PlanInput, mode: str, way: Way, plan: Plan) -> tuple[Before, st
         read=job.read_s, tokenize=job.tokenize_s, start=start, load=load, compile=compiling
     )
     return before, text
-
-
-def _times(workers: int) -> str:
-    return f"{workers} x " if workers > 1 else ""
-
-
-def _and(quantization: str) -> str:
-    return f" with {quantization}" if quantization != "none" else ""

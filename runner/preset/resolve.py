@@ -52,12 +52,15 @@ class Job:
 
     def spec(self, config: RunConfig, dtype: str) -> ModelSpec:
         """Return what workers need to load the model in a dtype."""
-        lora, kernel, bias = self.lora_weights, self.head_kernel, self.head_bias
+        lora, kernel, bias = (
+            str(path.resolve()) if path is not None else None
+            for path in (self.lora_weights, self.head_kernel, self.head_bias)
+        )
         return ModelSpec(
             preset=str(self.preset.path.resolve()),
-            lora_weights=str(lora.resolve()) if lora is not None else None,
-            head_kernel=str(kernel.resolve()) if kernel is not None else None,
-            head_bias=str(bias.resolve()) if bias is not None else None,
+            lora_weights=lora,
+            head_kernel=kernel,
+            head_bias=bias,
             classes=self.width(config.task),
             pooling=config.pooling,
             dtype=dtype,

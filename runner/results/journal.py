@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import ClassVar
 
 import numpy as np
@@ -44,6 +43,7 @@ from runner.results.journal_rows import (
     SCHEMA,
     TABLES,
     Done,
+    Owner,
     check_meta,
     checksum,
     read_rows,
@@ -65,19 +65,14 @@ class Journal:
         self,
         path: Path,
         connection: sqlite3.Connection,
-        *,
-        ids: Sequence[str],
-        classes: int,
-        head: str,
+        run: Owner,
         rows: set[int],
         notes: tuple[str, ...],
     ) -> None:
         self.notes = notes
-        self._head = head
         self._path = path
         self._connection = connection
-        self._ids = ids
-        self._classes = classes
+        self._run = run
         self._rows = rows
         self._identity = identity_of(path)
         if self._identity is not None:
@@ -109,11 +104,10 @@ class Journal:
         check_writable("--journal", path)
         if path.is_symlink():
             path = path.resolve()  # SQLite puts its -wal beside the file itself
+        run = Owner(fingerprint, ids, classes, head)
         with one_opens(path.parent):
-            connection, rows, notes = _open(
-                path, cls._held, fingerprint, ids, classes, head, resume
-            )
-        return cls(path, connection, ids=ids, classes=classes, head=head, rows=rows, notes=notes)
+            connection, rows, notes = _open(path, cls._held, run, resume)
+        return cls(path, connection, run, rows, notes)
 
     def __len__(self) -> int:
         """Return the number of rows in it."""
@@ -126,7 +120,7 @@ class Journal:
             JournalError: it cannot be read, or a row differs from what was written.
         """
         try:
-            return read_rows(self._connection, self._ids, self._classes, self._head)
+            return read_rows(self._connection, self._run)
         except (Unusable, sqlite3.Error) as error:
             raise JournalError(f"The journal {self._path} cannot be read: {error}.") from error
 
@@ -163,8 +157,8 @@ class Journal:
                 full = result_code(error) == sqlite3.SQLITE_FULL
                 raise JournalError(
                     f"The journal cannot be written: {error}. "
-                    f"{len(self._rows):,} of {len(self._ids):,} rows are safe in {self._path}; the "
-                    "same command with --resume auto goes on from there once "
+                    f"{len(self._rows):,} of {len(self._run.ids):,} rows are safe in "
+                    f"{self._path}; the same command with --resume auto goes on from there once "
                     f"{'there is room' if full else 'it can be written'}."
                 ) from error
         else:
@@ -200,12 +194,7 @@ class Journal:
     def __enter__(self) -> "Journal":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _entries(
@@ -216,24 +205,24 @@ class Journal:
         worker: str,
         lengths: Sequence[int],
     ) -> list[tuple[int, str, bytes, str, str, int, float, int]]:
-        if probabilities.shape != (len(rows), self._classes) or len(lengths) != len(rows):
+        ids, expected = self._run.ids, (len(rows), self._run.classes)
+        if probabilities.shape != expected or len(lengths) != len(rows):
             raise JournalError(
-                f"This is a bug: {len(rows)} rows need probabilities of shape "
-                f"{(len(rows), self._classes)} and a length each. "
-                f"Received: {probabilities.shape} and {len(lengths)} lengths"
+                f"This is a bug: {len(rows)} rows need probabilities of shape {expected} and a "
+                f"length each. Received: {probabilities.shape} and {len(lengths)} lengths"
             )
-        if (wrong := unsound(probabilities, self._head)).any():
+        if (wrong := unsound(probabilities, self._run.head)).any():
             row = int(rows[int(wrong.argmax())])
             raise JournalError(
                 f"This is a bug: a finished row needs probabilities. Received: row {row} "
-                f"(id {self._ids[row]})"
+                f"(id {ids[row]})"
             )
         now, entries = time.time(), []
         for row, values, length in zip(rows, probabilities, lengths, strict=True):
             row, length = int(row), int(length)
             blob = np.asarray(values, dtype=LITTLE_ENDIAN_FLOAT32).tobytes()
-            crc = checksum(self._ids[row], how, length, blob)
-            entries.append((row, self._ids[row], blob, how, worker, length, now, crc))
+            crc = checksum(ids[row], how, length, blob)
+            entries.append((row, ids[row], blob, how, worker, length, now, crc))
         return entries
 
     def _is_gone(self) -> bool:
@@ -260,13 +249,7 @@ class Journal:
 
 
 def _open(
-    path: Path,
-    held: set[Identity],
-    fingerprint: Fingerprint,
-    ids: Sequence[str],
-    classes: int,
-    head: str,
-    resume: str,
+    path: Path, held: set[Identity], run: Owner, resume: str
 ) -> tuple[sqlite3.Connection, set[int], tuple[str, ...]]:
     """Return what `Journal.open` needs: the open database, its rows, and notes."""
     connection = None
@@ -274,8 +257,8 @@ def _open(
     try:
         if check_file(path, resume, held):
             connection = connect(path)
-            rows = _resume(connection, path, fingerprint, ids, classes, head, resume)
-            notes = (f"resuming {path}: {len(rows):,} of {len(ids):,} rows are done",)
+            rows = _resume(connection, path, run, resume)
+            notes = (f"resuming {path}: {len(rows):,} of {len(run.ids):,} rows are done",)
             return connection, rows, notes
     except Unusable as why:
         if resume == "require":
@@ -288,18 +271,10 @@ def _open(
     except BaseException:
         close(connection)
         raise
-    return _create(path, fingerprint, ids, classes), set(), notes
+    return _create(path, run), set(), notes
 
 
-def _resume(
-    connection: sqlite3.Connection,
-    path: Path,
-    fingerprint: Fingerprint,
-    ids: Sequence[str],
-    classes: int,
-    head: str,
-    resume: str,
-) -> set[int]:
+def _resume(connection: sqlite3.Connection, path: Path, run: Owner, resume: str) -> set[int]:
     """Lock an existing journal and return its rows.
 
     Raises:
@@ -311,8 +286,8 @@ def _resume(
         connection.execute("ROLLBACK")  # COMMIT would make an empty file a database
         if resume == "never":
             raise Unusable("is not resumed (--resume never)")
-        check_meta(connection, fingerprint, ids, classes)
-        done = read_rows(connection, ids, classes, head)
+        check_meta(connection, run)
+        done = read_rows(connection, run)
         make_durable(connection)
     for file in (path, *sidecars(path)):
         with suppress(OSError):  # a copied file may have any mode; another owner's keeps it
@@ -320,9 +295,7 @@ def _resume(
     return {int(row) for row in done.rows}
 
 
-def _create(
-    path: Path, fingerprint: Fingerprint, ids: Sequence[str], classes: int
-) -> sqlite3.Connection:
+def _create(path: Path, run: Owner) -> sqlite3.Connection:
     """Create a journal without rows that only its owner can read."""
     try:
         # Created here, since SQLite keeps the mode of an existing file and copies it to the -wal.
@@ -335,9 +308,9 @@ def _create(
         ) from None
     meta = {
         "schema": str(SCHEMA),
-        "fingerprint": json.dumps(fingerprint.parts),
-        "rows": str(len(ids)),
-        "classes": str(classes),
+        "fingerprint": json.dumps(run.fingerprint.parts),
+        "rows": str(len(run.ids)),
+        "classes": str(run.classes),
         "created_at": str(time.time()),
     }
     connection = connect(path)

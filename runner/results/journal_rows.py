@@ -28,6 +28,19 @@ LITTLE_ENDIAN_FLOAT32 = np.dtype("<f4")
 
 
 @dataclass(frozen=True, slots=True)
+class Owner:
+    """The run to which a journal belongs.
+
+    ids: one a row. classes: numbers a row. head: one of `task.HEADS`, which says what they must be.
+    """
+
+    fingerprint: Fingerprint
+    ids: Sequence[str]
+    classes: int
+    head: str
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """The rows of a journal, in the input's order.
 
@@ -41,9 +54,7 @@ class Done:
     lengths: np.ndarray
 
 
-def check_meta(
-    connection: sqlite3.Connection, fingerprint: Fingerprint, ids: Sequence[str], classes: int
-) -> None:
+def check_meta(connection: sqlite3.Connection, run: Owner) -> None:
     """Check that the database is intact and belongs to this run.
 
     Raises:
@@ -61,21 +72,22 @@ def check_meta(
     try:
         parts = json.loads(meta["fingerprint"])
         counts = int(meta["rows"]), int(meta["classes"])
-        different = fingerprint.differences(parts)
+        different = run.fingerprint.differences(parts)
     except (KeyError, ValueError, TypeError, AttributeError):
         raise Unusable("is damaged (it does not say to which run it belongs)") from None
     if different:
         raise Unusable(f"belongs to another run ({'; '.join(different)})")
-    if counts != (len(ids), classes):
+    if counts != (len(run.ids), run.classes):
         raise Unusable(f"is damaged (it is for {counts[0]} rows of {counts[1]} classes)")
 
 
-def read_rows(connection: sqlite3.Connection, ids: Sequence[str], classes: int, head: str) -> Done:
+def read_rows(connection: sqlite3.Connection, run: Owner) -> Done:
     """Return all rows after checking each.
 
     Raises:
         Unusable: a row is not as it was written.
     """
+    ids, classes = run.ids, run.classes
     found = connection.execute(
         "SELECT row, id, probabilities, how, length, crc32 FROM rows ORDER BY row"
     ).fetchall()
@@ -91,7 +103,7 @@ def read_rows(connection: sqlite3.Connection, ids: Sequence[str], classes: int, 
             raise Unusable(f"is damaged (the checksum of row {row}, id {row_id}, does not match)")
     blobs = b"".join(blob for _, _, blob, _, _, _ in found)
     probabilities = np.frombuffer(blobs, LITTLE_ENDIAN_FLOAT32).reshape(len(found), classes)
-    if (wrong := unsound(probabilities, head)).any():
+    if (wrong := unsound(probabilities, run.head)).any():
         row, row_id = found[int(wrong.argmax())][:2]
         raise Unusable(f"is damaged (row {row}, id {row_id}, does not hold probabilities)")
     return Done(

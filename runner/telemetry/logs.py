@@ -25,7 +25,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from runner.common.errors import ArenaRunnerError, ConfigError, DataError, on_one_line
@@ -107,12 +106,7 @@ class RunLogs:
     def __enter__(self) -> "RunLogs":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.release()
         if self._takes_streams:
             self.terminal.close()

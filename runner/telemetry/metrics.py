@@ -8,7 +8,6 @@ docs/observability.md lists the names.
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from runner.common.errors import ConfigError
@@ -77,12 +76,7 @@ class Metrics:
         self.url = f"http://{HOST}:{self._server.server_port}/metrics"
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._server is not None and self._thread is not None:
             self._server.shutdown()
             self._server.server_close()
