@@ -715,7 +715,7 @@ def test_a_journal_that_cannot_be_rescued(written, rescue_folder):
     rescue_folder.rmdir()
     with open_journal(written) as journal:
         removed(written)
-        with pytest.raises(JournalError, match=r"and all 31 rows .* could not be saved"):
+        with pytest.raises(JournalError, match=r"and all 31 finished rows could not be saved"):
             add(journal, [30])
 
 

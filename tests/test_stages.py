@@ -258,8 +258,8 @@ class TestMerge:
         [
             ([np.nan] * 3, "NaN"),
             ([np.inf, 0, 0], "NaN"),
-            ([0.5] * 3, "no prob"),
-            ([2, -1, 0], "no prob"),
+            ([0.5] * 3, "not prob"),
+            ([2, -1, 0], "not prob"),
         ],
     )
     def test_rows_that_are_no_probabilities(self, row, message):

@@ -10,9 +10,9 @@ poolings, heads or files.
 import functools
 import importlib.util
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,26 +41,12 @@ BLIND_SEE_NOTHING = ("CachedGemmaAttention", "CachedGemma3Attention")
 QUANTIZED_TOLERANCE = 1e-1
 
 
-class Attend(Protocol):
-    """A way to compute causal attention with grouped heads.
-
-    queries: (rows, length, query_heads, head_dim). keys, values: (rows, length, key_value_heads,
-    head_dim). lengths: int32 (rows,), real tokens of each row, or None if the results after a row's
-    end do not matter. window: a position sees itself and the window - 1 before it. Returns (rows,
-    length, query_heads, head_dim).
-    """
-
-    def __call__(
-        self,
-        queries: jax.Array,
-        keys: jax.Array,
-        values: jax.Array,
-        *,
-        lengths: jax.Array | None,
-        scale: float,
-        soft_cap: float | None,
-        window: int | None,
-    ) -> jax.Array: ...
+# A way to compute causal attention with grouped heads: the signature of the two functions below.
+# queries: (rows, length, query_heads, head_dim). keys, values: (rows, length, key_value_heads,
+# head_dim). lengths: int32 (rows,), real tokens of each row, or None if the results after a row's
+# end do not matter. window: a position sees itself and the window - 1 before it. Returns (rows,
+# length, query_heads, head_dim).
+Attend = Callable[..., jax.Array]
 
 
 def attend_in_chunks(
@@ -209,7 +195,7 @@ def attention(
     """Within, the model takes tokens end to end, (rows x length, 1, ...), and attends in a way.
 
     Args:
-        way: a key of `WAYS` but `keras`. lengths: as for `Attend`.
+        way: a key of `WAYS` but `keras`. lengths: as in `Attend`.
     """
     chosen = WAYS[way]
     assert chosen is not None, "this is a bug: Keras' own attention needs no scope"

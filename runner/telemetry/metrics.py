@@ -100,41 +100,36 @@ def families(figures: Figures) -> Iterator["Metric"]:
     """Yield the figures as the client's metric families."""
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 
-    def gauge(name: str, help_text: str, value: float | None) -> Iterator["Metric"]:
+    yield InfoMetricFamily(f"{PREFIX}_build", "Versions and mode of this run.", value=figures.build)
+    now = figures.standing
+    # Names that end in _total are reserved for counters.
+    rows = {"rows" if name == "total" else f"rows_{name}": name for name in ROWS}
+    for name, help_text, value in (
+        *((named, ROWS[name], figures.rows[name]) for named, name in rows.items()),
+        ("rows_per_second", "Rows done, since the first batch.", now.rows_per_s),
+        ("tokens_per_second", "Real tokens done, since the first batch.", now.tokens_per_s),
+        ("elapsed_seconds", "Since the process started.", now.elapsed_s),
+        ("left_seconds", "Forecast of the remaining work.", now.left_s),
+        ("slack_seconds", "Time to the limit minus that; negative if too late.", now.slack_s),
+    ):
         if value is not None:
             yield GaugeMetricFamily(f"{PREFIX}_{name}", help_text, value=value)
-
-    def counter(name: str, help_text: str, value: float) -> "Metric":
-        return CounterMetricFamily(f"{PREFIX}_{name}", help_text, value=value)
-
-    yield InfoMetricFamily(f"{PREFIX}_build", "Versions and mode of this run.", value=figures.build)
-    standing = figures.standing
-    for name, help_text in ROWS.items():
-        # Names that end in _total are reserved for counters.
-        named = "rows" if name == "total" else f"rows_{name}"
-        yield from gauge(named, help_text, figures.rows[name])
-    yield counter("tokens_real", "Tokens of rows in finished batches.", figures.real_tokens)
-    yield counter("tokens_padded", "The same with padding.", figures.padded_tokens)
-    yield from gauge("rows_per_second", "Rows done, since the first batch.", standing.rows_per_s)
-    yield from gauge(
-        "tokens_per_second", "Real tokens done, since the first batch.", standing.tokens_per_s
-    )
-    yield from gauge("elapsed_seconds", "Since the process started.", standing.elapsed_s)
-    yield from gauge("left_seconds", "Forecast of the remaining work.", standing.left_s)
-    yield from gauge(
-        "slack_seconds", "Time to the limit minus that; negative if too late.", standing.slack_s
-    )
+    for name, help_text, count in (
+        ("tokens_real", "Tokens of rows in finished batches.", figures.real_tokens),
+        ("tokens_padded", "The same with padding.", figures.padded_tokens),
+    ):
+        yield CounterMetricFamily(f"{PREFIX}_{name}", help_text, value=count)
     yield from _of_workers(figures)
     faults = CounterMetricFamily(
         f"{PREFIX}_faults", "Faults that the run recovered from.", labels=["kind"]
     )
-    for kind, count in asdict(figures.faults).items():
-        faults.add_metric([kind], count)
+    for kind, number in asdict(figures.faults).items():
+        faults.add_metric([kind], number)
     yield faults
     state = GaugeMetricFamily(
         f"{PREFIX}_replica_state", "1 for a replica's current state.", labels=["replica", "state"]
     )
-    for replica, doing in standing.workers.items():
+    for replica, doing in now.workers.items():
         # Without its count of shapes: each value would become a time series of its own.
         state.add_metric([str(replica), doing.split()[0]], 1)
     yield state
