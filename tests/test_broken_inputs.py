@@ -987,7 +987,7 @@ def test_sizes_that_the_weights_do_not_have(lab, key, value):
     done = lab.run(None, files=files, reads_weights=True)
     done.is_refused()
     assert done.ended.seconds < 5
-    assert "config.json" in done.ended.stderr or "no preset" in done.ended.stderr
+    assert "config.json" in done.ended.stderr or "not a preset" in done.ended.stderr
 
 
 @pytest.mark.slow

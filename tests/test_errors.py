@@ -161,9 +161,9 @@ def test_lora_of_another_rank_or_backbone(refuse, models, rows, tmp_path):
         refuse([*flags("heads.lora.h5"), "--mode", mode], "another backbone", "attention")
 
     (tmp_path / "cut.lora.h5").write_bytes(own.read_bytes()[:3000])
-    refuse(flags("cut.lora.h5"), "no LoRA file")
+    refuse(flags("cut.lora.h5"), "not a LoRA file")
     csv_of(tmp_path, "not h5", "text.lora.h5")
-    refuse(flags("text.lora.h5"), "no LoRA file")
+    refuse(flags("text.lora.h5"), "not a LoRA file")
 
 
 def test_bad_presets(refuse, models, rows, tmp_path):

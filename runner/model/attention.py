@@ -200,7 +200,7 @@ def attention(
     chosen = WAYS[way]
     assert chosen is not None, "this is a bug: Keras' own attention needs no scope"
     # Traced once for all equal layers; else it would take half of a model's tracing.
-    attend: Any = _traced_once(chosen)  # type: ignore[arg-type]
+    attend: Any = _traced_once(chosen)
     kinds = {type(layer).__name__ for layer in _layers(model)}
     has_windows, blind_see_nothing = kinds.isdisjoint(WITHOUT_WINDOW), kinds <= {*BLIND_SEE_NOTHING}
 
