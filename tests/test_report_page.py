@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import threading
 import tomllib
-import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from dataclasses import replace
 from html.parser import HTMLParser

@@ -194,7 +194,10 @@ class TestReading:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ('{"key": 1, "title": "a", "body": "b"}\n{', "no well-formed JSON lines file: line 2"),
+            (
+                '{"key": 1, "title": "a", "body": "b"}\n{',
+                "not a well-formed JSON lines file: line 2",
+            ),
             ("[1]", r"an object|a JSON object.*Received: \[1\] in line 1"),
             ('{"key": 1, "title": "a"}', "body is missing"),
             ('\n{"key": 1.5, "title": "a", "body": "b"}', "whole numbers.*1.5 in line 2"),
@@ -202,7 +205,7 @@ class TestReading:
             ('{"key": 1, "title": 2, "body": "b"}', "title must hold text. Received: title = 2"),
             ('{"key": null, "title": "a", "body": "b"}', "an empty key in row 1"),
             ('{"key": 1, "title": "a", "body": "b"}\n' * 2, "'1' in rows 1 and 2"),
-            ("[" * 100_000, "no well-formed JSON lines"),
+            ("[" * 100_000, "not a well-formed JSON lines"),
         ],
     )
     def test_json_lines_that_are_wrong(self, tmp_path, text, message):

@@ -30,7 +30,8 @@ class Lengths:
 
     def computed(self, batch: Batch) -> np.ndarray:
         """Return the tokens of each row that a batch computes: int64 (len(batch.rows),)."""
-        return np.minimum(self.of_rows[list(batch.rows)], batch.shape.length)
+        lengths: np.ndarray = np.minimum(self.of_rows[list(batch.rows)], batch.shape.length)
+        return lengths
 
     def is_cut(self, batch: Batch) -> np.ndarray:
         """Return which rows of a batch are truncated below what the run asked for, as bools."""

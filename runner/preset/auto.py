@@ -1,8 +1,7 @@
 """Config and preset -> what `auto` resolves to: the strategy, the tokens of a batch, the plan.
 
-Hands what `sharding/` decides by to it as plain arguments, and turns its ValueError into an error
-of the user's. Asks nvidia-smi for a device's memory. What --dtype auto means is in
-`sharding/kinds.py`.
+`sharding/` decides, from plain arguments; its ValueError becomes a ConfigError here. Asks
+nvidia-smi for a device's memory. What --dtype auto means is in `sharding/kinds.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +30,7 @@ def choose_strategy(
         memory_bytes: returns the memory of the smallest GPU, None if not known.
 
     Raises:
-        ConfigError: the model cannot be held in the way that was asked for.
+        ConfigError: the model cannot be divided in the way that was asked for.
     """
     if config.mode != "model-parallel":
         return None
@@ -62,7 +61,7 @@ def tokens_per_batch(
         memory_bytes: returns the memory of the smallest GPU, None if not known.
 
     Raises:
-        ConfigError: a stage that no device can hold.
+        ConfigError: a stage does not fit any device.
     """
     if config.max_tokens_per_batch is not None:
         return config.max_tokens_per_batch
@@ -93,11 +92,15 @@ def plan_run(
     cap: int | None = None,
     known: Sequence[BatchShape] = (),
 ) -> Plan:
-    """Return the batches for these rows on so many replicas on this kind of device.
+    """Return the batches of these rows for this many replicas on this kind of device.
 
     Args:
-        budget: the most padded tokens of a batch, None for what `tokens_per_batch` says.
-        lengths, rows, cap, known: as in `sharding.plan.plan_rows`.
+        lengths: token counts, (rows,).
+        budget: the most padded tokens of a batch, None for `tokens_per_batch`.
+        rows, cap, known: as in `sharding.plan.plan_rows`.
+
+    Raises:
+        ConfigError: as `tokens_per_batch`.
     """
     return plan_rows(
         lengths,

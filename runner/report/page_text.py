@@ -195,7 +195,7 @@ def how_to_read_lengths(report: dict[str, Any], lengths: np.ndarray, buckets: in
         lengths: int64 (rows,), tokens of each row that was counted. buckets: lengths of batches.
     """
     limit, empty = report["config"]["sequence_length"], report["rows"]["total"] - len(lengths)
-    return (
+    said: str = (
         f"Half of the rows have up to {int(np.median(lengths)):,} tokens, the longest "
         f"{int(lengths.max()):,}; {(lengths >= limit).mean():.0%} reach the sequence length of "
         f"{limit:,}."
@@ -203,6 +203,7 @@ def how_to_read_lengths(report: dict[str, Any], lengths: np.ndarray, buckets: in
         + " Blue lines are the planned batch lengths. Each row is padded to a line on its right."
         * (buckets > 0)
     )
+    return said
 
 
 def how_to_read_memory(report: dict[str, Any], most: int) -> str:
@@ -224,7 +225,7 @@ def how_to_read_answers(values: np.ndarray, every: int, *, bars: int, curves: in
         values: (rows, columns), those drawn: one row of `every`. bars, curves: the most classes or
             columns that are drawn.
     """
-    columns = values.shape[1]
+    columns: int = values.shape[1]
     if are_probabilities(values):
         said = (
             "A good model usually spreads over the classes as the training set does, and is sure "
