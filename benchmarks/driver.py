@@ -53,10 +53,10 @@ def measure(batches: int, num_workers: int = 2) -> dict[str, Any]:
     Returns: seconds of the clock, and of the driver's processor, that one takes; how many there
     were a second; and the seconds of one look at the calls of so many workers.
     """
-    from runner.executors.ray import group, replicas
+    from runner.executors.ray import actors, replicas
 
     times: list[tuple[float, float]] = []
-    plain_run, plain_actors = replicas.RayReplicas._run, dict(group.ACTORS)
+    plain_run, plain_actors = replicas.RayReplicas._run, dict(actors.ACTORS)
     looks: dict[int, float] = {}
 
     def timed(self: Any, backlog: Any) -> Iterator[BatchResult | None]:
@@ -66,7 +66,7 @@ def measure(batches: int, num_workers: int = 2) -> dict[str, Any]:
             yield result
         looks.update(look_s())
 
-    group.ACTORS[None] = Idle
+    actors.ACTORS[None] = Idle
     replicas.RayReplicas._run = timed  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -84,7 +84,7 @@ def measure(batches: int, num_workers: int = 2) -> dict[str, Any]:
             )
     finally:
         replicas.RayReplicas._run = plain_run  # type: ignore[method-assign]
-        group.ACTORS.update(plain_actors)
+        actors.ACTORS.update(plain_actors)
     # The first batches come while shapes are still asked for.
     steady = times[len(times) // 4 :]
     (began, cpu_began), (ended, cpu_ended) = steady[0], steady[-1]

@@ -73,7 +73,7 @@ def main() -> None:
     for seed in range(arguments.seeds):
         runs.append(alone(two_workers, seed))
         runs.append(alone(many_workers, rows, workers, batch_s, seed))
-        runs.append(alone(many_workers, rows, workers, batch_s, seed, LARGE))
+        runs.append(alone(many_workers, rows, workers, batch_s, seed, larger=LARGE))
     document: dict[str, Any] = {
         "benchmark": "scheduling",
         "arguments": vars(arguments),
@@ -92,10 +92,12 @@ def main() -> None:
     )
 
 
-def alone(simulate: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+def alone(
+    simulate: Callable[..., dict[str, Any]], *arguments: Any, **options: Any
+) -> dict[str, Any]:
     """Return what a run came to, simulated in a process of its own: its memory is then its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        run = process.submit(simulate, *arguments).result()
+        run = process.submit(simulate, *arguments, **options).result()
     print(in_words(run), flush=True)
     return run
 
@@ -113,7 +115,7 @@ def two_workers(seed: int) -> dict[str, Any]:
 
 
 def many_workers(
-    rows: int, workers: int, batch_s: float, seed: int, larger: int = 1, driver_s: float = 0.0
+    rows: int, workers: int, batch_s: float, seed: int, *, larger: int = 1, driver_s: float = 0.0
 ) -> dict[str, Any]:
     """Workers of random speeds; some die, hang or become stragglers at some time of the run.
 
@@ -239,7 +241,9 @@ def driver_limit(batch_s: float) -> dict[str, Any]:
     )
     around = [round(most * share) for share in AROUND]
     runs = [
-        alone(many_workers, ROWS_OF_A_WORKER * workers, workers, batch_s, 0, 1, found["batch_s"])
+        alone(
+            many_workers, ROWS_OF_A_WORKER * workers, workers, batch_s, 0, driver_s=found["batch_s"]
+        )
         for workers in around
     ]
     return found | {"most_workers": most, "runs": runs}

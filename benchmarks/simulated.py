@@ -28,10 +28,10 @@ from runner.telemetry.progress import Progress
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape, Plan
 from sharding.costs import ModelShape
-from sharding.dealing import Dealer
+from sharding.dealing import Dealer, ReplicaState
 from sharding.forecast import Pace
 from sharding.kinds import KINDS
-from sharding.rates import COMPILING_TAKES, Intervals, Rates
+from sharding.rates import COMPILING_TAKES, Rates
 
 # Seconds between the dispatcher's looks at the clock.
 WAIT_S = 0.2
@@ -51,7 +51,7 @@ KIND, FLOPS_PER_S = "cpu", 1.3e11
 
 
 @dataclass(eq=False)
-class Replica:
+class Replica(ReplicaState):
     """One device. What it can do to a run is set before.
 
     speed: FLOP/s while it does nothing else. starts_in_s, restarts_in_s: until it is loaded, at
@@ -61,9 +61,7 @@ class Replica:
     from `slows_at` on.
     """
 
-    number: int
     speed: float = FLOPS_PER_S
-    node: str = ""
     starts_in_s: float = 6.0
     restarts_in_s: float = 6.0
     compiles_in_s: float = 1.0
@@ -74,19 +72,6 @@ class Replica:
     hangs_at: float = float("inf")
     slows_at: float = float("inf")
     slows_to: float = 1 / 3
-    # How it stands, as `sharding.dealing.Standing` says.
-    members: int = 1
-    most_in_flight: int = 2
-    in_flight: deque[Batch] = field(default_factory=deque)
-    warm: set[BatchShape] = field(default_factory=set)
-    used: set[BatchShape] = field(default_factory=set)
-    compiling: BatchShape | None = None
-    compiling_since: float = 0.0
-    finished_at: float = 0.0
-    spawned_at: float = 0.0
-    is_ready: bool = False
-    start_s: float | None = None
-    given_up: bool = False
     # The device: what is in its line, and of the first the seconds that it still needs undisturbed.
     is_loaded: bool = False
     is_hung: bool = False
@@ -95,7 +80,6 @@ class Replica:
     since: float = 0.0
     life: int = 0
     schedule: int = 0
-    compile_times: Intervals = field(default_factory=Intervals)
 
     @property
     def pace(self) -> float:
@@ -280,8 +264,7 @@ class Simulated:
             self._begin(replica)
         if shape is not None:
             self._reckon(replica)
-            replica.compiling, replica.compiling_since = shape, self.time
-            replica.compile_times.begin(self.time)
+            replica.begin_compiling(shape, self.time)
             is_cached = shape in self._cached[replica.node]
             takes_s = FROM_CACHE_S if is_cached else replica.compiles_in_s
             self._later(takes_s, self._compile, replica, replica.life, shape, is_cached)
@@ -295,8 +278,7 @@ class Simulated:
             self._compiled_s.append(self.time - replica.compiling_since)
         self._cached[replica.node].add(shape)
         self.dealer.compiled(replica, shape)
-        replica.compiling = None
-        replica.compile_times.end(self.time)
+        replica.end_compiling(self.time)
         if not replica.is_ready:
             replica.is_ready, replica.start_s = True, self.time - replica.spawned_at
         replica.warm.add(shape)
@@ -374,11 +356,9 @@ class Simulated:
             else:
                 self.backlog.setback(batch, replica.number, "it died")
         self.backlog.release(replica.number)
-        for left in (replica.in_flight, replica.line, replica.warm, replica.used):
-            left.clear()
-        replica.compiling = None
-        replica.compile_times.end(self.time)
-        replica.is_loaded = replica.is_ready = replica.is_hung = False
+        replica.clear(self.time)
+        replica.line.clear()
+        replica.is_loaded = replica.is_hung = False
         replica.life += 1
         replica.schedule += 1
         replica.spawned_at = self.time

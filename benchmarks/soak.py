@@ -69,6 +69,11 @@ BLOWS = {
     "all terminated": 2,
     "interrupted twice": 3,
 }
+SIGNALS_TO_THE_DRIVER = {
+    "driver killed": signal.SIGKILL,
+    "driver interrupted": signal.SIGINT,
+    "driver terminated": signal.SIGTERM,
+}
 # In `single` only the driver can be struck: not all the time.
 SLOWER_IN_SINGLE = 4.0
 # Batches take so many times as long, without work: there is time to strike.
@@ -289,12 +294,8 @@ class Soak:
             if not servers:
                 return None
             send(servers[0].pid, signal.SIGKILL)
-        elif blow == "driver killed":
-            send(driver.pid, signal.SIGKILL)
-        elif blow == "driver interrupted":
-            send(driver.pid, signal.SIGINT)
-        elif blow == "driver terminated":
-            send(driver.pid, signal.SIGTERM)
+        elif blow in SIGNALS_TO_THE_DRIVER:
+            send(driver.pid, SIGNALS_TO_THE_DRIVER[blow])
         elif blow == "all terminated":
             # As a batch system or a terminal does: to each process of the group.
             for process in run.family():

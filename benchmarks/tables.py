@@ -44,7 +44,7 @@ def write_results(
     best = {cores: max(rates.values()) for cores, rates in peaks.items()}
     flops = model_flops(lengths, config)
     rows = [
-        summarize(contender, measured, best, flops=flops, lengths=lengths, options=options)
+        summarize(contender, measured, best, flops=flops, lengths=lengths)
         for contender in contenders
     ]
     facts = {
@@ -90,7 +90,6 @@ def summarize(
     *,
     flops: float,
     lengths: np.ndarray,
-    options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Return one contender's figures; times are medians over the rounds."""
     mine = measured[contender.name]
@@ -245,7 +244,11 @@ def versions() -> dict[str, str]:
 
 def commit() -> str:
     done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return done.stdout.strip() or "unknown"
 

@@ -1,7 +1,7 @@
-"""A run in somebody else's process: a script, a thread of it, the kernel of a notebook.
+"""A run in the caller's process: a script, one of its threads, the kernel of a notebook.
 
-Does what the command does, and leaves the process as it was: signal handlers, environment, filters
-of warnings, modules. Does not know the stages of a run.
+Does what the command does, and leaves the process as it was: signal handlers, environment, warning
+filters, modules. Does not know the stages of a run.
 """
 
 import faulthandler
@@ -10,31 +10,31 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from runner.common.errors import ConfigError
 from runner.config.run_config import RunConfig
 
-# Ray, devices and standard error are one a process.
+# A process has one Ray, one set of devices and one standard error.
 _one_at_a_time = threading.Lock()
 
 
 def run(config: RunConfig) -> dict[str, Any]:
     """Do what `config` asks for and return the run's report, or with `plan=True` the plan.
 
-    What the command prints is printed, and the same files are written. May be called again, and
-    from any thread; Ray is ended before it returns. One thing it cannot leave as it was: a time
-    limit that comes while the run is inside something that does not return ends the process, once
-    the submission is written.
+    Prints what the command prints, and writes the same files. May be called again, and from any
+    thread; Ray is shut down before it returns. In one case the process does not survive: if the
+    time limit passes while the run hangs in a call that does not return, the submission is written
+    and the process is ended.
 
     Raises:
-        ConfigError, DataError: yours to mend; nothing was written.
-        DeadlineError: the time is over and `on_deadline` is "fail"; the journal is kept.
-        WorkerError, MergeError, JournalError: the run failed; the message says what is safe in the
-            journal, and names the log.
-        KeyboardInterrupt: interrupted; what is done is in the journal, the same call goes on.
+        ConfigError, DataError: a value or an input is wrong; nothing was written.
+        DeadlineError: the time limit passed and `on_deadline` is "fail"; the journal is kept.
+        WorkerError, MergeError, JournalError: the run failed; the message says which rows are safe
+            in the journal, and names the log.
+        KeyboardInterrupt: interrupted; finished rows are in the journal, and the same call resumes.
     """
     if not isinstance(config, RunConfig):
         raise ConfigError(
@@ -43,32 +43,32 @@ def run(config: RunConfig) -> dict[str, Any]:
         )
     if not _one_at_a_time.acquire(blocking=False):
         raise ConfigError(
-            "A run is on in this process already; wait for it, or use another process."
+            "A run is already in progress in this process: wait for it, or use another process."
         )
     try:
         _check_process(config)
-        with _as_it_was() as give_signals_back:
+        with _process_restored() as restore_signals:
             if config.plan:
                 from runner.planner.command import plan
 
                 return plan(config)
             from runner.driver import run as driver
 
-            return driver.run(config, on_signals_taken=give_signals_back)
+            return driver.run(config, on_signals_taken=restore_signals)
     finally:
         _one_at_a_time.release()
 
 
 def _check_process(config: RunConfig) -> None:
-    """Raise ConfigError where what this process has loaded already would be in the way."""
+    """Raise ConfigError if what this process has already loaded prevents the run."""
     if config.plan:
         return
     if config.mode != "single":
         ray = sys.modules.get("ray")
         if ray is not None and ray.is_initialized():
             raise ConfigError(
-                f"--mode {config.mode} starts a Ray of its own, and this process uses one already: "
-                "call ray.shutdown() before, or take another process."
+                f"--mode {config.mode} starts its own Ray, and this process is already using Ray: "
+                "call ray.shutdown() first, or use another process."
             )
         return
     keras = sys.modules.get("keras")
@@ -76,33 +76,36 @@ def _check_process(config: RunConfig) -> None:
     if backend != "jax":
         raise ConfigError(
             "--mode single runs in this process and needs Keras on JAX: set KERAS_BACKEND=jax "
-            f"before Keras is imported, or take another mode. Received: Keras on {backend}"
+            f"before Keras is imported, or use another mode. Received: Keras on {backend}"
         )
 
 
 @contextmanager
-def _as_it_was() -> Iterator[Any]:
-    """Within, a run may change the process; yields what gives its signal handlers back."""
+def _process_restored() -> Iterator[Callable[[], None]]:
+    """Restore the process afterwards; yields a function that restores its signal handlers."""
     in_main = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     environment, shows_faults = dict(os.environ), faulthandler.is_enabled()
-    halted = {name for name, module in sys.modules.items() if module is None}
+    blocked = _blocked_modules()
 
-    def give_signals_back() -> None:
+    def restore_signals() -> None:
         for number, handler in handlers.items():
             if in_main and handler is not None and signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
 
     try:
         with warnings.catch_warnings():
-            yield give_signals_back
+            yield restore_signals
     finally:
-        give_signals_back()
+        restore_signals()
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
-        for name in [name for name, module in sys.modules.items() if module is None]:
-            if name not in halted:
-                del sys.modules[name]  # kept out while Keras was imported
+        for name in _blocked_modules() - blocked:
+            del sys.modules[name]  # blocked while Keras was imported
         if not shows_faults:
             faulthandler.disable()
+
+
+def _blocked_modules() -> set[str]:
+    return {name for name, module in sys.modules.items() if module is None}

@@ -1,8 +1,8 @@
 """The command line: flags -> RunConfig -> a run -> an exit code.
 
-Exit codes: 0, a complete and checked submission stands at --output; 2, bad usage or input, said
-in a line or two with nothing written; 3, --on-deadline fail and the deadline came; 130,
-interrupted, journal kept; 1, anything else.
+Exit codes: 0, --output is a complete, validated submission; 2, bad usage or input, reported in one
+or two lines with nothing written; 3, the deadline passed with --on-deadline fail; 130, interrupted,
+journal kept; 1, anything else.
 """
 
 import _thread
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from runner.common.errors import (
     BUSY_THREAD,
@@ -33,7 +34,7 @@ from runner.common.errors import (
 from runner.config.parser import parse_arguments, parse_prepare_arguments
 from runner.telemetry.logs import DRIVER_LOG, LogEvent
 
-# Seconds until a signal that was lost is given again.
+# Seconds until a lost signal is raised again.
 AGAIN_AFTER_S = 0.1
 
 
@@ -41,18 +42,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     Args:
-        argv: None for the process' own, which then ends here where it would not end by itself.
+        argv: None for the process' own arguments. The process then ends here if a thread would
+            keep it from ending by itself.
     """
     code = _main(argv)
     if argv is None and any(thread.name == BUSY_THREAD for thread in threading.enumerate()):
-        # Inside native code that nothing interrupts: the process would wait for it.
+        # The thread is in native code that nothing interrupts: the process would wait for it.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
 
 
-def _main(argv: Sequence[str] | None) -> int:
+def _main(argv: Sequence[str] | None) -> int:  # noqa: PLR0911 - one return per way to end
     started = time.monotonic() - (process_age_s() if argv is None else 0.0)
     interrupts = _Interrupts()
     interrupts.install()
@@ -73,7 +75,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
             plan(config, started=started)
             return 0
-        from runner.driver.run import run  # pandas takes half a second; --help and typos need not
+        from runner.driver.run import run  # takes half a second, which --help need not wait
 
         fail.log = config.log_folder / DRIVER_LOG
         run(config, started=started, on_signals_taken=interrupts.install, owns_process=True)
@@ -94,7 +96,7 @@ def _main(argv: Sequence[str] | None) -> int:
         where = f"{fail.log} says" if fail.log and fail.log.is_file() else "--verbose shows"
         return fail(
             f"error: {type(error).__name__}: {first_line(error)}\n"
-            f"This is a bug, or a machine in trouble: {where} where.",
+            f"This is a bug or a fault of the machine: {where} where it happened.",
             EXIT_FAILED,
         )
     finally:
@@ -102,9 +104,9 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def process_age_s() -> float:
-    """Return for how long this process has been running, 0 where the system does not say."""
+    """Return how long this process has been running, in seconds; 0 if the system does not tell."""
     try:
-        # Field 22 of proc(5), in ticks since the machine started; the name before may hold spaces.
+        # Field 22 of proc(5), in ticks since boot; the name before it may contain spaces.
         stat = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         started = int(stat[22 - 3]) / os.sysconf("SC_CLK_TCK")
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
@@ -113,39 +115,39 @@ def process_age_s() -> float:
 
 
 class _Interrupts:
-    """SIGINT and SIGTERM: the first unwinds the run, a second ends the process at once.
+    """SIGINT and SIGTERM: the first unwinds the run, the second ends the process at once.
 
-    Ray and others replace handlers when they start, so `install` is called again after that. The
-    handlers wait until the main thread is out of native code, in which Ray may stay for long while
-    it ends; a thread that is told by the kernel's own handler need not.
+    Ray and others replace handlers when they start, so `install` is called again after that.
+    Python runs a handler only once the main thread leaves native code, and Ray may stay there long
+    while it shuts down. A thread that reads the wakeup pipe sees the second signal without delay.
     """
 
     def __init__(self) -> None:
         self._interrupted = False
-        # Signals that came, and of those the ones that were given again.
+        # Signals received, and how many of them were raised again.
         self._signals = self._again = 0
-        self._told: int | None = None
+        self._wakeup: int | None = None
 
     def install(self) -> None:
         if threading.current_thread() is not threading.main_thread():
-            return  # of another program, whose signals are its own
+            return  # called from another program's thread, which handles its own signals
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
-        if self._told is None:
+        if self._wakeup is None:
             self._others_hook = sys.unraisablehook
             sys.unraisablehook = self._take_ignored
-            reader, self._told = os.pipe()
-            os.set_blocking(self._told, False)
-            signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
+            reader, self._wakeup = os.pipe()
+            os.set_blocking(self._wakeup, False)
+            signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
             threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
 
     def stop_watching(self) -> None:
-        """Give back what is one a process; the handlers stay."""
-        if self._told is not None:
+        """Restore what a process has only one of; the handlers stay."""
+        if self._wakeup is not None:
             sys.unraisablehook = self._others_hook
             signal.set_wakeup_fd(-1)
-            os.close(self._told)
-            self._told = None
+            os.close(self._wakeup)
+            self._wakeup = None
 
     def _watch(self, reader: int) -> None:
         with open(reader, "rb", buffering=0) as signals:
@@ -154,15 +156,15 @@ class _Interrupts:
                 if self._signals - self._again > 1:
                     os._exit(EXIT_INTERRUPTED)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
         if self._interrupted:
             os._exit(EXIT_INTERRUPTED)
         self._interrupted = True
         raise KeyboardInterrupt
 
     def _take_ignored(self, ignored: "sys.UnraisableHookArgs") -> None:
-        """A signal that came inside a destructor or JAX's callback of the garbage collector, which
-        drop what is raised there, comes again a moment later."""
+        """Raise a signal again a moment later if it came inside a destructor or JAX's callback of
+        the garbage collector, which drop exceptions."""
         if not issubclass(ignored.exc_type, KeyboardInterrupt):
             self._others_hook(ignored)
             return
@@ -174,11 +176,11 @@ class _Interrupts:
 
 
 class _Failure:
-    """Says why the command ends, in the form that was asked for, and returns its exit code.
+    """Prints why the command failed, as text or JSON, and returns its exit code.
 
     Attributes:
-        is_json: known from the arguments alone until there is a config.
-        log: what a run writes that got as far as that.
+        is_json: taken from the arguments until there is a config.
+        log: of a run that got as far as writing one.
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
@@ -189,10 +191,9 @@ class _Failure:
     def __call__(self, message: str, code: int) -> int:
         if self.is_json:
             error = sys.exception()
-            told = {} if error is None else {"traceback": traceback.format_exception(error)}
-            facts = {"exit_code": code, "error": type(error).__name__} | (
-                told if code == EXIT_FAILED else {}
-            )
+            facts: dict[str, Any] = {"exit_code": code, "error": type(error).__name__}
+            if code == EXIT_FAILED and error is not None:
+                facts["traceback"] = traceback.format_exception(error)
             event = LogEvent("end", message.removeprefix("error: "), "error", facts)
             message = event.as_json()
         print(message, file=sys.stderr)

@@ -1,26 +1,25 @@
-"""A small Gemma 2 preset with random weights and a seeded arena-like test set, for a first run.
+"""A seed -> the demo: a small Gemma 2 preset with random weights and an arena-like test set.
 
-Made on first use and kept in the cache folder. The driver writes texts and trains the tokenizer;
-the preset needs Keras and so is saved by a process of its own (`python -m runner.demo DIR`).
+It is made on first use and kept in the cache folder. The driver makes texts and tokenizer; the
+preset needs Keras, so another process saves it (`python -m runner.demo DIR`).
 """
 
 import json
 import math
-import os
 import random
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner.common.background import python_environment
 from runner.common.errors import ConfigError, WorkerError
-from runner.common.files import cache_folder
+from runner.common.files import cache_folder, whole_folder
 from runner.config.run_config import RunConfig
 from runner.telemetry.progress import Progress
 
-# Raise it when anything below changes, so that an old cache is not taken for the new demo.
+# Increase it when anything below changes, so that an old demo in the cache is not used.
 VERSION = 1
 ROWS = 600
 SEED = 20240711
@@ -47,7 +46,7 @@ BACKBONE = {
 
 @dataclass(frozen=True, slots=True)
 class DemoFiles:
-    """Where the demo lies: the same files that a real job names."""
+    """The paths of the demo, as a user would name those of a real run."""
 
     folder: Path
 
@@ -66,7 +65,7 @@ class DemoFiles:
 
 
 def stand_in(config: RunConfig, progress: Progress) -> dict[str, Path]:
-    """Return field name -> file of the demo, for what a config leaves out: model, test set or both.
+    """Return field name -> demo file for what a config does not name: model, test set or both.
 
     Raises:
         ConfigError, WorkerError: as `ensure_demo`.
@@ -79,48 +78,50 @@ def stand_in(config: RunConfig, progress: Progress) -> dict[str, Path]:
 
 
 def ensure_demo(cache: Path, progress: Progress) -> DemoFiles:
-    """Return the demo's files under a cache folder, made now if this is their first use.
+    """Return the demo's files under a cache folder, after making them if this is their first use.
 
     Raises:
         ConfigError: the cache folder cannot be written to.
         WorkerError: the process that saves the preset failed.
     """
     folder = cache / f"demo-{VERSION}"
-    if not folder.is_dir():
-        aside = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        except OSError as error:
+    try:
+        if not folder.is_dir():
+            with whole_folder(folder) as made:
+                _make(made, progress)
+    except OSError as error:
+        if not folder.is_dir():  # else another run was faster
             raise ConfigError(
                 f"The demo is kept in {cache}, which cannot be written to ({error.strerror}). "
-                "Set XDG_CACHE_HOME to a folder that can, or name --preset and --input."
+                "Set XDG_CACHE_HOME to another folder, or name --preset and --input."
             ) from None
-        try:
-            progress.stage("making the demo test set and training its tokenizer (first use)")
-            rows = make_rows(ROWS, SEED)
-            write_test_set(aside / "test.csv", rows)
-            train_tokenizer(aside / "vocabulary.spm", [text for row in rows for text in row[1:]])
-            progress.stage(
-                "saving the demo preset, a small Gemma 2 with random weights (first use)"
-            )
-            _save_model_in_process(aside)
-            (aside / "vocabulary.spm").unlink()
-            try:
-                aside.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else another run was faster
-                    raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
     return DemoFiles(folder)
 
 
-def make_rows(count: int, seed: int) -> list[tuple[str, str, str, str]]:
-    """Return (id, prompt, response_a, response_b), each text a JSON list of turns.
+def _make(folder: Path, progress: Progress) -> None:
+    progress.stage("making the demo test set and training its tokenizer (first use)")
+    rows = make_rows(ROWS, SEED)
+    write_test_set(folder / "test.csv", rows)
+    vocabulary = folder / "vocabulary.spm"
+    train_tokenizer(vocabulary, [text for row in rows for text in row[1:]])
+    progress.stage("saving the demo preset, a small Gemma 2 with random weights (first use)")
+    done = subprocess.run(
+        [sys.executable, "-m", "runner.demo", str(folder)],
+        env=python_environment(),
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        last_line = (done.stderr.strip().splitlines() or [""])[-1]
+        raise WorkerError(f"The demo preset could not be made: {last_line}")
+    vocabulary.unlink()
 
-    Like the arena's: word frequencies after Zipf, log-normal lengths (a median near 300 words a
-    row, a long tail), some rows of two turns, some with a null turn, code or other scripts.
+
+def make_rows(count: int, seed: int) -> list[tuple[str, str, str, str]]:
+    """Return rows (id, prompt, response_a, response_b), each text a JSON list of turns.
+
+    They resemble the arena's: Zipf's word frequencies, log-normal lengths (a median near 300 words
+    a row, a long tail), some rows of two turns, some with a null turn, code or other scripts.
     """
     rng = random.Random(seed)
     words = _make_words(rng, 3000)
@@ -157,7 +158,8 @@ def train_tokenizer(
     start: str = "<bos>",
     end: str = "<eos>",
 ) -> None:
-    """Train a SentencePiece model with byte fallback and Gemma's ids for its special tokens."""
+    """Write a SentencePiece model trained on texts, with byte fallback and Gemma's ids for its
+    special tokens."""
     import sentencepiece
 
     with open(path, "wb") as file:
@@ -183,9 +185,9 @@ def train_tokenizer(
 def save_model(
     folder: Path, vocabulary: Path, backbone: dict[str, Any], seed: int, classes: int = CLASSES
 ) -> None:
-    """Save a random preset, a LoRA file and a head in the real on-disk formats.
+    """Save a random Gemma preset, a LoRA file and a head in the formats of real ones.
 
-    The LoRA update and the head are large enough that every row gets its own probabilities.
+    The LoRA update and the head are large enough that every row gets different probabilities.
     """
     import keras
     import keras_hub
@@ -207,20 +209,6 @@ def save_model(
     hidden = backbone["hidden_dim"]
     np.save(folder / "head_kernel.npy", rng.normal(0, 0.2, (hidden, classes)).astype(np.float32))
     np.save(folder / "head_bias.npy", rng.normal(0, 0.1, classes).astype(np.float32))
-
-
-def _save_model_in_process(folder: Path) -> None:
-    repository = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, [repository, os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-m", "runner.demo", str(folder)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        last_line = (done.stderr.strip().splitlines() or [""])[-1]
-        raise WorkerError(f"The demo preset could not be made: {last_line}")
 
 
 def _make_words(rng: random.Random, count: int) -> list[str]:

@@ -1,23 +1,23 @@
-"""A float preset and a LoRA file -> a preset directory that is merged and quantized, made once.
+"""A float preset or checkpoint, and a LoRA file -> a merged and quantized preset directory.
 
-The directory is an ordinary KerasHub preset, and appears under its name when it is whole. All is
-done in this process, on the CPU, one layer in float at a time. A checkpoint of Hugging Face
-transformers is converted to a preset before.
+The result is an ordinary KerasHub preset, which appears under its name when it is complete. The
+work is done in this process, on the CPU, with one layer in float at a time. A checkpoint of Hugging
+Face transformers is converted to a preset first. Does not know how a preset is used in a run.
 """
 
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from runner.common.errors import ConfigError
+from runner.common.files import whole_folder
 from runner.common.records import Examples, ModelSpec
+from runner.common.units import mb
 from runner.config.run_config import PrepareConfig
 from runner.config.task import Task
 from runner.model.accuracy import compare, describe, reference_batch
@@ -26,15 +26,15 @@ from runner.preset.reader import ACCURACY_FILE, Preset, check_lora, checkpoint_t
 from runner.preset.resolve import check_head, settle
 from runner.telemetry.progress import Progress
 
-# Beside the weights and the backbone's own config.
+# What is copied from the float preset, beside the weights and the backbone's config that are made.
 COPIED = ("tokenizer.json", "preprocessor.json", "assets", TASK, TASK_WEIGHTS)
 
 
 def prepare(config: PrepareConfig, *, started: float | None = None) -> Preset:
-    """Write the preset that `config` asks for and return what it holds.
+    """Write the preset that `config` asks for, print a summary, and return what it holds.
 
     Raises:
-        ConfigError, DataError: the person's to mend; nothing was written.
+        ConfigError, DataError: the user can fix it; nothing was written.
     """
     started = time.monotonic() if started is None else started
     _check_output(config.output)
@@ -56,9 +56,14 @@ def prepare(config: PrepareConfig, *, started: float | None = None) -> Preset:
     )
     named = config.head_kernel or preset.classifier
     has_head = named is not None or config.task.head == "none"
-    with Progress(started=started) as progress, _appears_whole(config.output) as folder:
+    with Progress(started=started) as progress, whole_folder(config.output) as folder:
         progress.stage(f"loading {preset.path}")
-        backbone = _load(spec)
+        _start_keras()
+        from runner.model.loading import load_backbone
+
+        backbone = load_backbone(
+            spec.preset, spec.lora_weights, dtype=spec.dtype, quantization=spec.quantization
+        )
         progress.stage(f"writing {config.output}")
         backbone.save_to_preset(str(folder))
         for name in COPIED:
@@ -73,12 +78,8 @@ def prepare(config: PrepareConfig, *, started: float | None = None) -> Preset:
         if spec.quantization:
             (folder / ACCURACY_FILE).write_text(json.dumps(figures, indent=1) + "\n")
     made = read_preset(config.output)
-    before, after = (
-        sum(path.stat().st_size for path in files)
-        for files in (preset.weight_files, made.weight_files)
-    )
     print(
-        f"{config.output}: {after / 1e6:,.0f} MB of weights from {before / 1e6:,.0f} MB, "
+        f"{config.output}: {mb(made.stored_bytes)} of weights from {mb(preset.stored_bytes)}, "
         f"{'LoRA merged, ' if config.lora_weights else ''}{made.quantization or 'not quantized'}, "
         f"the rest in {spec.dtype}; {time.monotonic() - started:.1f} s",
         flush=True,
@@ -89,7 +90,7 @@ def prepare(config: PrepareConfig, *, started: float | None = None) -> Preset:
 
 
 def _convert(config: PrepareConfig, started: float) -> Preset:
-    """Make a preset of a checkpoint, and go on from it where more is asked for."""
+    """Convert a checkpoint to a preset, and prepare that one if more is asked for."""
     is_all = config.quantization == "none" and config.lora_weights is None
     made = config.output
     if not is_all:
@@ -98,16 +99,15 @@ def _convert(config: PrepareConfig, started: float) -> Preset:
     from runner.model.checkpoints import convert
 
     try:
-        with Progress(started=started) as progress, _appears_whole(made) as folder:
+        with Progress(started=started) as progress, whole_folder(made) as folder:
             progress.stage(f"converting {config.preset}")
             dtype = "float32" if config.dtype == "auto" else config.dtype
             convert(config.preset, folder, dtype=dtype)
         if not is_all:
             return prepare(replace(config, preset=made), started=started)
         preset = read_preset(made)
-        size = sum(path.stat().st_size for path in preset.weight_files)
         print(
-            f"{made}: {size / 1e6:,.0f} MB of weights of a {preset.class_name} in {dtype}; "
+            f"{made}: {mb(preset.stored_bytes)} of weights of a {preset.class_name} in {dtype}; "
             f"{time.monotonic() - started:.1f} s",
             flush=True,
         )
@@ -121,11 +121,11 @@ def _check_output(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output must be a new or an empty folder. Received: {output}")
     if not output.resolve().parent.is_dir():
-        raise ConfigError(f"--output must lie in a folder that exists. Received: {output}")
+        raise ConfigError(f"--output must be in a folder that exists. Received: {output}")
 
 
 def _check(config: PrepareConfig) -> Preset:
-    """Find what can be found before the work."""
+    """Check the files before the work; return what the float preset holds."""
     preset = read_preset(config.preset)
     if preset.quantization is not None:
         raise ConfigError(
@@ -136,7 +136,7 @@ def _check(config: PrepareConfig) -> Preset:
         check_lora(config.lora_weights, preset.shape)
     named = config.head_kernel or preset.classifier
     if named is not None and config.task.head != "none" and config.quantization != "none":
-        check_head(preset, config.head_kernel, config.head_bias, config.task)  # to measure with
+        check_head(preset, config.head_kernel, config.head_bias, config.task)  # for the comparison
     return preset
 
 
@@ -147,19 +147,10 @@ def _start_keras() -> None:
     prepare_process(WorkerSlot(0, "cpu"), verbose=False)
 
 
-def _load(spec: ModelSpec) -> Any:
-    _start_keras()
-    from runner.model.loading import load_backbone
-
-    return load_backbone(
-        spec.preset, spec.lora_weights, dtype=spec.dtype, quantization=spec.quantization
-    )
-
-
 def _measure(
     config: PrepareConfig, spec: ModelSpec, preset: Preset, backbone: Any
 ) -> dict[str, Any]:
-    """Compare the quantized model with float32 on the first rows."""
+    """Compare the quantized model with float32 on a few rows; return what `compare` does."""
     from runner.data.inputs import read_rows, render, to_tokens
     from runner.model.predictor import Predictor
     from runner.model.worker import load_head, predict_in_float
@@ -180,25 +171,13 @@ def _measure(
     reference = predict_in_float(spec, *arrays)
     seconds = time.monotonic() - started
     figures = compare(quantized, reference, seconds=seconds, head=spec.head)
-    rows = f"{config.input.name}" if config.input is not None else "made-up rows"
+    rows = config.input.name if config.input is not None else "made-up rows"
     return figures | {"measured": f"on {rows}, when the preset was prepared"}
 
 
 def _made_up(task: Task) -> Examples:
-    """Return a few rows in the contest's manner, whatever a task calls its columns."""
+    """Return a few rows of the demo's kind under a task's column names."""
     from runner.demo import make_rows
 
     ids, *columns = zip(*make_rows(8, seed=0), strict=True)
     return Examples(ids, dict(zip(task.text_columns, cycle(columns), strict=False)))
-
-
-@contextmanager
-def _appears_whole(output: Path) -> Iterator[Path]:
-    """Yield a folder aside that is renamed to `output` at the end, or removed."""
-    aside = output.resolve().with_name(f".{output.name}.{os.getpid()}.partial")
-    aside.mkdir()
-    try:
-        yield aside
-        os.replace(aside, output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -9,6 +9,7 @@ Pure bookkeeping over rows and batches: does not know workers, time or answers.
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 
 from sharding.batches import Batch, BatchShape
@@ -28,7 +29,8 @@ class Backlog:
 
     A row is in exactly one of them; `rows_left` are those not done, `given_up` those that no
     replica can compute, with the reason. A decision looks at shapes and replicas, never at every
-    batch; `version` grows whenever what `shapes` says may have changed.
+    batch; `version` grows whenever what `shapes` says may have changed. One class, though a long
+    one: each method moves batches between the same three places.
 
     Args:
         batches: in the order of work.
@@ -50,11 +52,10 @@ class Backlog:
         self._shards: dict[int, BatchQueue] = {}
         # Of each shape the batches that wait, wherever.
         self._waiting: Counter[BatchShape] = Counter()
-        # Batch index -> the replicas that compute it.
-        self._under_way: dict[int, list[int]] = {}
-        self._batches_under_way: dict[int, Batch] = {}
+        self._under_way = _UnderWay()
+        self._budgets = _Budgets()
+        # Of each suspect, by its index: how often it failed.
         self._setbacks: dict[int, int] = {}
-        self._budgets: dict[int, int] = {}
         self.next_index = first_index
         self.version = 0
         self.given_up: dict[int, str] = {}
@@ -71,11 +72,11 @@ class Backlog:
         return chain(*self._shards.values(), self._queue, self._suspects)
 
     def counts(self) -> Mapping[BatchShape, int]:
-        """Return how many batches of each shape nobody computes now; empty where none waits."""
+        """Return how many batches of each shape nobody computes now; empty if none waits."""
         return self._waiting
 
     def last_shape(self) -> BatchShape | None:
-        """Return the shape of the last of the batches that wait, None where none does."""
+        """Return the shape of the last of the batches that wait, None if none does."""
         if self._suspects:
             return self._suspects[-1].shape
         queues = chain([self._queue], reversed(self._shards.values()))
@@ -83,11 +84,11 @@ class Backlog:
 
     def under_way(self) -> Iterator[Batch]:
         """Batches that some replica computes now."""
-        return iter(self._batches_under_way.values())
+        return iter(self._under_way)
 
     def replicas_of(self, batch: Batch) -> tuple[int, ...]:
         """The replicas that compute a batch now, the first one first."""
-        return tuple(self._under_way.get(batch.index, ()))
+        return self._under_way.replicas_of(batch)
 
     def is_suspect(self, batch: Batch) -> bool:
         """Whether a batch was under way when a replica failed, and so is computed alone."""
@@ -99,12 +100,12 @@ class Backlog:
         own = self._shards[replica].shapes() if replica in self._shards else ()
         suspects = (batch.shape for batch in self._suspects)
         ordered = chain(own, self._queue.shapes(), suspects, self._waiting)
-        return tuple(dict.fromkeys(self._fitted(shape, replica) for shape in ordered))
+        return tuple(dict.fromkeys(self._budgets.fitted(shape, replica) for shape in ordered))
 
     def take(
         self, replica: int, *, runnable: Runnable, alone: bool, share: float = 1.0
     ) -> Batch | None:
-        """Return the next batch of a replica, now under way; None where it has to wait.
+        """Return the next batch of a replica, now under way; None if it has to wait.
 
         Args:
             runnable: whether the replica has a program for a shape.
@@ -117,52 +118,44 @@ class Backlog:
         if not shard and not self._queue:
             self._steal(shard, replica, runnable)
         if shard:
-            if not runnable(self._fitted(shard.first.shape, replica)):
+            if not runnable(self._budgets.fitted(shard.first.shape, replica)):
                 return None
-            first, *others = self._start(shard.popleft(), replica)
-            for piece in reversed(others):
-                shard.appendleft(piece)
-            return first
-        if alone:
-            for place, suspect in enumerate(self._suspects):
-                if runnable(self._fitted(suspect.shape, replica)):
-                    del self._suspects[place]
-                    first, *others = self._start(suspect, replica)
-                    for piece in reversed(others):
-                        self._suspects.insert(place, piece)
-                    return first
+            return self._start(shard.popleft(), replica, shard.appendleft)
+        for place, suspect in enumerate(self._suspects if alone else ()):
+            if runnable(self._budgets.fitted(suspect.shape, replica)):
+                del self._suspects[place]
+                return self._start(suspect, replica, partial(self._suspects.insert, place))
         return None
 
     def copy(self, batch: Batch, replica: int) -> None:
         """A second replica computes a batch that is under way; the first answer counts."""
-        self._under_way[batch.index].append(replica)
+        self._under_way.add(batch, replica)
 
     def finish(self, batch: Batch) -> bool:
         """An answer came; return whether it is the first for this batch."""
-        if self._under_way.pop(batch.index, None) is None:
+        if not self._under_way.end(batch):
             return False
-        del self._batches_under_way[batch.index]
         self._setbacks.pop(batch.index, None)
         self.rows_left.difference_update(batch.rows)
         return True
 
     def put_back(self, batch: Batch, replica: int) -> None:
         """A replica gave a batch back unharmed: it is the next to be pulled."""
-        if self._leave(batch, replica):
+        if self._under_way.leave(batch, replica):
             (self._suspects if self.is_suspect(batch) else self._queue).appendleft(batch)
             self._count(batch.shape, 1)
 
     def setback(self, batch: Batch, replica: int, reason: str) -> str | None:
-        """A replica failed while a batch was under way. Return what became of it, in words, where
+        """A replica failed while a batch was under way. Return what became of it, in words, if
         it is more than another try.
 
         Args:
             reason: why a row is given up, if it comes to that.
         """
         count = self._setbacks.get(batch.index, 0) + 1
-        if batch.index in self._under_way:
+        if self.replicas_of(batch):
             self._setbacks[batch.index] = count
-        if not self._leave(batch, replica):
+        if not self._under_way.leave(batch, replica):
             return None
         is_one = len(batch.rows) == 1
         if count < (MOST_SETBACKS_OF_A_ROW if is_one else MOST_SETBACKS):
@@ -188,17 +181,15 @@ class Backlog:
         given up.
 
         Returns:
-            The new budget, in tokens; 0 where the row was given up, None where another replica
+            The new budget, in tokens; 0 if the row was given up, None if another replica
             still computes it.
         """
         if batch.shape.rows == 1:
-            if not self._leave(batch, replica):
+            if not self._under_way.leave(batch, replica):
                 return None
             self._give_up(batch, reason)
             return 0
-        budget = (batch.shape.rows // 2) * batch.shape.length
-        for number in replicas:
-            self._budgets[number] = min(budget, self._budgets.get(number, budget))
+        budget = self._budgets.halve(batch.shape, replicas)
         self.version += 1
         self.put_back(batch, replica)
         return budget
@@ -249,7 +240,7 @@ class Backlog:
         """Move the first run of batches that a replica can begin now from the queue."""
 
         def is_first(shape: BatchShape) -> bool:
-            return runnable(self._fitted(shape, replica))
+            return runnable(self._budgets.fitted(shape, replica))
 
         size = shard_size(
             (self._cost(batch.shape) for batch in self._queue.after(is_first)),
@@ -265,14 +256,13 @@ class Backlog:
             return
         others = (other for number, other in self._shards.items() if number != replica and other)
         largest = max(others, key=lambda other: other.cost(self._cost), default=None)
-        if largest and runnable(self._fitted(largest.last.shape, replica)):
+        if largest and runnable(self._budgets.fitted(largest.last.shape, replica)):
             shard.append(largest.pop())
 
-    def _start(self, batch: Batch, replica: int) -> list[Batch]:
-        """Begin a batch that waited, cut to the replica's budget; the other pieces go on waiting.
-        Return the one that is under way, and those."""
+    def _start(self, batch: Batch, replica: int, put_back: Callable[[Batch], None]) -> Batch:
+        """Begin a batch that waited, cut to the replica's budget; put the other pieces back."""
         self._count(batch.shape, -1)
-        fitted = self._fitted(batch.shape, replica)
+        fitted = self._budgets.fitted(batch.shape, replica)
         pieces = [batch]
         if fitted != batch.shape:
             setbacks = self._setbacks.pop(batch.index, None)
@@ -280,15 +270,11 @@ class Backlog:
             self._count(fitted, len(pieces) - 1)
             if setbacks is not None:
                 self._setbacks |= {piece.index: setbacks for piece in pieces}
-        self._under_way[pieces[0].index] = [replica]
-        self._batches_under_way[pieces[0].index] = pieces[0]
-        return pieces
-
-    def _fitted(self, shape: BatchShape, replica: int) -> BatchShape:
-        budget = self._budgets.get(replica)
-        if budget is None or shape.tokens <= budget:
-            return shape
-        return replace(shape, rows=max(1, budget // shape.length))
+        first, *others = pieces
+        self._under_way.add(first, replica)
+        for piece in reversed(others):
+            put_back(piece)
+        return first
 
     def _cut(self, batch: Batch, rows: int) -> list[Batch]:
         """Cut a batch into pieces of one shape, `rows` rows each but for the last."""
@@ -300,18 +286,57 @@ class Backlog:
         self.next_index += 1
         return replace(batch, index=self.next_index - 1)
 
-    def _leave(self, batch: Batch, replica: int) -> bool:
-        """A replica no longer computes a batch; return whether nobody does and it is not done."""
-        replicas = self._under_way.get(batch.index)
-        if replicas is None:
-            return False
-        replicas.remove(replica)
-        if replicas:
-            return False
-        del self._under_way[batch.index], self._batches_under_way[batch.index]
-        return True
-
     def _give_up(self, batch: Batch, reason: str) -> None:
         self._setbacks.pop(batch.index, None)
         self.rows_left.difference_update(batch.rows)
         self.given_up |= dict.fromkeys(batch.rows, reason)
+
+
+class _UnderWay:
+    """Batches that are computed now, and by which replicas."""
+
+    def __init__(self) -> None:
+        # By batch index; the replica that began it comes first.
+        self._found: dict[int, tuple[Batch, list[int]]] = {}
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (batch for batch, _ in self._found.values())
+
+    def replicas_of(self, batch: Batch) -> tuple[int, ...]:
+        return tuple(self._found[batch.index][1]) if batch.index in self._found else ()
+
+    def add(self, batch: Batch, replica: int) -> None:
+        self._found.setdefault(batch.index, (batch, []))[1].append(replica)
+
+    def end(self, batch: Batch) -> bool:
+        """Nobody needs to compute a batch any longer; return whether anybody did."""
+        return self._found.pop(batch.index, None) is not None
+
+    def leave(self, batch: Batch, replica: int) -> bool:
+        """A replica no longer computes a batch; return whether nobody does and it is not done."""
+        if batch.index not in self._found:
+            return False
+        replicas = self._found[batch.index][1]
+        replicas.remove(replica)
+        return not replicas and self.end(batch)
+
+
+class _Budgets:
+    """The tokens of a batch that fit the memory of each replica whose memory was once short."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[int, int] = {}
+
+    def halve(self, shape: BatchShape, replicas: Iterable[int]) -> int:
+        """A batch does not fit: return half of its tokens, from now on the most of replicas."""
+        budget = (shape.rows // 2) * shape.length
+        for number in replicas:
+            self._tokens[number] = min(budget, self._tokens.get(number, budget))
+        return budget
+
+    def fitted(self, shape: BatchShape, replica: int) -> BatchShape:
+        """Return a shape with no more rows than fit a replica."""
+        budget = self._tokens.get(replica)
+        if budget is None or shape.tokens <= budget:
+            return shape
+        return replace(shape, rows=max(1, budget // shape.length))

@@ -62,14 +62,14 @@ def plan_batches(
 
     A batch takes its padded length from its longest row and as many of the next rows as its shape
     holds. There is one shape at most for each bucket, of as many rows as the budget allows, or up
-    to a quarter fewer where that leaves less of a last batch to rows of the next bucket, which
+    to a quarter fewer if that leaves less of a last batch to rows of the next bucket, which
     are padded further there than they need. Only the very last batch can be short of rows.
 
     Args:
         lengths: (rows,) token counts.
         buckets: padded lengths, ascending; the last holds the longest row.
-        max_tokens_per_batch: rows x padded length of a batch, except where one row alone is more.
-        rows: the row of each length, ascending; None where they are all rows.
+        max_tokens_per_batch: rows x padded length of a batch, except if one row alone is more.
+        rows: the row of each length, ascending; None if they are all rows.
         known: shapes that are compiled already: their lengths keep their rows.
     """
     if max_tokens_per_batch < 1:

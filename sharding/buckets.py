@@ -28,12 +28,12 @@ def choose_buckets(
     (vector units like even shapes) and `sequence_length` itself. For each number of buckets the
     choice with the smallest sum of costs is found by dynamic programming over the length
     histogram, in O(max_buckets * candidates^2). Up to `FREE_BUCKETS` are taken as they are, more
-    only where they save more than the compiles of their shapes cost.
+    only if they save more than the compiles of their shapes cost.
 
     Args:
         lengths: (rows,) token counts, each at most `sequence_length`.
         sequence_length: the longest padded length there may be.
-        cost: of a row padded to a length; padded tokens where none is given.
+        cost: of a row padded to a length; padded tokens if none is given.
         cost_of_shape: what a shape beyond `FREE_BUCKETS` costs, in the same unit.
         max_buckets: the most there may be.
 

@@ -20,7 +20,7 @@ COMPILE_S_PER_LAYER = 0.3
 class ModelShape:
     """The dimensions of a backbone that decide what it costs.
 
-    intermediate_dim: the width of the feed-forward part, where it is gated of one of its two
+    intermediate_dim: the width of the feed-forward part, if it is gated of one of its two
     projections. is_gated: two projections up and one down, as decoders have, else one and one.
     is_causal: a token sees those before it alone. relative_positions: of DeBERTa, the embedded
     distances that every query and every key is compared with.

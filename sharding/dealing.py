@@ -6,15 +6,17 @@ replicas and the simulated ones (`benchmarks/simulated.py`) are dealt to by it a
 know workers, answers, or what time it is; it is told.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from dataclasses import dataclass, field
 
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape
 from sharding.forecast import Pace
-from sharding.rates import Rates
+from sharding.rates import Intervals, Rates
 
+# One batch computes while the next waits at the replica.
+BATCHES_IN_FLIGHT = 2
 # A batch is overdue that takes so many times as long as it should and so many seconds more.
 OVERDUE_FACTOR, OVERDUE_S = 3.0, 1.0
 # One compiles a shape and the others wait to read it from the cache, but no longer than that.
@@ -35,43 +37,46 @@ COMPILES_S = 3.0
 LOOK_S = 0.1
 
 
-class Standing(Protocol):
-    """How a replica stands; times by the clock that the dealer is told.
+@dataclass(eq=False)
+class ReplicaState:
+    """What a replica was given and what it has done; times by the clock that the dealer is told.
 
-    in_flight: what it was given, the oldest first. warm, used: the shapes of which it has a
-    program, and has finished a batch. compiling: a shape, since `compiling_since`. finished_at: the
-    last batch. start_s: what it took to be ready, None before it ever was. members: how many
-    batches it has under way one behind the other, at its stages.
+    members: how many batches it computes at a time, one at each stage. in_flight: what it was
+    given, the oldest first. warm, used: shapes for which it has a program, and of which it has
+    finished a batch. compiling: a shape, since `compiling_since`. finished_at: its last batch.
+    start_s: what its start took, None until it has been ready once.
     """
 
-    @property
-    def number(self) -> int: ...
-    @property
-    def node(self) -> str: ...
-    @property
-    def members(self) -> int: ...
-    @property
-    def in_flight(self) -> Sequence[Batch]: ...
-    @property
-    def most_in_flight(self) -> int: ...
-    @property
-    def warm(self) -> set[BatchShape]: ...
-    @property
-    def used(self) -> set[BatchShape]: ...
-    @property
-    def compiling(self) -> BatchShape | None: ...
-    @property
-    def compiling_since(self) -> float: ...
-    @property
-    def finished_at(self) -> float: ...
-    @property
-    def spawned_at(self) -> float: ...
-    @property
-    def is_ready(self) -> bool: ...
-    @property
-    def start_s(self) -> float | None: ...
-    @property
-    def given_up(self) -> bool: ...
+    number: int
+    node: str = ""
+    members: int = 1
+    most_in_flight: int = BATCHES_IN_FLIGHT
+    in_flight: deque[Batch] = field(default_factory=deque)
+    warm: set[BatchShape] = field(default_factory=set)
+    used: set[BatchShape] = field(default_factory=set)
+    compiling: BatchShape | None = None
+    compiling_since: float = 0.0
+    compile_times: Intervals = field(default_factory=Intervals)
+    finished_at: float = 0.0
+    spawned_at: float = 0.0
+    is_ready: bool = False
+    start_s: float | None = None
+    given_up: bool = False
+
+    def begin_compiling(self, shape: BatchShape, now: float) -> None:
+        self.compiling, self.compiling_since = shape, now
+        self.compile_times.begin(now)
+
+    def end_compiling(self, now: float) -> None:
+        self.compiling = None
+        self.compile_times.end(now)
+
+    def clear(self, now: float) -> None:
+        """Its process has ended, and with it everything that it had."""
+        for left in (self.in_flight, self.warm, self.used):
+            left.clear()
+        self.end_compiling(now)
+        self.is_ready = False
 
 
 class Dealer:
@@ -90,7 +95,7 @@ class Dealer:
         self,
         backlog: Backlog,
         rates: Rates,
-        replicas: Sequence[Standing],
+        replicas: Sequence[ReplicaState],
         *,
         patience_s: float = float("inf"),
     ) -> None:
@@ -107,15 +112,15 @@ class Dealer:
         self._late, self._late_at = _Late(), float("-inf")
         # Shapes that some replica compiles; one is enough for a copy.
         self._compiled_to_copy: set[BatchShape] = set()
-        self._by_node: dict[str, list[Standing]] = {}
+        self._by_node: dict[str, list[ReplicaState]] = {}
         self.copied_batches = 0
 
-    def is_settled(self, replica: Standing) -> bool:
+    def is_settled(self, replica: ReplicaState) -> bool:
         """Whether there is nothing that a replica could be given now."""
         return len(replica.in_flight) >= replica.most_in_flight and self._has_all(replica)
 
-    def next_batch(self, replica: Standing, now: float) -> Batch | None:
-        """Return what a replica computes next, which then is under way; None where it has enough,
+    def next_batch(self, replica: ReplicaState, now: float) -> Batch | None:
+        """Return what a replica computes next, which then is under way; None if it has enough,
         or has to wait."""
         backlog, in_flight = self._backlog, replica.in_flight
         if len(in_flight) >= replica.most_in_flight or any(map(backlog.is_suspect, in_flight)):
@@ -135,15 +140,15 @@ class Dealer:
             given_at[batch.index] = now
         return batch
 
-    def next_shape(self, replica: Standing, now: float) -> BatchShape | None:
-        """Return the shape that a replica compiles next; None where it has them all, compiles
+    def next_shape(self, replica: ReplicaState, now: float) -> BatchShape | None:
+        """Return the shape that a replica compiles next; None if it has them all, compiles
         already, or others compile those that it lacks: then they will be in the cache."""
         if replica.compiling is not None:
             return None
         if self._has_all(replica):
             return self._shape_to_copy(replica, now)
         if replica.in_flight and not self._rates.is_measured(replica.number):
-            return None  # what a batch takes is known sooner where no compiler is beside it
+            return None  # what a batch takes is known sooner if no compiler is beside it
         lacking = [one for one in self.shapes(replica) if one not in replica.warm]
         if not lacking:
             self._complete[replica.number] = (self._backlog.version, len(replica.warm))
@@ -157,11 +162,11 @@ class Dealer:
         elsewhere -= self._compiled[replica.node]
         return next((shape for shape in lacking if shape not in elsewhere), None)
 
-    def shapes(self, replica: Standing) -> tuple[BatchShape, ...]:
+    def shapes(self, replica: ReplicaState) -> tuple[BatchShape, ...]:
         """Return the shapes that a replica may still be given, in the order of first use."""
         return self._backlog.shapes(replica.number)
 
-    def compiled(self, replica: Standing, shape: BatchShape) -> None:
+    def compiled(self, replica: ReplicaState, shape: BatchShape) -> None:
         """A replica has compiled a shape: others on its node find it in the cache."""
         self._compiled[replica.node].add(shape)
 
@@ -176,7 +181,7 @@ class Dealer:
 
         Args:
             shapes: those that are to come, None for those of the backlog.
-            compile_s: the seconds of one, where so many replicas share a cache.
+            compile_s: the seconds of one, if so many replicas share a cache.
         """
         starts = [one.start_s for one in self._replicas if one.start_s is not None]
         slowest_start_s = max(starts, default=None)
@@ -204,12 +209,12 @@ class Dealer:
             paces.append(Pace(self._rates.speed(replica.number), delay_s))
         return paces
 
-    def began(self, replica: Standing, batch: Batch) -> float:
+    def began(self, replica: ReplicaState, batch: Batch) -> float:
         """Return when a replica began a batch, the oldest that it has in flight."""
         # One that is left from a run before has no row that is missing: it was given long ago.
         return max(self._given_at[replica.number].get(batch.index, 0.0), replica.finished_at)
 
-    def batch_limit_s(self, replica: Standing, batch: Batch, left_s: float) -> float:
+    def batch_limit_s(self, replica: ReplicaState, batch: Batch, left_s: float) -> float:
         """Return the seconds that a batch may take before its replica is taken to hang.
 
         Args:
@@ -225,7 +230,7 @@ class Dealer:
         # While one compiles, a batch has half of the cores.
         return limit if replica.compiling is None else 2 * limit
 
-    def _overdue_s(self, replica: Standing, now: float) -> float:
+    def _overdue_s(self, replica: ReplicaState, now: float) -> float:
         """Return how much later a replica may be that is at a batch for far longer than it should:
         as long again, and then it may have to be replaced."""
         if replica.compiling is not None or not replica.in_flight:
@@ -238,12 +243,12 @@ class Dealer:
         is_overdue = took > OVERDUE_FACTOR * expected + OVERDUE_S
         return took + (replica.start_s or 0.0) if is_overdue else 0.0
 
-    def _has_all(self, replica: Standing) -> bool:
+    def _has_all(self, replica: ReplicaState) -> bool:
         """Whether a replica was found to have a program of every shape, and nothing changed."""
         found = self._complete.get(replica.number)
         return found == (self._backlog.version, len(replica.warm))
 
-    def _share(self, replica: Standing, now: float) -> float:
+    def _share(self, replica: ReplicaState, now: float) -> float:
         """The replica's part of the speed of all."""
         if now - self._looked_at >= LOOK_S:
             self._looked_at = now
@@ -254,7 +259,7 @@ class Dealer:
             return 1 / max(1, self._alive)
         return min(1.0, own / self._speed_of_all)
 
-    def _shape_to_copy(self, replica: Standing, now: float) -> BatchShape | None:
+    def _shape_to_copy(self, replica: ReplicaState, now: float) -> BatchShape | None:
         """Return the shape of a batch that this idle replica would end sooner than the one that
         computes it, compiling included; nothing waits of that shape, and so it has no program."""
         if replica.in_flight or self._backlog.counts():
@@ -269,7 +274,7 @@ class Dealer:
                 return shape
         return None
 
-    def _copy(self, replica: Standing, now: float) -> Batch | None:
+    def _copy(self, replica: ReplicaState, now: float) -> Batch | None:
         """Return a batch that this idle replica would end sooner than the one that computes it: the
         first answer counts, so that no row waits for a slow or hung worker."""
         self._look_for_late(now)
@@ -308,7 +313,7 @@ class Dealer:
     def _may_be_copied(self, batch: Batch) -> bool:
         return len(self._backlog.replicas_of(batch)) == 1 and not self._backlog.is_suspect(batch)
 
-    def _on(self, node: str) -> Sequence[Standing]:
+    def _on(self, node: str) -> Sequence[ReplicaState]:
         if sum(map(len, self._by_node.values())) != len(self._replicas):
             self._by_node = defaultdict(list)
             for one in self._replicas:

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 TERA, GIGA = 1e12, 1e9
 
-# Of the nominal rate, where nobody's measurement is at hand: A100, H100 and H200 sustain 0.78 to
+# Of the nominal rate, if nobody's measurement is at hand: A100, H100 and H200 sustain 0.78 to
 # 0.80 of theirs.
 SUSTAINED_SHARE = 0.78
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Matmul FLOP/s of one dtype; `measured` is None where no figure is known."""
+    """Matmul FLOP/s of one dtype; `measured` is None if no figure is known."""
 
     nominal: float
     measured: float | None = None
@@ -33,7 +33,7 @@ class DeviceModel:
 
     rates: dtype -> Rate, of the dtypes it computes in; int8 products are summed in 32 bits.
     link, link_bytes_per_s: between two of them, one way.
-    usual_count: how many of them one machine commonly has, where the person does not say.
+    usual_count: how many of them one machine commonly has, if the user does not say.
     pattern: of the name that the driver reports.
     """
 
@@ -222,7 +222,7 @@ ALIASES = {"v5e-8": "v5e", "a100-40gb": "a100", "v3": "v3-8", "tpu-v5e": "v5e", 
 
 
 def find_model(name: str) -> DeviceModel:
-    """Return the entry of a name that a person gave.
+    """Return the entry of a name that a user gave.
 
     Raises:
         ValueError: the table has no such device.
@@ -235,7 +235,7 @@ def find_model(name: str) -> DeviceModel:
 
 
 def recognize(reported: str, memory_bytes: float | None = None) -> DeviceModel | None:
-    """Return the entry of a name as its driver reports it, None where the table has none."""
+    """Return the entry of a name as its driver reports it, None if the table has none."""
     for device in DEVICES.values():
         if re.search(device.pattern, reported, re.IGNORECASE):
             if device.name == "a100-80gb" and memory_bytes and memory_bytes < 60 * GIGA:

@@ -28,7 +28,7 @@ class Pace:
 
 
 def seconds_left(backlog: Backlog, rates: Rates, paces: Sequence[Pace]) -> float | None:
-    """Return the seconds until all rows have an answer, None where nothing is known yet.
+    """Return the seconds until all rows have an answer, None if nothing is known yet.
 
     Of the batches of a replica the first is half done, those in line behind it are not begun. At
     the end, when the first replica finds nothing to do, half of a batch is left to each of the
@@ -55,7 +55,7 @@ def work_of_shapes(counts: Mapping[BatchShape, int], rates: Rates) -> float:
 
 
 def seconds_of(work: float, paces: Sequence[Pace]) -> float | None:
-    """Return the seconds in which replicas do so much work together, None where none can.
+    """Return the seconds in which replicas do so much work together, None if none can.
 
     Each begins after its delay, and one that would begin after the others have ended has no part.
     """

@@ -99,7 +99,7 @@ FIRST_WITH_BFLOAT16 = 8.0
 
 def named_by_jax(platforms: str) -> str:
     """Return the kind that JAX_PLATFORMS names first, as it is if unknown; empty for none."""
-    wanted = platforms.split(",")[0]
+    wanted = platforms.partition(",")[0]
     return next((kind.name for kind in KINDS.values() if kind.platform == wanted), wanted)
 
 

@@ -34,8 +34,8 @@ class WeightLayout:
     """How one weight lies over its group.
 
     axes: one mesh axis or None for each dim; ("model", None, None) splits dim 0.
-    rule: the pattern that claimed the weight, "" where none did and it is replicated by size.
-    reason: "" where it is split, else why it is replicated on purpose.
+    rule: the pattern that claimed the weight, "" if none did and it is replicated by size.
+    reason: "" if it is split, else why it is replicated on purpose.
     """
 
     path: str
@@ -49,8 +49,8 @@ class Rule:
     """One line of a family's table.
 
     pattern: a regex that must match the whole path.
-    reason: why every device holds the weight whole; "" where a dim is split.
-    if_uneven: why it is whole where its dim does not divide by the group size; "" where that is an
+    reason: why every device holds the weight whole; "" if a dim is split.
+    if_uneven: why it is whole if its dim does not divide by the group size; "" if that is an
     error. `{size}` and `{group_size}` are filled in.
     """
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from sharding.batches import BatchShape
 from sharding.costs import ModelShape
 from sharding.kinds import KINDS
-from sharding.stages import Stage, cut_stages
+from sharding.stages import StageLayers, cut_stages
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Of a weight, its scales (and zero points) left out.
@@ -48,7 +48,7 @@ def value_item_bytes(dtype: str, quantization: str) -> int:
 
 def cut_layers(
     shape: ModelShape, members: int, item_bytes: float, memory_bytes: float | None
-) -> tuple[Stage, ...]:
+) -> tuple[StageLayers, ...]:
     """Return the stages of a pipeline.
 
     Args:

@@ -124,7 +124,7 @@ class Rates:
         return self._undisturbed.get(replica, 0) >= ENOUGH_BATCHES
 
     def speed(self, replica: int) -> float:
-        """Return cost a second at a factor of one; 0 where nothing is known of a replica."""
+        """Return cost a second at a factor of one; 0 if nothing is known of a replica."""
         if replica in self._speeds:
             return self._speeds[replica]
         if self._speeds:
@@ -136,7 +136,7 @@ class Rates:
         return self._cost(shape) * self._bend(shape)
 
     def seconds(self, replica: int, shape: BatchShape) -> float:
-        """Return what a batch of this shape takes on a replica; 0 where nothing is known."""
+        """Return what a batch of this shape takes on a replica; 0 if nothing is known."""
         speed = self.speed(replica)
         return self.work(shape) / speed if speed else 0.0
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def shard_size(costs: Iterable[float], *, remaining: float, share: float) -> int:
-    """Return how many of the next batches a replica pulls: at least one where there is one.
+    """Return how many of the next batches a replica pulls: at least one if there is one.
 
     Guided self-scheduling (Polychronopoulos and Kuck, 1987) with half its chunk: a shard is the
     replica's share of half of what is left. The first shards are large, the last are single

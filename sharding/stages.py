@@ -9,7 +9,7 @@ from itertools import pairwise
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class StageLayers:
     """Decoder layers `start` up to, not including, `stop`, and the bytes of weights they hold.
 
     The first stage also holds the token embedding, the last the final norm and the head.
@@ -28,7 +28,7 @@ def cut_stages(
     first_bytes: int = 0,
     last_bytes: int = 0,
     max_bytes: int | None = None,
-) -> tuple[Stage, ...]:
+) -> tuple[StageLayers, ...]:
     """Cut layers into `num_stages` runs so that the slowest stage is as fast as it can be.
 
     Among cuts equally fast the one whose heaviest stage is lightest is taken, and the same one
@@ -74,7 +74,7 @@ def cut_stages(
         lambda start, stop: fits(start, stop) and cost(start, stop) <= slowest,
     )
     assert edges is not None, "this is a bug: the fastest cut is one of those that are as fast"
-    return tuple(Stage(start, stop, held(start, stop)) for start, stop in pairwise(edges))
+    return tuple(StageLayers(start, stop, held(start, stop)) for start, stop in pairwise(edges))
 
 
 def _least_largest(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from sharding.costs import ModelShape
 from sharding.kinds import KINDS
 from sharding.memory import ITEM_BYTES, QUANTIZED_BYTES, batch_budget, cut_layers, fullest_bytes
-from sharding.stages import Stage
+from sharding.stages import StageLayers
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Strategy:
     name: str
     why: str
     bytes_per_token: int
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[StageLayers, ...] = ()
 
 
 def auto_strategy(known: Sequence[str], members: int, num_layers: int) -> str:

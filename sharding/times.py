@@ -94,7 +94,7 @@ def predict_seconds(
     """Return the seconds of all batches.
 
     Replicas pull batches, so the last one waits half a batch on average. A pipeline is as fast as
-    its slowest stage, or as its hand-over where that is slower; filling and draining it costs a
+    its slowest stage, or as its hand-over if that is slower; filling and draining it costs a
     batch a further stage. A tensor group computes, then exchanges.
 
     Args:

@@ -31,7 +31,7 @@ class Node:
     """What a machine of a cluster has free.
 
     cpus: as the cluster counts them. devices: GPUs or TPU chips, of which each needs a CPU too.
-    cores: the machine's own, where nobody else has a part in them; empty where others may.
+    cores: the machine's own, if nobody else has a part in them; empty if others may.
     """
 
     id: str
@@ -57,7 +57,7 @@ def place_workers(
     On GPU and TPU each worker has a device of its own; `num_workers=None` takes as many as make
     whole groups. On a CPU the cores are dealt out evenly (more workers than cores share them),
     and `None` means one group, or for whole replicas one worker for every eight cores but two
-    where there are two cores: each holds a copy of the weights.
+    if there are two cores: each holds a copy of the weights.
 
     Raises:
         ValueError: more workers than devices on GPU or TPU; workers that do not make whole groups.
@@ -113,7 +113,7 @@ def place_on_nodes(
         first_replica: the number of the first replica.
 
     Returns:
-        Fewer slots than `num_workers` where the nodes have not room for more.
+        Fewer slots than `num_workers` if the nodes have no room for more.
     """
     room = {node.id: node.places(kind) for node in nodes}
     if KINDS[kind].is_host and num_workers is None:
@@ -146,12 +146,12 @@ def place_on_nodes(
 
 
 def _workers_on_cpus(count: int, group_size: int) -> int:
-    """Workers on so many CPUs of a machine where the person names no number."""
+    """Workers on so many CPUs of a machine if the user names no number."""
     return group_size if group_size > 1 else max(min(2, count), count // 8)
 
 
 def _with_cpus(slots: Sequence[WorkerSlot], nodes: dict[str, Node]) -> Iterator[WorkerSlot]:
-    """Deal each node's CPUs, and its cores where they are its own, to the workers on it."""
+    """Deal each node's CPUs, and its cores if they are its own, to the workers on it."""
     counts = Counter(slot.node for slot in slots)
     placed: Counter[str] = Counter()
     for slot in slots:

@@ -427,15 +427,22 @@ def heavy(models: Models) -> Iterator[Model]:
     shutil.rmtree(models["heavy"].folder, ignore_errors=True)
 
 
-# Fixtures that start a process or make a model.
-OF_PROCESSES = frozenset(("warm", "cli", "start", "predict", "models", "plain", "reference"))
+# Fixtures, and names in a test's own code, that start a process or make a model.
+OF_PROCESSES = frozenset(
+    (
+        *("warm", "cli", "start", "predict", "models", "plain", "reference", "run_script"),
+        *("subprocess"),
+    )
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what starts processes, and put the slowest first, as far as is known of earlier runs."""
     units: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        if OF_PROCESSES.intersection(getattr(item, "fixturenames", ())):
+        if isinstance(item, pytest.Function) and OF_PROCESSES.intersection(
+            (*item.fixturenames, *item.function.__code__.co_names)
+        ):
             item.add_marker(pytest.mark.process)
         units[unit_of(item.nodeid)].append(item)
     known = read_durations()

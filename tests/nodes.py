@@ -65,9 +65,12 @@ class Cluster:
 def serve(folder: str) -> None:
     import ray
     from ray import cluster_utils
+    from ray._common.utils import get_default_ray_temp_dir
 
     # What the cluster says of itself to those who join.
     ray.__version__ = os.environ.get("TEST_RAY_VERSION", ray.__version__)
+    # Here Ray writes which cluster was started last, and does not make the folder.
+    os.makedirs(get_default_ray_temp_dir(), exist_ok=True)
     cluster = cluster_utils.Cluster()
     nodes = {}
     environment = dict(os.environ)

@@ -1,7 +1,7 @@
 """python reference.py MODEL_DIR TEST.csv LENGTH OUT.npz: the answers by a plain Keras loop.
 
-Written like the notebook's: eager calls, every row padded to the full length, LoRA not merged, the
-preset's own preprocessor (through TensorFlow Text where that is installed). Shares no code with
+Written like the notebook's: an eager call, every row padded to the full length, LoRA not merged,
+the preset's own preprocessor (through TensorFlow Text where that is installed). Shares no code with
 the runner, and is run as a process of its own.
 """
 
@@ -29,35 +29,34 @@ def main(folder: Path, test_set: Path, length: int, out: Path) -> None:
     csv.field_size_limit(sys.maxsize)
     with open(test_set, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    answers: dict[str, list[np.ndarray]] = {}
-    lengths = []
+    answers: dict[str, np.ndarray] = {}
+    lengths = np.zeros(0)
     for text_format in ("raw", "turns"):
+        texts = []
         for row in rows:
             cells = [row["prompt"], row["response_a"], row["response_b"]]
             if text_format == "turns":
                 cells = ["\n".join(turn or "" for turn in json.loads(cell)) for cell in cells]
             text = "\n\nPROMPT\n\n" + "\n\nRESPONSE:\n\n".join(cells)
-            text = re.sub(r"[\ud800-\udfff]", "", text)
-            if isinstance(preprocessor, keras_hub.models.Gemma3CausalLMPreprocessor):
-                batch = preprocessor({"prompts": [text], "responses": [""]})[0]
-            else:
-                batch = preprocessor([text])[0]
-            hidden = backbone(batch)
-            mask = keras.ops.convert_to_numpy(batch["padding_mask"])
-            count = int(mask.sum())
-            pooled = {
-                "padded-mean": average(hidden),
-                "mean": average(hidden, mask=mask),
-                "last": hidden[:, count - 1],
-            }
-            for pooling, vector in pooled.items():
-                probabilities = keras.ops.convert_to_numpy(head(vector))[0]
-                answers.setdefault(f"{text_format} {pooling}", []).append(probabilities)
-                states = keras.ops.convert_to_numpy(vector)[0]
-                answers.setdefault(f"{text_format} {pooling} states", []).append(states)
-            if text_format == "raw":
-                lengths.append(count)
-    np.savez(out, lengths=lengths, **{name: np.array(rows) for name, rows in answers.items()})
+            texts.append(re.sub(r"[\ud800-\udfff]", "", text))
+        if isinstance(preprocessor, keras_hub.models.Gemma3CausalLMPreprocessor):
+            batch = preprocessor({"prompts": texts, "responses": [""] * len(texts)})[0]
+        else:
+            batch = preprocessor(texts)[0]
+        hidden = backbone(batch)
+        mask = keras.ops.convert_to_numpy(batch["padding_mask"])
+        counts = mask.sum(axis=1)
+        if text_format == "raw":
+            lengths = counts
+        pooled = {
+            "padded-mean": average(hidden),
+            "mean": average(hidden, mask=mask),
+            "last": keras.ops.convert_to_numpy(hidden)[np.arange(len(rows)), counts - 1],
+        }
+        for pooling, vectors in pooled.items():
+            answers[f"{text_format} {pooling}"] = keras.ops.convert_to_numpy(head(vectors))
+            answers[f"{text_format} {pooling} states"] = keras.ops.convert_to_numpy(vectors)
+    np.savez(out, lengths=lengths, **answers)
 
 
 if __name__ == "__main__":

@@ -40,13 +40,16 @@ import runner.driver.passes
 import runner.driver.run
 import runner.driver.setting
 import runner.driver.swap_pass
+import runner.executors.ray.actors
 import runner.executors.ray.calls
 import runner.executors.ray.failures
 import runner.executors.ray.group
+import runner.executors.ray.keepers
 import runner.executors.ray.nodes
 import runner.executors.ray.places
 import runner.executors.ray.replicas
 import runner.executors.ray.session
+import runner.executors.ray.setup
 import runner.executors.single
 import runner.model.injected_faults
 import runner.model.slice_worker
@@ -69,7 +72,7 @@ from runner.model.worker import Replica
 from runner.preset.reader import read_preset
 from runner.preset.tokenizer_files import TokenizerFiles
 from sharding.batches import BatchShape
-from sharding.stages import Stage
+from sharding.stages import StageLayers
 from sharding.topology import WorkerSlot
 from tests.conftest import TOLERANCE
 from tests.fakes import answer, write_fake_job
@@ -751,7 +754,7 @@ class SimulatedRay:
         for group in self._groups:
             for node, cpus in zip(group.nodes, group.cpus, strict=True):
                 free[node] -= 0.0 if group.is_removed else cpus
-        return {name: {"CPU": count} for name, count in free.items()}
+        return {name: {"CPU": count, "GPU": count} for name, count in free.items()}
 
 
 def _node_id(name: str) -> str:
@@ -832,7 +835,7 @@ class SimulatedReplica(_Simulated):
 
 
 class SimulatedStage(_Simulated, PipelineStage):
-    def load(self, spec: ModelSpec, stage: Stage | None = None) -> WorkerInfo:
+    def load(self, spec: ModelSpec, stage: StageLayers | None = None) -> WorkerInfo:
         assert stage is not None, "this is a bug: a stage must know its layers"
         predictor = _Predictor(
             self.world,
@@ -962,12 +965,11 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, *, cores: int = 2) ->
     world = SimulatedRay()
     seen = SimulatedTime(world)
     patch = monkeypatch.setattr
-    ray_rooms = (
-        *(runner.executors.ray.calls, runner.executors.ray.failures, runner.executors.ray.group),
-        *(runner.executors.ray.nodes, runner.executors.ray.replicas),
-    )
+    executors = runner.executors.ray
+    ray_rooms = executors.calls, executors.keepers, executors.nodes, executors.replicas
     for module in (
         *(runner.cli, runner.common.files, runner.data.submission, *ray_rooms),
+        *(executors.failures, executors.group, executors.setup),
         *(runner.driver.passes, runner.driver.run, runner.driver.setting, runner.driver.swap_pass),
         *(runner.model.injected_faults, runner.model.slice_worker, runner.model.stage_worker),
         *(runner.model.worker, runner.telemetry.timeline),
@@ -975,21 +977,21 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, *, cores: int = 2) ->
         patch(module, "time", seen)
 
     # Ray.
-    for module in ray_rooms:
+    for module in (*ray_rooms, executors.actors):
         patch(module, "ray", world)
-    patch(runner.executors.ray.group, "placement_group", world.placement_group)
-    patch(runner.executors.ray.group, "remove_placement_group", world.remove_placement_group)
-    patch(runner.executors.ray.places, "start_ray", lambda num_cpus, verbose: None)
+    patch(executors.actors, "placement_group", world.placement_group)
+    patch(executors.group, "remove_placement_group", world.remove_placement_group)
+    patch(executors.places, "start_ray", lambda num_cpus, verbose: None)
     patch(
         runner.executors.ray.replicas,
         "join_ray",
-        lambda address, verbose: patch(runner.executors.ray.session, "_folder", None),
+        lambda address, verbose: patch(executors.session, "_folder", None),
     )
-    patch(runner.executors.ray.replicas, "stop_ray", lambda: None)
-    patch(runner.executors.ray.places, "find_devices", lambda: ("cpu", 0))
-    patch(runner.executors.ray.nodes, "find_devices", lambda: ("cpu", 0))
-    patch(runner.executors.ray.places, "cores_here", lambda: tuple(range(cores)))
-    patch(runner.executors.ray.session, "_folder", (folder, -1))
+    patch(executors.replicas, "stop_ray", lambda: None)
+    patch(executors.places, "find_devices", lambda: ("cpu", 0))
+    patch(executors.nodes, "find_devices", lambda: ("cpu", 0))
+    patch(executors.places, "cores_here", lambda: tuple(range(cores)))
+    patch(executors.session, "_folder", (folder, -1))
     server = SimpleNamespace(dead_processes=lambda: world.dead_servers)
     patch(ray._private.worker, "_global_node", server)
     patch(
@@ -1004,8 +1006,7 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, *, cores: int = 2) ->
     # Workers.
     actors = {None: SimulatedReplica, "pipeline": SimulatedStage, "tensor": SimulatedMember}
     monkeypatch.setattr(_Simulated, "world", world, raising=False)
-    patch(runner.executors.ray.group, "ACTORS", actors)
-    patch(runner.executors.ray.group, "Replica", SimulatedReplica)
+    patch(executors.actors, "ACTORS", actors)
     patch(runner.executors.single, "Replica", SimulatedReplica)
     patch(runner.model.worker, "write_to_folder", lambda *_: None)
     patch(runner.model.worker, "prepare_process", lambda slot, verbose: None)

@@ -12,7 +12,7 @@ MOST = 20
 
 
 def durations_path() -> Path:
-    return stored_folder() / "durations.json"
+    return stored_folder().parent / "durations.json"
 
 
 def read_durations() -> dict[str, float]:

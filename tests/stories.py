@@ -36,7 +36,7 @@ def make_story(**changes: Any) -> Story:
         "values": values[:-2],
         "every": 1,
         "labels": LABELS,
-        "summary": ["1 worker deaths were survived; 1 batches in flight were computed again."],
+        "summary": ["1 worker died; the run went on."],
     }
     return Story(**found | changes)
 

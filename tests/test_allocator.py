@@ -42,7 +42,10 @@ else:
 # 19,531 pages; in huge ones, which NumPy asks for, 600 faults were seen.
 FEW = 100
 
-pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="limits are glibc's")
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="limits are glibc's"),
+]
 
 
 @pytest.mark.parametrize(

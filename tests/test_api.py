@@ -9,8 +9,9 @@ import sys
 import threading
 import types
 import warnings
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -18,13 +19,28 @@ import runner
 import runner.common.errors
 import runner.executors.single
 from runner import ConfigError, RunConfig, WorkerError, run
-from runner.api import _as_it_was
+from runner.api import _process_restored
 from runner.cli import main
-from runner.config.flags import GROUPS, HELP, flag
+from runner.config import readers
+from runner.config.command import command_flags
+from runner.config.flags import CALIBRATION, FLAGS, MODES, PLAN, PREPARE_FLAGS, RUN, flag
 from runner.config.parser import parse_arguments
+from runner.config.run_config import PrepareConfig
 from runner.telemetry.progress import Progress
 from tests.conftest import ROOT, environment
 from tests.fakes import FakeReplica, write_fake_job
+
+# Values as on the command line, or as Python has them.
+EXAMPLES = {
+    readers.read_text: ("t4",),
+    readers.read_switch: (True,),
+    readers.read_path: ("a.csv", Path("a.csv")),
+    readers.read_count: ("3", 3),
+    readers.read_count_or_auto: ("auto", "3", 3),
+    readers.read_duration: ("1h30m", 5400),
+    readers.read_numbers: (".5,.3,.2", [0.5, 0.3, 0.2]),
+    readers.read_port: ("0", 0),
+}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +118,7 @@ class TestConfig:
             ({"sequence_length": 1.5}, "--sequence-length must be a whole number"),
             ({"sequence_length": None}, "--sequence-length must be a whole number"),
             ({"time_limit": float("nan")}, "--time-limit must be hours"),
-            ({"time_limit": -3}, "--time-limit must be longer than nothing"),
+            ({"time_limit": -3}, "--time-limit must be longer than zero"),
             ({"metrics_port": 65536}, "--metrics-port must be a whole number from 0"),
             ({"metrics_port": True}, "--metrics-port must be a whole number from 0"),
             ({"log_format": "xml"}, "--log-format must be one of text, json"),
@@ -112,6 +128,28 @@ class TestConfig:
     def test_values_that_cannot_be(self, settings, said):
         with pytest.raises(ConfigError, match=f"^{re.escape(said)}|{re.escape(said)}"):
             RunConfig(**settings)
+
+    def test_a_command_makes_the_same_run(self):
+        """Every flag that a plan passes on, each with another value than its default."""
+        head = {"head_kernel": "k.npy", "head_bias": "b.npy", "preset": "p", "lora_weights": "l.h5"}
+        config = RunConfig(
+            mode="model-parallel", strategy="tensor", group_size=4, num_workers=8, dtype="float32",
+            quantization="int4", pooling="last", sequence_length=64, text_format="turns", **head,
+            max_tokens_per_batch=512, time_limit="1h0.5s", on_deadline="fill",
+            min_sequence_length=9, fallback_probabilities=[0.5, 0.25, 0.25], resume="require",
+            journal="j", input="a.csv", output="s.csv", report="r.json",
+        )  # fmt: skip
+        flags = command_flags(config)
+        assert parse_arguments(flags) == config
+        assert flags[:2] == ["--mode", "model-parallel"]
+        named = {name for name in flags if name.startswith("--")}
+        assert named == {flag(row.name) for row in FLAGS if row.passed_on}
+        short = command_flags(config, CALIBRATION, pooling=None, input="b.csv")
+        without = {"journal", "resume", "report", "on_deadline", "time_limit", "pooling"}
+        without |= {"fallback_probabilities", "min_sequence_length"}
+        assert {name for name in short if name.startswith("--")} == named - set(map(flag, without))
+        assert short[short.index("--input") + 1] == "b.csv"
+        assert command_flags(RunConfig()) == ["--mode", "data-parallel"]
 
 
 class TestRun:
@@ -135,7 +173,7 @@ class TestRun:
         assert "40 rows -> " in capsys.readouterr().out
         flags = [part for name, value in job.items() for part in (flag(name), str(value))]
         command = tmp_path / "command.csv"
-        with _as_it_was():
+        with _process_restored():
             assert main([*flags, "--output", str(command)]) == 0
         assert command.read_bytes() == own
 
@@ -154,7 +192,7 @@ class TestRun:
         thread.start()
         try:
             assert started.wait(60)
-            with pytest.raises(ConfigError, match="A run is on in this process already"):
+            with pytest.raises(ConfigError, match="A run is already in progress in this process"):
                 run(config)
         finally:
             go_on.set()
@@ -191,7 +229,7 @@ class TestRun:
         monkeypatch.setitem(sys.modules, "ray", ray)
         monkeypatch.setitem(sys.modules, "keras", keras)
         output = tmp_path / "s.csv"
-        with pytest.raises(ConfigError, match=r"call ray\.shutdown\(\) before"):
+        with pytest.raises(ConfigError, match=r"call ray\.shutdown\(\) first"):
             run(RunConfig(**job | {"mode": "data-parallel"}, output=output))
         with pytest.raises(ConfigError, match="Received: Keras on tensorflow"):
             run(RunConfig(**job, output=output))
@@ -199,28 +237,52 @@ class TestRun:
 
 
 class TestHelp:
-    def test_every_setting_is_in_one_group(self):
-        grouped = [name for names in GROUPS.values() for name in names]
-        # A table, which no flag can hold: --config and Python have it.
-        settings = [field.name for field in fields(RunConfig) if field.name != "task"]
-        assert sorted(grouped) == sorted(settings)
-        assert set(HELP) == set(grouped)
+    def test_every_setting_is_one_row(self):
+        """The typed fields of both configs, and the rows of the table, with their defaults."""
+        for config, rows in ((RunConfig, FLAGS), (PrepareConfig, PREPARE_FLAGS)):
+            # A table, which no flag can hold: --config and Python have it.
+            settings = {field.name: field for field in fields(config) if field.name != "task"}
+            assert sorted(row.name for row in rows) == sorted(settings)
+            types = get_type_hints(config)
+            for row in rows:
+                field = settings[row.name]
+                assert row.required == (field.default is MISSING)
+                assert row.required or field.default is row.default
+                given = row.choices or EXAMPLES[row.read]
+                parts = get_args(types[row.name]) or (types[row.name],)
+                kinds = tuple(get_origin(part) or part for part in parts)
+                assert all(isinstance(row.value(value), kinds) for value in given), row.name
 
     def test_defaults_are_the_real_ones(self):
-        for field in (field for field in fields(RunConfig) if field.name in HELP):
-            text = HELP[field.name]
+        for row in FLAGS:
+            text = row.help_text()
             said = re.findall(r"\(default: ([^)]*)\)|; default: ([^)]*)\)", text)
-            if field.name in ("head_kernel", "head_bias"):
+            if row.name in ("head_kernel", "head_bias"):
                 assert "(needed with --" in text
                 continue
-            assert len(said) == 1, f"{field.name}: {text}"
+            assert len(said) == 1, f"{row.name}: {text}"
             default = "".join(said[0])
-            if field.default is False:
-                assert default == "off", field.name
-            elif field.default is not None:
-                assert re.split(r"[ ,]", default)[0] == str(field.default), field.name
+            value = getattr(RunConfig(), row.name)
+            if value is False:
+                assert default == "off", row.name
+            elif value is not None:
+                assert re.split(r"[ ,]", default)[0] == str(value), row.name
             else:
-                assert default, field.name
+                assert default, row.name
+
+    @pytest.mark.parametrize("row", FLAGS, ids=lambda row: row.name)
+    def test_a_flag_is_refused_elsewhere_than_its_row_says(self, row):
+        value = (row.choices or EXAMPLES[row.read])[-1]
+        for mode in MODES:
+            if mode not in row.modes:
+                with pytest.raises(ConfigError, match=f"^{flag(row.name)} is for --mode"):
+                    RunConfig(**{row.name: value, "mode": mode})
+        if RUN not in row.commands:
+            with pytest.raises(ConfigError, match=f"^{flag(row.name)} goes with --plan"):
+                RunConfig(**{row.name: value})
+        if PLAN not in row.commands:
+            with pytest.raises(ConfigError, match=f"^{flag(row.name)} does not go with --plan"):
+                RunConfig(**{row.name: value, "plan": True})
 
     def test_it_fits_and_reads_well(self, capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", "200")
@@ -233,10 +295,12 @@ class TestHelp:
             main(["--help"])
         text = capsys.readouterr().out
         assert max(map(len, text.splitlines())) <= 80
-        places = [text.index(f"\n{heading}:\n") for heading in GROUPS]
+        places = [
+            text.index(f"\n{heading}:\n") for heading in dict.fromkeys(row.group for row in FLAGS)
+        ]
         assert places == sorted(places)
         assert "\n  --sequence-length TOKENS\n" in text
-        for whole in ("data-parallel: Ray", "--num-workers of them"):
+        for whole in ("data-parallel: Ray", "--num-workers of another device"):
             assert whole in re.sub(r"\s+", " ", text)
 
 

@@ -12,6 +12,8 @@ import pytest
 from runner.model import attention
 from runner.model.attention import WAYS, ways_for
 
+pytestmark = pytest.mark.process  # compiles programs
+
 WAYS_HERE = [way for way, attend in WAYS.items() if attend is not None]
 
 

@@ -595,9 +595,8 @@ def check_flags(lab: Lab, case: tuple[list[tuple[str, str]], bool]) -> None:
     pairs, joined = case
     flags = []
     for name, value in pairs:
-        if name == "report":
-            value = "{}/" + value
-        flags += [f"--{name}={value}"] if joined else [f"--{name}", value]
+        given = "{}/" + value if name == "report" else value
+        flags += [f"--{name}={given}"] if joined else [f"--{name}", given]
     done = lab.run(None, *flags)
     if done.ended.code == 0:
         ids, _ = done.is_valid()
@@ -986,8 +985,7 @@ def test_sizes_that_the_weights_do_not_have(lab, key, value):
     files = {"preset/config.json": json.dumps(content).encode()}
     done = lab.run(None, files=files, reads_weights=True)
     done.is_refused()
-    assert done.ended.seconds < 5
-    assert "config.json" in done.ended.stderr or "no preset" in done.ended.stderr
+    assert "config.json" in done.ended.stderr or "not a preset" in done.ended.stderr
 
 
 @pytest.mark.slow

@@ -123,7 +123,7 @@ def call_without_token(method: str, port: int) -> str:
 def test_a_run_is_closed_to_others(start, real_job, cache, tmp_path, mode):
     worker, step, flags = MODES[mode]
     # So slow that it lasts while it is probed.
-    slow = {VARIABLE: json.dumps([SLOW | {"tokens_per_s": 500}])}
+    slow = {VARIABLE: json.dumps([SLOW | {"tokens_per_s": 1000}])}
     output = tmp_path / "s.csv"
     run = start("--num-workers", "2", *flags, *real_job, "--output", output, cold=True, **slow)
     run.wait_for_workers(step, count=2, name=worker)

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import tempfile
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -22,7 +23,7 @@ from runner.common.errors import ConfigError, DataError, WorkerError
 from runner.common.records import ModelSpec
 from runner.config.run_config import RunConfig
 from runner.executors.ray import session, shipping
-from runner.executors.ray.nodes import Facts, Nodes, versions_here
+from runner.executors.ray.keepers import Facts, Keepers, versions_here
 from runner.executors.ray.shipping import Receiver, at, parcels, pieces
 from sharding.topology import Node, place_on_nodes
 from tests.conftest import LENGTH, TOLERANCE, Started, environment
@@ -444,14 +445,13 @@ def test_other_versions_are_refused():
     assert "must have the same Ray and Python" in said
     assert said.endswith("started with: Ray: 2.59.0 Python")
     notes = []
-    nodes = Nodes(num_workers=None, group_size=1, is_tensor=False, even_here=False,
-                  note=notes.append)  # fmt: skip
-    nodes._facts = {
-        "a": Facts(versions_here() | {"jax": "0.9.0"}, (0,), None, "/cache"),
-        "b": Facts(versions_here(), (0,), None, "/cache"),
+    keepers = Keepers(str, notes.append, threading.Event())
+    keepers.facts = {
+        "a": Facts(versions_here() | {"jax": "0.9.0"}, (0,), None, None, "/cache"),
+        "b": Facts(versions_here(), (0,), None, None, "/cache"),
     }
     with pytest.raises(ConfigError, match=r"same answers: expected .* Received: .* jax 0\.9\.0"):
-        nodes._check_versions(["a", "b"], is_first=True)
-    nodes._check_versions(["a", "b"], is_first=False)
-    assert nodes._refused == {"a"}
+        keepers.check_versions(["a", "b"], is_first=True)
+    keepers.check_versions(["a", "b"], is_first=False)
+    assert keepers.refused == {"a"}
     assert len(notes) == 1

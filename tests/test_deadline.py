@@ -223,11 +223,7 @@ class TestDecisions:
         assert run.steering.cap is None
         while run.steering.tick():
             run.compute()
-        assert run.merger.how == ["predicted"] * 3 or run.merger.how == [
-            "",
-            "predicted",
-            "predicted",
-        ]
+        assert run.merger.how in (["predicted"] * 3, ["", "predicted", "predicted"])
         assert len(run.notes) == 1
 
     def test_fail_says_so_once(self):
@@ -335,9 +331,10 @@ def test_the_forecast_after_a_tenth():
 LONG_S = 600
 
 
+@pytest.mark.process
 class TestGuard:
     def process(self, body):
-        code = f"import time\nfrom runner.guard import Guard\nnow = time.monotonic()\n{body}"
+        code = f"import time\nfrom runner.driver.guard import Guard\nnow = time.monotonic()\n{body}"
         return subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=LONG_S)
 
     def test_it_ends_a_process_that_is_stuck(self):

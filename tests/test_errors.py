@@ -63,13 +63,13 @@ HEADER = "id,prompt,response_a,response_b\n"
     ("text", "parts"),
     [
         ("id,prompt,response_a\n1,p,a\n", ["response_b is missing", "id, prompt, response_a"]),
-        ("id,prompt,prompt,response_a,response_b\n1,p,q,a,b\n", ["prompt is there twice"]),
+        ("id,prompt,prompt,response_a,response_b\n1,p,q,a,b\n", ["prompt is repeated"]),
         (HEADER + "7,p,a,b\n8,p,a,b\n7,p,a,b\n", ["'7'", "rows 1 and 3"]),
         (HEADER + "7,p,a,b\n,p,a,b\n", ["empty id in row 2"]),
         ("", ["is empty", "header"]),
         (HEADER.encode() + b"1,caf\xe9,a,b\n", ["UTF-8", "0xe9", "line 2"]),
-        (HEADER + '1,"p,a,b\n', ["no well-formed CSV"]),
-        (HEADER + "1,p,a,b,c,d\n", ["no well-formed CSV"]),
+        (HEADER + '1,"p,a,b\n', ["is not a well-formed CSV"]),
+        (HEADER + "1,p,a,b,c,d\n", ["is not a well-formed CSV"]),
         (HEADER.encode() + b"\xed\xa0\x80,p,a,b\n", ["valid Unicode", "row 1"]),
     ],
     ids=lambda value: value[0][:20].replace(" ", "-") if isinstance(value, list) else "",
@@ -89,7 +89,9 @@ def test_a_cell_that_is_no_list_of_turns(refuse, models, tmp_path):
 
 def test_bad_parquet(refuse, models, tmp_path):
     flags = models["gemma2"].flags()
-    refuse([*flags, "--input", csv_of(tmp_path, "x", "bad.parquet")], "no readable Parquet file")
+    refuse(
+        [*flags, "--input", csv_of(tmp_path, "x", "bad.parquet")], "is not a readable Parquet file"
+    )
     path = tmp_path / "floats.parquet"
     pd.DataFrame([(1.5, "p", "a", "b")], columns=COLUMNS).to_parquet(path)
     refuse([*flags, "--input", path], "column id must hold text or whole numbers", "double")
@@ -159,9 +161,9 @@ def test_lora_of_another_rank_or_backbone(refuse, models, rows, tmp_path):
         refuse([*flags("heads.lora.h5"), "--mode", mode], "another backbone", "attention")
 
     (tmp_path / "cut.lora.h5").write_bytes(own.read_bytes()[:3000])
-    refuse(flags("cut.lora.h5"), "no LoRA file")
+    refuse(flags("cut.lora.h5"), "not a LoRA file")
     csv_of(tmp_path, "not h5", "text.lora.h5")
-    refuse(flags("text.lora.h5"), "no LoRA file")
+    refuse(flags("text.lora.h5"), "not a LoRA file")
 
 
 def test_bad_presets(refuse, models, rows, tmp_path):

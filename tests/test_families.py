@@ -164,8 +164,8 @@ def config(**named):
     [
         ("bert", {"sequence_length": 129}, "128 positions. Received: --sequence-length 129"),
         ("bert", {"sequence_length": 1}, "at least 2. Received: --sequence-length 1"),
-        ("roberta", {"pooling": "pooler"}, "RobertaBackbone goes with.*first. Received"),
-        ("gemma3", {"pooling": "first"}, "Gemma3Backbone goes with --pooling padded-mean, mean"),
+        ("roberta", {"pooling": "pooler"}, "RobertaBackbone supports.*first. Received"),
+        ("gemma3", {"pooling": "first"}, "Gemma3Backbone supports --pooling padded-mean, mean"),
     ],
 )
 def test_what_does_not_go_with_a_family(plain, models, name, asked, message):

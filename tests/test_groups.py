@@ -134,7 +134,7 @@ def test_a_killed_member_costs_only_unfinished_batches(
     code, out, err = run.finish()
     assert code == 0, err
     assert len(re.findall(r"group \d died and is started again", err)) == 1
-    assert "worker deaths were survived" in out
+    assert "1 worker died; the run went on." in out
     report = json.loads((tmp_path / "killed.csv.report.json").read_text())
     assert report["faults"]["worker_deaths"] == 1
     assert report["faults"]["retried_batches"] <= 4

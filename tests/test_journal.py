@@ -315,16 +315,22 @@ DAMAGES = {
     "a page that is free and used": (write_at(32, bytes([0, 0, 0, 3, 0, 0, 0, 1])), "is damaged"),
     "flipped": (flip, f"is damaged.*checksum of row 7, id {IDS[7]}"),
     "schema": (edit("UPDATE meta SET value = 99 WHERE key = 'schema'"), "schema is 99, not 1"),
-    "no meta": (edit("DELETE FROM meta WHERE key = 'fingerprint'"), "does not say of which run"),
+    "no meta": (
+        edit("DELETE FROM meta WHERE key = 'fingerprint'"),
+        "does not say to which run it belongs",
+    ),
     "bad meta": (edit("UPDATE meta SET value = '[]' WHERE key = 'fingerprint'"), "which run"),
     "no rows table": (edit("DROP TABLE rows"), "is damaged.*no such table"),
     "classes": (edit("UPDATE meta SET value = 4 WHERE key = 'classes'"), "400 rows of 4 classes"),
-    "id": (edit("UPDATE rows SET id = 'x' WHERE row = 3"), f"row 3 is of id x, not {IDS[3]}"),
+    "id": (edit("UPDATE rows SET id = 'x' WHERE row = 3"), f"row 3 has id x, not {IDS[3]}"),
     "row": (edit("UPDATE rows SET row = 400 WHERE row = 3"), "has row 400 of 400"),
     "negative row": (edit("UPDATE rows SET row = -1 WHERE row = 3"), "has row -1 of 400"),
     "how": (edit("UPDATE rows SET how = 'short' WHERE row = 3"), "checksum of row 3"),
     "length": (edit("UPDATE rows SET length = 1 WHERE row = 3"), "checksum of row 3"),
-    "blob": (edit("UPDATE rows SET probabilities = x'00' WHERE row = 3"), "not of 3 classes"),
+    "blob": (
+        edit("UPDATE rows SET probabilities = x'00' WHERE row = 3"),
+        "does not have 3 classes",
+    ),
     "text": (edit("UPDATE rows SET how = CAST(x'ff' AS TEXT) WHERE row = 3"), "is damaged"),
     "NaN": (forge([np.nan, 0.5, 0.5]), "row 3, id .* does not hold probabilities"),
     "sum": (forge([0.5, 0.25, 0.2502]), "does not hold probabilities"),
@@ -389,10 +395,10 @@ def test_resume(path, tmp_path, resume, state):
     elif state == "absent":
         notes = []
     elif resume == "never":
-        notes = [f"{path} is not gone on with (--resume never): kept as {aside}, starting afresh"]
+        notes = [f"{path} is not resumed (--resume never): kept as {aside}, starting afresh"]
     else:
         differs = "pooling was mean, is padded-mean; the content of the weights differs"
-        notes = [f"{path} is of another run ({differs}): kept as {aside}, starting afresh"]
+        notes = [f"{path} belongs to another run ({differs}): kept as {aside}, starting afresh"]
     assert list(journal.notes) == notes
     assert aside.exists() == (len(notes) == 1 and not goes_on)
     assert not path.with_name(path.name + "-wal").exists()
@@ -518,13 +524,13 @@ def make_damaged_database(path):
 
 
 NOT_JOURNALS = {
-    "csv": (lambda path: path.write_text("id,prompt\n1,a\n"), "no SQLite database"),
-    "short": (lambda path: path.write_text("x"), "no SQLite database"),
+    "csv": (lambda path: path.write_text("id,prompt\n1,a\n"), "not an SQLite database"),
+    "short": (lambda path: path.write_text("x"), "not an SQLite database"),
     "database": (make_database, "another program's database"),
     "killed database": (make_killed_database, "another program's database"),
     "damaged database": (make_damaged_database, "another program's database"),
     "folder": (lambda path: path.mkdir(), "a folder"),
-    "pipe": (lambda path: os.mkfifo(path), "must name a file"),
+    "pipe": (os.mkfifo, "must name a file"),
 }
 
 
@@ -540,7 +546,7 @@ def test_what_is_no_journal_is_left_untouched(path, resume, make, why):
 
 
 def test_folders_and_links(path, tmp_path):
-    with pytest.raises(ConfigError, match="--journal must lie in a folder that exists"):
+    with pytest.raises(ConfigError, match="--journal must be in a folder that exists"):
         open_journal(tmp_path / "absent" / "x.journal")
     link = tmp_path / "link.journal"
     link.symlink_to(path)
@@ -693,7 +699,7 @@ def test_a_journal_that_is_no_longer_there(written, rescue_folder, change):
             add(journal, [32])
     (rescued,) = rescue_folder.iterdir()
     assert str(written) in str(failure.value)
-    assert f"A copy of all 33 rows that are done is safe in {rescued}" in str(failure.value)
+    assert f"A copy of all 33 finished rows is safe in {rescued}" in str(failure.value)
     assert f"--journal {rescued}" in str(failure.value)
     assert stat.S_IMODE(rescued.stat().st_mode) == 0o600
     with open_journal(rescued, "require") as journal:
@@ -705,11 +711,27 @@ def test_a_journal_that_is_no_longer_there(written, rescue_folder, change):
         assert written.with_name(written.name + "-wal").read_text() == "theirs too"
 
 
+def test_what_counts_as_done_is_on_the_disk(written, rescue_folder, monkeypatch):
+    """Of each batch by SQLite, of the copy of a lost journal by our own hand."""
+    with open_journal(written) as journal:
+        (synchronous,) = journal._connection.execute("PRAGMA synchronous").fetchone()
+        assert synchronous == 2, "FULL: each commit waits for the disk"
+
+    def fail(descriptor):
+        raise OSError("no disk")
+
+    with open_journal(written) as journal:
+        removed(written)
+        monkeypatch.setattr("os.fsync", fail)
+        with pytest.raises(JournalError, match="could not be saved: no disk"):
+            add(journal, [30])
+
+
 def test_a_journal_that_cannot_be_rescued(written, rescue_folder):
     rescue_folder.rmdir()
     with open_journal(written) as journal:
         removed(written)
-        with pytest.raises(JournalError, match=r"and all 31 rows .* could not be saved"):
+        with pytest.raises(JournalError, match=r"and all 31 finished rows could not be saved"):
             add(journal, [30])
 
 
@@ -800,9 +822,9 @@ def test_what_changes_an_answer_is_named(inputs, path, change, difference):
     assert after.differences(before.parts) == [difference]
     with pytest.raises(ConfigError) as failure:
         open_journal(path, "require", prints=after)
-    assert f"is of another run ({difference})" in str(failure.value)
+    assert f"belongs to another run ({difference})" in str(failure.value)
     with open_journal(path, prints=after) as journal:
-        assert f"is of another run ({difference}): kept as" in journal.notes[0]
+        assert f"belongs to another run ({difference}): kept as" in journal.notes[0]
 
 
 def test_the_digest_knows_names_and_not_their_order():

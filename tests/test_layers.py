@@ -4,6 +4,7 @@ From the syntax trees: imports within functions and those for type checkers coun
 """
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ HOMES = {
 }
 
 
+@cache
 def sources(folder: str) -> dict[str, ast.Module]:
     """Return the path of each file and its tree."""
     return {
@@ -42,6 +44,7 @@ def sources(folder: str) -> dict[str, ast.Module]:
     }
 
 
+@cache
 def imports(tree: ast.Module) -> set[str]:
     """Return every module that a file imports, and every name out of one."""
     found = set()

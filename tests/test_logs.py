@@ -73,6 +73,7 @@ def lines_of(text):
     return found
 
 
+@pytest.mark.process
 class TestCommand:
     def test_json_and_nothing_else(self, noisy):
         done, folder = noisy("--log-format", "json", "--time-limit", "1h")

@@ -156,7 +156,7 @@ def test_a_port_that_is_taken(job, tmp_path, capsys):
         output = tmp_path / "s.csv"
         assert main([*flags, "--metrics-port", str(port), "--output", str(output)]) == 2
         said = capsys.readouterr().err
-        assert "--metrics-port must be a port that is free" in said
+        assert "--metrics-port must be a free port" in said
         assert said.count("\n") == 1
         with pytest.raises(ConfigError, match="Address already in use"), Metrics(port):
             pass

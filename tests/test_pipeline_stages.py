@@ -11,7 +11,7 @@ from runner.config.run_config import RunConfig
 from runner.preset.auto import choose_strategy, tokens_per_batch
 from runner.preset.reader import Preset
 from sharding.costs import ModelShape
-from sharding.stages import Stage, cut_stages
+from sharding.stages import StageLayers, cut_stages
 from sharding.strategies import tensor_bytes_per_token
 
 
@@ -46,8 +46,14 @@ def test_no_cut_is_better(layers, num_stages, first, last, limit):
 
 
 def test_a_heavy_embedding_takes_the_shorter_stage():
-    assert cut_stages([1] * 3, [10] * 3, 2, first_bytes=50) == (Stage(0, 1, 60), Stage(1, 3, 20))
-    assert cut_stages([1] * 3, [10] * 3, 2, last_bytes=50) == (Stage(0, 2, 20), Stage(2, 3, 60))
+    assert cut_stages([1] * 3, [10] * 3, 2, first_bytes=50) == (
+        StageLayers(0, 1, 60),
+        StageLayers(1, 3, 20),
+    )
+    assert cut_stages([1] * 3, [10] * 3, 2, last_bytes=50) == (
+        StageLayers(0, 2, 20),
+        StageLayers(2, 3, 60),
+    )
 
 
 GEMMA_2_9B = ModelShape(

@@ -5,12 +5,13 @@ import re
 import shutil
 import subprocess
 import threading
-import xml.etree.ElementTree as ElementTree
+import tomllib
 from collections import defaultdict
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ import pytest
 from runner.common.errors import ConfigError
 from runner.common.records import Work
 from runner.config.run_config import RunConfig
-from runner.report import charts, gather
+from runner.report import charts, gather, markup
 from runner.report import page as report_page
+from runner.report.canvas import COLOURS
 from runner.report.lanes import (
     ENDING,
     IDLE,
@@ -338,8 +340,80 @@ class TestPage:
         resumed = replace(make_story(), report=report, **nothing)
         page = Page(make_page(resumed))
         assert page.tags.count("svg") == 2, "lengths and classes are there all the same"
-        assert "No worker was needed" in "".join(page.text)
+        assert "No worker was needed: the test set has no rows." in "".join(page.text)
         assert "Nothing went wrong" in "".join(page.text)
+
+    @pytest.mark.parametrize(
+        ("resumed", "said"),
+        [
+            (240, "No worker was needed: the journal already had every row."),
+            (239, "No worker had loaded the model when the run ended, so it predicted nothing."),
+            (0, "No worker had loaded the model when the run ended, so it predicted nothing."),
+        ],
+    )
+    def test_why_there_is_no_worker(self, resumed, said):
+        """A run whose time was over while its workers loaded has none either."""
+        report = make_report() | {"workers": [], "model": None}
+        report["rows"] |= {"resumed": resumed, "filled": 240 - resumed}
+        assert said in self.text(report=report, spans=[])
+
+    def test_a_run_that_predicted_nothing_is_not_said_to_have(self):
+        report = make_report()
+        report["rates"] = dict.fromkeys(report["rates"])
+        report["tokens"] = {"real": 0, "padded": 0}
+        spans = [span for span in make_spans() if span.what in (STARTING, LOADING)]
+        text = self.text(report=report, spans=spans, events=[])
+        assert "The run predicted nothing." in text
+        assert "GFLOP/s" not in text
+
+    def test_predicting_without_a_rate_is_one_part(self):
+        """An extra pass over resumed rows: the report counts no tokens, but workers predicted."""
+        report = make_report()
+        report["rates"] = dict.fromkeys(report["rates"])
+        html = make_page(make_story(report=report))
+        assert "this run has no rate to split it by" in html
+        assert '<i style="background:var(--slower-than-that)"></i>predicting\n' in html
+        assert WORKING not in html, "nor is anything compared with it"
+        assert f"</i>{SLOWER}\n" in make_page(make_story())
+
+    def test_only_marks_that_are_drawn_are_explained(self):
+        assert "Red marks are faults. Dotted lines are" in self.text()
+        assert "Red lines are faults." in self.text()
+        report = make_report()
+        report["deadline"]["events"] = []
+        text = self.text(events=[], report=report)
+        assert "Red" not in text
+        assert "Dotted" not in text
+
+    @pytest.mark.parametrize(
+        ("slack_s", "said"), [(16.0, "16 sbefore the limit"), (-16.0, "16 stoo late")]
+    )
+    def test_a_run_that_is_late_has_no_time_left(self, slack_s, said):
+        report = make_report()
+        report["deadline"]["slack_s"] = slack_s
+        assert said in self.text(report=report).replace("\n", "")
+
+    def test_rows_that_nobody_counted_have_no_length(self):
+        """Time was over before tokenizing: only rows of the journal have a length."""
+        lengths = np.zeros(240, np.int64)
+        lengths[:3] = (10, 20, 128)
+        text = self.text(lengths=lengths, spans=[])
+        assert "Half of the rows have up to 20 tokens, the longest 128; 33% reach" in text
+        assert "237 rows without a token count are not drawn." in text
+        assert "without a token count" not in self.text()
+
+    def test_workers_that_are_not_drawn_are_not_said_to_be(self):
+        report = make_report()
+        report["workers"] = [report["workers"][0] | {"replica": one} for one in range(210)]
+        text = self.text(report=report)
+        assert f"memory of the first {charts.MOST_BARS} of 210 workers" in text
+        assert "Workers (the first 200)" in text
+        assert "first" not in self.text().replace("the first batch", "").replace(
+            "from the first forecast", ""
+        )
+
+    def text(self, **changes):
+        return "".join(Page(make_page(make_story(**changes))).text)
 
     def test_values_that_are_no_probabilities(self):
         values = np.random.default_rng(0).normal(size=(240, 1))
@@ -350,12 +424,46 @@ class TestPage:
         values = np.random.default_rng(0).normal(size=(100, 2304)).astype(np.float32)
         labels = [*map(str, range(2304))]
         html = make_page(make_story(values=values, labels=labels, every=10))
-        assert "Drawn from one row in 10." in html
+        assert "The first 6 of 2,304 columns are drawn. Drawn from one row in 10." in html
         assert len(html) < 300_000
 
     def test_it_is_the_owners_alone(self, tmp_path):
         write_page(tmp_path / "p.html", make_story())
         assert (tmp_path / "p.html").stat().st_mode & 0o77 == 0
+
+
+class TestMarkup:
+    def test_all_but_html_is_escaped(self):
+        evil = '<b>"&$text'
+        safe = "&lt;b&gt;&quot;&amp;$text"
+        assert markup.fill("paragraph", text=evil) == f"<p>{safe}</p>\n"
+        assert markup.fill("paragraph", text=[evil, markup.Html("<i></i>")]) == (
+            f"<p>{safe}<i></i></p>\n"
+        )
+        nested = markup.fill("paragraph", text=markup.fill("paragraph", text=evil))
+        assert nested == f"<p><p>{safe}</p>\n</p>\n", "and once alone"
+
+    def test_a_value_that_is_missing(self):
+        with pytest.raises(KeyError, match="what"):
+            markup.fill("tile", value="1")
+
+    def test_the_templates_are_shipped(self):
+        """Wheels hold Python files and what `package-data` names."""
+        root = Path(markup.__file__).parents[2]
+        setuptools = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+        shipped = {
+            path
+            for package, patterns in setuptools["package-data"].items()
+            for pattern in patterns
+            for path in (root / package.replace(".", "/")).glob(pattern)
+        }
+        others = {
+            path
+            for path in (root / "runner").rglob("*")
+            if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts
+        }
+        assert shipped == others
+        assert {path.name for path in shipped} == {"page.html", "parts.html", "style.css"}
 
 
 class TestDoubts:
@@ -373,7 +481,7 @@ class TestDoubts:
 
     def test_one_answer_for_all(self):
         values = np.tile([0.5, 0.3, 0.2], (100, 1))
-        assert "nearly the same answer" in self.about(values)
+        assert "hardly differ between rows" in self.about(values)
 
     def test_guesses(self):
         values = 1 / 3 + np.random.default_rng(1).uniform(-0.01, 0.01, (100, 2))
@@ -403,16 +511,16 @@ class TestPaths:
 
 
 class TestFailing:
-    """The submission stands: no drawing ends a run, and none keeps it."""
+    """The submission is there: no drawing ends a run or delays it."""
 
     def test_an_error(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(charts, "draw", lambda *_: 1 / 0)
+        monkeypatch.setattr(report_page, "draw", lambda *_, **__: 1 / 0)
         page = tmp_path / "page.html"
         page.write_text("of an older run")
         said = gather.try_to_write("page", page, lambda: write_page(page, make_story()))
         assert list(tmp_path.iterdir()) == []
         assert said == (
-            "the submission stands; its page does not: ZeroDivisionError: division by zero"
+            "the submission was written, but its page was not: ZeroDivisionError: division by zero"
         )
 
     def test_a_hang(self, tmp_path, monkeypatch):
@@ -485,8 +593,8 @@ def test_a_made_up_run_in_a_browser(tmp_path, scheme):
     picture, wrong = _browse(page, tmp_path, *flags)
     assert wrong == []
     for role in (PREDICTING, COMPILING, LOADING, STARTING, IDLE, LOST, ENDING, "ink"):
-        assert _is_drawn(picture, charts.COLOURS[role][scheme]), role
-    assert not _is_drawn(picture, charts.COLOURS[PREDICTING][1 - scheme])
+        assert _is_drawn(picture, COLOURS[role][scheme]), role
+    assert not _is_drawn(picture, COLOURS[PREDICTING][1 - scheme])
 
 
 @pytest.mark.browser
@@ -498,7 +606,7 @@ def test_the_browser_tells_of_a_page_that_fetches_or_fails(tmp_path):
     picture, wrong = _browse(page, tmp_path, height=400)
     assert "http://example.test/x.png" in wrong
     assert any("nonsense is not defined" in one for one in wrong)
-    assert not _is_drawn(picture, charts.COLOURS[PREDICTING][0])
+    assert not _is_drawn(picture, COLOURS[PREDICTING][0])
 
 
 @pytest.mark.browser
@@ -515,7 +623,7 @@ def test_the_demo_in_a_browser(cli, tmp_path):
     picture, wrong = _browse(tmp_path / "s.csv.report.html", tmp_path)
     assert wrong == []
     for role in (PREDICTING, COMPILING, LOADING, STARTING, "ink"):
-        assert _is_drawn(picture, charts.COLOURS[role][0]), role
+        assert _is_drawn(picture, COLOURS[role][0]), role
     ids = [line.split(",")[0] for line in output.read_text().splitlines()[1:]]
     trace = (tmp_path / "s.csv.trace.json").read_text()
     for one in ids[:50]:

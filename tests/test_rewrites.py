@@ -13,6 +13,8 @@ import pytest
 from runner.model import cpu_rewrites
 from runner.model.cpu_rewrites import rewritten_for_cpu
 
+pytestmark = pytest.mark.process  # compiles programs
+
 
 @pytest.fixture(params=[True, False], ids=["bfloat16-here", "no-bfloat16"])
 def has_bfloat16(request, monkeypatch):

@@ -150,9 +150,9 @@ class TestTokens:
         ("name", "file", "change", "message"),
         [
             ("qwen", "assets/tokenizer/merges.txt", None, r"lacks a file.*merges\.txt"),
-            ("qwen", "assets/tokenizer/merges.txt", "a b c\n", "no byte-pair encoding"),
-            ("qwen", "assets/tokenizer/merges.txt", "Ġ nowhere\n", "no byte-pair encoding"),
-            ("qwen", "assets/tokenizer/vocabulary.json", "{", "no byte-pair encoding"),
+            ("qwen", "assets/tokenizer/merges.txt", "a b c\n", "not a byte-pair encoding"),
+            ("qwen", "assets/tokenizer/merges.txt", "Ġ nowhere\n", "not a byte-pair encoding"),
+            ("qwen", "assets/tokenizer/vocabulary.json", "{", "not a byte-pair encoding"),
             ("qwen3", "assets/tokenizer/vocabulary.json", '{"<|im_end|>": 0}', "endoftext"),
             ("llama3", "tokenizer.json", {"eos_token": "<|eot_id|>"}, "must not set eos_token"),
             ("gemma3", "tokenizer.json", {"add_bos": True}, "must not set add_bos"),
@@ -258,8 +258,8 @@ class TestMerge:
         [
             ([np.nan] * 3, "NaN"),
             ([np.inf, 0, 0], "NaN"),
-            ([0.5] * 3, "no prob"),
-            ([2, -1, 0], "no prob"),
+            ([0.5] * 3, "not prob"),
+            ([2, -1, 0], "not prob"),
         ],
     )
     def test_rows_that_are_no_probabilities(self, row, message):

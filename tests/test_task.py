@@ -64,7 +64,7 @@ class TestTable:
             ({"text-columns": "title"}, "text_columns must be a list of names"),
             ({"text-columns": ["title"]}, "head softmax needs label_columns"),
             ({**OWN, "label-columns": ["one"]}, "at least 2"),
-            ({**OWN, "classes": 2}, "not both"),
+            ({**OWN, "classes": 2}, "either label_columns or classes"),
             ({"classes": 0}, "classes must be a whole number"),
             ({"classes": True}, "classes must be a whole number"),
             ({**OWN, "head": "none"}, "head none has no labels"),
@@ -72,18 +72,24 @@ class TestTable:
             ({**OWN, "template": "{title}{body}{bodi}"}, r"\{bodi\} is none of them"),
             ({**OWN, "template": "{title}{body.x}"}, r"\{body.x\} is none of them"),
             ({**OWN, "template": "{title}{body"}, "braces that do not match"),
-            ({**OWN, "template": "{title}{body!r}"}, r"nothing with them.*\{body!r\}"),
-            ({**OWN, "template": "{title:>9}{body}"}, r"nothing with them.*\{title:>9\}"),
-            ({**OWN, "template": "{title}{body}{}"}, r"nothing with them.*\{\}"),
+            ({**OWN, "template": "{title}{body!r}"}, r"only names of columns.*\{body!r\}"),
+            ({**OWN, "template": "{title:>9}{body}"}, r"only names of columns.*\{title:>9\}"),
+            ({**OWN, "template": "{title}{body}{}"}, r"only names of columns.*\{\}"),
             ({"template": "no column", "classes": 2}, "needs a text column"),
-            ({**OWN, "keep-columns": ["no"]}, "'no' is there twice"),
-            ({**OWN, "keep-columns": ["key"]}, "'key' is there twice"),
-            ({**OWN, "text-columns": ["title", "title"]}, "'title' is there twice"),
+            ({**OWN, "keep-columns": ["no"]}, "each column once. Received: 'no' twice"),
+            ({**OWN, "keep-columns": ["key"]}, "each column once. Received: 'key' twice"),
+            (
+                {**OWN, "text-columns": ["title", "title"]},
+                "each column once. Received: 'title' twice",
+            ),
             ({**OWN, "label-columns": ["", "a"]}, "must be names"),
             ({**OWN, "swap": ["title", "key"]}, "swap must name two of text_columns"),
             ({**OWN, "swap": ["title"]}, "swap must name two"),
             ({**OWN, "swap-labels": ["no", "yes"]}, "swap_labels goes with swap"),
-            ({"template": "{a}", "head": "none", "id_column": "embedding_0"}, "may be called"),
+            (
+                {"template": "{a}", "head": "none", "id_column": "embedding_0"},
+                "may have such a name",
+            ),
         ],
     )
     def test_what_it_refuses(self, table, message):
@@ -188,7 +194,10 @@ class TestReading:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ('{"key": 1, "title": "a", "body": "b"}\n{', "no well-formed JSON lines file: line 2"),
+            (
+                '{"key": 1, "title": "a", "body": "b"}\n{',
+                "not a well-formed JSON lines file: line 2",
+            ),
             ("[1]", r"an object|a JSON object.*Received: \[1\] in line 1"),
             ('{"key": 1, "title": "a"}', "body is missing"),
             ('\n{"key": 1.5, "title": "a", "body": "b"}', "whole numbers.*1.5 in line 2"),
@@ -196,7 +205,7 @@ class TestReading:
             ('{"key": 1, "title": 2, "body": "b"}', "title must hold text. Received: title = 2"),
             ('{"key": null, "title": "a", "body": "b"}', "an empty key in row 1"),
             ('{"key": 1, "title": "a", "body": "b"}\n' * 2, "'1' in rows 1 and 2"),
-            ("[" * 100_000, "no well-formed JSON lines"),
+            ("[" * 100_000, "not a well-formed JSON lines"),
         ],
     )
     def test_json_lines_that_are_wrong(self, tmp_path, text, message):

@@ -67,7 +67,7 @@ def test_what_the_person_asks_for_goes_before_the_classifiers_own(plain):
     assert (settled.pooling, settled.sequence_length) == ("first", 64)
     own_head = settle(config(head_kernel=ROOT, head_bias=ROOT, pooling="mean"), preset)
     assert (own_head.pooling, own_head.sequence_length) == ("mean", 128)
-    with pytest.raises(ConfigError, match="trained with --pooling first; leave the flag out"):
+    with pytest.raises(ConfigError, match="trained with --pooling first; omit the flag"):
         settle(config(pooling="mean"), preset)
 
 
@@ -107,7 +107,7 @@ def test_classifiers_that_cannot_be_followed(copy, values, message):
 def test_a_sigmoid_wants_a_task_of_its_kind(copy):
     folder = copy("bert")
     change_task(folder, activation="sigmoid")
-    with pytest.raises(ConfigError, match=r"ends in sigmoid, so \[task\] must have that head"):
+    with pytest.raises(ConfigError, match=r"ends in sigmoid, so \[task\] must name that head"):
         check_head(read_preset(folder), None, None, CONTEST)
     labels = {"label_columns": ("a", "b", "c"), "head": "sigmoid"}
     task = Task(text_columns=("text",), template="{text}", **labels)

@@ -46,7 +46,9 @@ def load(job: Job) -> Round:
     def predict() -> tuple[np.ndarray, float]:
         for old in folder.glob("journal*"):
             old.unlink()
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
+        )
         if done.returncode:
             sys.exit(done.stderr)
         report = json.loads((folder / "submission.csv.report.json").read_text())

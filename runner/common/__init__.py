@@ -1,1 +1,1 @@
-"""What every room may use: errors, records, files, units, versions, this machine."""
+"""What every room may use: errors, records, poolings, files, units, versions, this machine."""

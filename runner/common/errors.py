@@ -1,26 +1,27 @@
 """The ways a run can fail.
 
     ArenaRunnerError
-    |-- ConfigError    a flag or a file of flags is wrong                           exit code 2
+    |-- ConfigError    a flag or a config file is wrong                             exit code 2
     |-- DataError      a test set, preset, LoRA or head file is wrong               exit code 2
-    |-- WorkerError    a worker failed at work that the input does not explain      exit code 1
-    |   `-- DeviceMemoryError    a batch does not fit; survived by a smaller one
-    |-- JournalError   rows that are done cannot be kept, the disk is full say      exit code 1
-    |-- DeadlineError  the time limit came, and --on-deadline is fail               exit code 3
-    `-- MergeError     the results do not make a complete and sound submission      exit code 1
+    |-- WorkerError    a worker failed, and the input does not explain it           exit code 1
+    |   `-- DeviceMemoryError    a batch does not fit; it is retried in smaller ones
+    |-- JournalError   finished rows cannot be saved, for example on a full disk    exit code 1
+    |-- DeadlineError  the time limit was reached, and --on-deadline is fail        exit code 3
+    `-- MergeError     the results do not make a complete, valid submission         exit code 1
 
-The first two are the person's to mend: their message is one or two lines and no traceback.
+The user can fix the first two: their message is one or two lines, without a traceback.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-# Exit codes beside 0.
+# Exit codes other than 0.
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_DEADLINE, EXIT_INTERRUPTED = 1, 2, 3, 130
-# The name of a thread inside native code, which nothing interrupts: a process that has one would
-# not end by itself.
+# The name of a thread that may be inside native code. Nothing can interrupt it, so a process with
+# such a thread does not end by itself.
 BUSY_THREAD = "replica"
-# Of a message on the screen; only what it quotes can make it longer.
+# Messages on the screen are cut to this length; only quoted text makes one longer.
 MOST_CHARACTERS = 1500
 
 
@@ -45,11 +46,11 @@ class DeviceMemoryError(WorkerError):
 
 
 class JournalError(ArenaRunnerError):
-    """Rows that are done cannot be kept; the message names where those before are safe."""
+    """Finished rows cannot be saved; the message says where the earlier ones are safe."""
 
 
 class DeadlineError(ArenaRunnerError):
-    """The time limit came before the rows were done."""
+    """The time limit was reached before all rows were done."""
 
 
 class MergeError(ArenaRunnerError):
@@ -57,9 +58,9 @@ class MergeError(ArenaRunnerError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a foreign error's text, to be part of a message of ours.
+    """Return the first line of a library's error, to quote in one of our messages.
 
-    Keras puts a line about the layer before it and colours around it.
+    Keras puts a line about the layer before it and ANSI colours around it; both are removed.
     """
     lines = re.sub(r"\x1b\[\d*m", "", str(error)).strip().splitlines()
     if lines and lines[0].startswith("Exception encountered when calling"):
@@ -67,16 +68,36 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else ""
 
 
+@contextmanager
+def readable(path: object, part: str = "") -> Iterator[None]:
+    """Within, any error but a DataError becomes a DataError: the file at `path` is damaged.
+
+    What h5py raises for a damaged file has no narrower class than Exception.
+
+    Args:
+        part: what of the file cannot be read, such as `layers/x cannot be read: `.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{path} is damaged or cut short: {part}{first_line(error)}. Copy it again from where "
+            "it came from."
+        ) from error
+
+
 def shown(value: object, most: int = 60) -> str:
-    """Return a value of a file to be quoted in a message, its first `most` characters."""
+    """Return a file's value as a message quotes it, truncated to `most` characters."""
     text = value if isinstance(value, str) else repr(value)
     cut = text if len(text) <= most else text[:most] + "..."
     return repr(cut) if isinstance(value, str) else cut
 
 
 def on_one_line(error: object) -> str:
-    """Return a message with the line ends and control characters of what it quotes escaped, so
-    that a file cannot write more lines, or colours, than the message has."""
+    """Return a message as one line of at most `MOST_CHARACTERS`, control characters escaped, so
+    that text quoted from a file cannot add lines or colours."""
     text = str(error)
     if len(text) > MOST_CHARACTERS:
         text = text[:MOST_CHARACTERS] + "..."
@@ -87,6 +108,6 @@ def on_one_line(error: object) -> str:
 
 
 def list_ids(ids: Sequence[str], rows: Sequence[int]) -> str:
-    """Name rows by their ids, the first five of them: `id a, b, ...`."""
+    """Return the ids of the first five rows: `id a, b, ...`."""
     named = ", ".join(on_one_line(ids[row]) for row in rows[:5])
     return f"id {named}{', ...' if len(rows) > 5 else ''}"

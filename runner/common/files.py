@@ -1,53 +1,54 @@
-"""Output files that appear whole, and the folder that is kept between runs.
+"""Content -> files and folders that appear complete, by a rename; and the cache folder.
 
-An output's folder is tried before the work; the file is written aside and renamed. Does not know
-what is in it.
+Does not know what is in them.
 """
 
 import os
 import re
+import shutil
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runner.common.errors import ConfigError
 
-# A file aside of a killed process: its name holds the process' number. One that nobody has written
-# to for so many seconds is of no process on another machine either.
+# Temporary files have the process id in their name. One whose process is gone here, and that has
+# not been written to for this long, was not left by a process on another machine either.
 ASIDE = re.compile(r"\.(\d+)\.(?:partial|rehearsal)")
 LEFT_AFTER_S = 120.0
 
 
 def check_writable(flag: str, path: Path) -> None:
-    """Try the folder of an output file before the work, leaving nothing behind, and remove what a
-    killed process left there.
+    """Check that an output file can be written, without leaving one, and remove temporary files of
+    killed processes.
 
     Raises:
-        ConfigError: the folder is missing or takes no file, or the path is itself a folder.
+        ConfigError: the folder is missing or not writable, or the path is not that of a file.
     """
     folder = path.resolve().parent
     if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         raise ConfigError(f"{flag} must name a file. Received: {path}, a folder")
     if os.path.exists(path) and not os.path.isfile(path):
-        # It would be replaced by a file: /dev/null, for one, by whoever may.
-        raise ConfigError(f"{flag} must name a file. Received: {path}, a device or the like")
+        # Renaming would replace it; root could lose /dev/null.
+        raise ConfigError(f"{flag} must name a file. Received: {path}, not a regular file")
     if not os.path.isdir(folder):
-        raise ConfigError(f"{flag} must lie in a folder that exists. Received: {path}")
+        raise ConfigError(f"{flag} must be in a folder that exists. Received: {path}")
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}.", suffix=".partial"):
             pass
     except OSError as error:
         raise ConfigError(
-            f"{flag} must lie in a folder that can be written to. Received: {path} "
+            f"{flag} must be in a folder that can be written to. Received: {path} "
             f"({error.strerror or error})"
         ) from None
     _sweep(path)
 
 
 def _sweep(path: Path) -> None:
-    """Remove what processes that are gone had written aside of an output file."""
-    own = tuple(f"{dots}{path.stem}." for dots in (".", ".."))  # a rehearsal is written aside too
+    """Remove temporary files that processes now gone have left beside an output file."""
+    own = tuple(f"{dots}{path.stem}." for dots in (".", ".."))  # a rehearsal has one of its own
     with suppress(OSError):
         for entry in os.scandir(path.resolve().parent):
             number = ASIDE.search(entry.name)
@@ -71,13 +72,16 @@ def _is_gone(process: int) -> bool:
 
 
 def write_whole(path: Path, content: str | bytes, *, private: bool = False) -> None:
-    """Write a file so that whoever looks sees the old one or all of the new one.
+    """Write a file so that readers see either the old one or all of the new one.
 
     Args:
-        private: its owner alone may read it, from its first byte on.
+        private: whether only its owner may read it.
+
+    Raises:
+        OSError: it cannot be written; the old one stays.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    # Of a process that was killed and had this number: its mode is not to be inherited.
+    aside = _aside(path)
+    # A killed process with the same id may have left one with another mode.
     aside.unlink(missing_ok=True)
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
@@ -91,8 +95,29 @@ def write_whole(path: Path, content: str | bytes, *, private: bool = False) -> N
         aside.unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder that is renamed to `path` at the end, or removed after an error.
+
+    Raises:
+        OSError: it cannot be made, or `path` is there and is not an empty folder.
+    """
+    aside = _aside(path.resolve())
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
 def cache_folder() -> Path:
-    """Return the folder for the demo and for compiled programs, kept between runs."""
+    """Return the folder that keeps the demo and compiled programs between runs."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "arena-runner"
 

@@ -1,6 +1,6 @@
-"""This machine, or a device that a person named -> what workers have to compute with.
+"""This machine, or the name of a device -> the devices that workers compute on.
 
-Asks nvidia-smi, /dev, /proc and the control group, and times one matmul on a CPU core. Starts
+Reads nvidia-smi, /dev, /proc and the control group, and times a matmul on one CPU core. Starts
 neither Ray nor JAX. Does not know models.
 """
 
@@ -16,8 +16,8 @@ from sharding.devices import DEVICES, DeviceModel, find_model, recognize
 from sharding.kinds import KINDS, auto_dtype, named_by_jax
 from sharding.times import CPU_LINK_BYTES_PER_S
 
-# Time of a whole model in float32 over that of another form, on a core with AVX-512 BF16 and VNNI
-# (benchmarks/LOG.md, 2026-11-26). Where the core lacks them, how fast the form is is not known.
+# Speed of a whole model relative to float32, by dtype and quantization, on a core with AVX-512
+# BF16 and VNNI (benchmarks/LOG.md, 2026-11-26). Not known for cores without them.
 CPU_SPEEDUPS = {
     ("float32", "none"): 1.0,
     ("bfloat16", "none"): 1.6,
@@ -40,11 +40,11 @@ print(2 * 1024**3 / best)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Devices:
-    """What a run has: `count` devices of one kind, or on a CPU the `cores` that are dealt out.
+    """The devices of a run: `count` of one kind; on a CPU, the `cores` to divide among workers.
 
-    model: its entry in `sharding.devices`, None on a CPU or where the table lacks it.
+    model: its entry in `sharding.devices`, None on a CPU or if the table has none.
     memory_bytes: of one GPU or TPU; on a CPU, of the machine.
-    host_bytes: memory of the machine, None where the devices are elsewhere.
+    host_bytes: memory of the machine, None if the devices are not here.
     core_flops_per_s: float32 matmul rate of one CPU core, as measured now.
     """
 
@@ -67,16 +67,16 @@ class Devices:
 
     @property
     def native_dtype(self) -> str:
-        """What --dtype auto will be."""
+        """What --dtype auto means."""
         if self.model is not None and not KINDS[self.kind].auto_dtype:
             return self.model.native_dtype
         return KINDS[self.kind].auto_dtype or "bfloat16"
 
     def rate(self, dtype: str, quantization: str) -> float | None:
-        """Return the FLOP/s of a large matmul on one device or core, None where not known.
+        """Return the FLOP/s of a large matmul on one device or core, None if not known.
 
-        int8 is counted at the rate of the dtype around it where no run has shown it to be faster;
-        int4 always, since it is unpacked first.
+        int8 counts as fast as `dtype` unless it was measured to be faster; int4 always does, since
+        it is unpacked first.
         """
         if self.is_host:
             form = (dtype, "none" if quantization == "int4" else quantization)
@@ -89,11 +89,15 @@ class Devices:
 
     @property
     def link_bytes_per_s(self) -> float:
+        """Bytes per second between two devices."""
         return self.model.link_bytes_per_s if self.model else CPU_LINK_BYTES_PER_S
 
 
 def named_devices(name: str, count: int | None) -> Devices:
-    """Return devices that are not here.
+    """Return devices of the table in `sharding.devices`, which need not be here.
+
+    Args:
+        count: None for the usual number of them in one machine.
 
     Raises:
         ConfigError: the table has no such device.
@@ -104,7 +108,7 @@ def named_devices(name: str, count: int | None) -> Devices:
         raise ConfigError(str(error)) from None
     notes = (model.note,) if model.note else ()
     if count is None:
-        notes = (f"{model.usual_count} of them are assumed; --num-workers N for another number.",
+        notes = (f"{model.usual_count} of them are assumed; --num-workers N sets another number.",
                  *notes)  # fmt: skip
     return Devices(
         kind=model.kind,
@@ -119,9 +123,12 @@ def named_devices(name: str, count: int | None) -> Devices:
 
 
 def devices_here() -> Devices:
-    """Return the devices that a run on this machine would take.
+    """Return the devices that a run on this machine would use.
 
-    JAX_PLATFORMS decides the kind where it is set, as it does for a run.
+    JAX_PLATFORMS decides the kind if it is set, as it does for a run.
+
+    Raises:
+        ConfigError: there is no device of that kind.
     """
     kind = named_by_jax(os.environ.get("JAX_PLATFORMS", ""))
     gpus = _gpus() if kind in ("", "gpu") else []
@@ -170,7 +177,7 @@ def devices_here() -> Devices:
 
 
 def memory_of_machine() -> float:
-    """Return the bytes that processes here may use: the machine's, or its control group's limit."""
+    """Return the bytes of this machine's memory, or of its control group's limit if it is less."""
     sizes = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -187,15 +194,14 @@ def memory_of_machine() -> float:
 
 
 def cores_here() -> tuple[int, ...]:
-    """Return the CPU cores that this process may use, ascending."""
+    """Return the CPU cores that this process may use, in ascending order."""
     if hasattr(os, "sched_getaffinity"):
         return tuple(sorted(os.sched_getaffinity(0)))
     return tuple(range(os.cpu_count() or 1))
 
 
 def ask_nvidia_smi(fields: str) -> list[str]:
-    """Return a line for each NVIDIA GPU, with commas between fields; none where there is no such
-    program or it fails."""
+    """Return a line of comma-separated fields for each NVIDIA GPU; none if nvidia-smi fails."""
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
@@ -205,7 +211,7 @@ def ask_nvidia_smi(fields: str) -> list[str]:
 
 
 def _gpus() -> list[tuple[str, float]]:
-    """Name and bytes of each NVIDIA GPU that this process may see."""
+    """Return name and memory in bytes of each NVIDIA GPU that CUDA_VISIBLE_DEVICES allows."""
     rows = [line.rsplit(",", 1) for line in ask_nvidia_smi("name,memory.total")]
     try:
         found = [(name.strip(), float(int(size) << 20)) for name, size in rows]
@@ -221,13 +227,13 @@ def _gpus() -> list[tuple[str, float]]:
 
 
 def _tpu_chips() -> int:
-    """Chips by their device files: /dev/accel0, or /dev/vfio/0 on newer machines."""
+    """Count TPU chips by their device files: /dev/accel0, or /dev/vfio/0 on newer machines."""
     accelerators = list(Path("/dev").glob("accel[0-9]*"))
     return len(accelerators or list(Path("/dev/vfio").glob("[0-9]*")))
 
 
 def _cpu() -> tuple[str, set[str]]:
-    """Name and features of the first core."""
+    """Return the name and the feature flags of the first core."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -241,13 +247,13 @@ def _cpu() -> tuple[str, set[str]]:
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Return whether this machine's cores have instructions for products of bfloat16."""
+    """Return whether this machine's cores have instructions that multiply bfloat16."""
     _, features = _cpu()
     return not features.isdisjoint(MULTIPLY_BFLOAT16)
 
 
 def _core_rate() -> float:
-    """FLOP/s of a float32 matmul on one core: NumPy in a process with one thread."""
+    """Return the FLOP/s of a float32 matmul on one core, by NumPy in a single-threaded process."""
     threads = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     command = [sys.executable, "-c", MEASURE_RATE]
     done = subprocess.run(
@@ -257,9 +263,9 @@ def _core_rate() -> float:
 
 
 def device_memory_bytes() -> int | None:
-    """Return the memory of the smallest NVIDIA GPU here, None where there is none.
+    """Return the memory of the smallest NVIDIA GPU here, None if there is none.
 
-    Asked of nvidia-smi, since the driver must not start JAX.
+    By nvidia-smi, since the driver must not start JAX.
     """
     if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         return None
@@ -268,7 +274,7 @@ def device_memory_bytes() -> int | None:
 
 
 def _numbers_of_gpus(field: str) -> list[str]:
-    """Return a number for each NVIDIA GPU, as text; none where one is not told."""
+    """Return a number for each NVIDIA GPU, as text; none if nvidia-smi does not know one."""
     numbers = [line.strip() for line in ask_nvidia_smi(field)]
     try:
         return numbers if all(float(number) >= 0 for number in numbers) else []
@@ -277,9 +283,9 @@ def _numbers_of_gpus(field: str) -> list[str]:
 
 
 def gpu_dtype() -> str | None:
-    """Return what --dtype auto means on the least of the NVIDIA GPUs here, None if none is seen.
+    """Return what --dtype auto means on the oldest NVIDIA GPU here, None if there is none.
 
-    Asked of nvidia-smi, since the driver must not start JAX.
+    By nvidia-smi, since the driver must not start JAX.
     """
     capabilities = _numbers_of_gpus("compute_cap")
     if not capabilities:

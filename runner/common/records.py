@@ -1,4 +1,4 @@
-"""Nouns shared by the stages of a run. Of ours it imports the planner's nouns alone."""
+"""The records that the stages of a run hand to each other, and the estimate of a compile."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,18 +8,18 @@ import numpy as np
 
 from sharding.batches import Batch
 
-# Seconds, of a few layers on a CPU; and how many times as long as reading a program from the cache
-# compiling it takes: 8 on a CPU, 0.2 s and 1.6 s.
+# Seconds to compile a few layers on a CPU, and how many times as long compiling takes as reading
+# the program from the cache (measured on a CPU: 1.6 s and 0.2 s).
 USUAL_COMPILE_S = 3.0
 COMPILING_TO_READING = 8.0
 
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """The test set: ids as they were spelled and one tuple of cells for each text column.
+    """The test set: ids as the file spells them, and a tuple of cells for each text column.
 
-    kept: columns that are copied to the output: text, JSON values or an Arrow column, as the file
-    has them; the id column too, where its ids are numbers there.
+    kept: columns to copy to the output, as the file has them: text, JSON values or an Arrow column.
+    The id column is among them if its ids are numbers.
     """
 
     ids: tuple[str, ...]
@@ -34,10 +34,9 @@ class Examples:
 class TokenTable:
     """Token ids of all rows end to end: row r is `values[offsets[r]:offsets[r + 1]]`.
 
-    values: int32 (tokens,). offsets: int64 (rows + 1,). Two arrays, so that workers on one
-    machine read one copy from shared memory. pad_id: the token that the model was trained with
-    after a row's end, which `padded-mean` sees. end_id: the token that a row keeps at its end
-    however it is cut, None where it is cut as it stands.
+    values: int32 (tokens,). offsets: int64 (rows + 1,). Two flat arrays, so that workers on one
+    machine read one copy from shared memory. pad_id: the padding token of the model's training,
+    which `padded-mean` sees. end_id: the token that a truncated row ends in, None for its own.
     """
 
     values: np.ndarray
@@ -53,10 +52,10 @@ class TokenTable:
     def batch_arrays(
         self, rows: tuple[int, ...], num_rows: int, length: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return `rows` as int32 (num_rows, length), `pad_id` after each row's end, and the token
-        counts as int32 (num_rows,); rows past `len(rows)` are filler of length 0.
+        """Return the token ids of `rows`, int32 (num_rows, length), padded with `pad_id`, and their
+        token counts, int32 (num_rows,). Rows past `len(rows)` are filler of length 0.
 
-        A row of more than `length` tokens is cut to them, as a run at that sequence length would.
+        Rows of more than `length` tokens are truncated, as in a run with that sequence length.
         """
         starts = self.offsets[list(rows)]
         whole = self.offsets[np.add(rows, 1)] - starts
@@ -74,10 +73,11 @@ class TokenTable:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What turns pooled vectors into classes, all float32.
+    """The weights that turn pooled vectors into classes, all float32.
 
-    kernel: (hidden, classes). bias: (classes,). dense: kernel and bias of a layer before them, None
-    where there is none; activation: that layer's, a key of `heads.ACTIVATIONS`.
+    kernel: (hidden, classes). bias: (classes,). dense: kernel (hidden, hidden) and bias (hidden,)
+    of a layer before them, if there is one. activation: of that layer, a key of
+    `heads.ACTIVATIONS`.
     """
 
     kernel: np.ndarray
@@ -88,13 +88,12 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """All a worker needs to make a replica. Paths and names only: models do not travel.
+    """What a worker needs to load a replica: paths and names only, since models do not travel.
 
-    head_kernel, head_bias: None where the preset is a classifier with a head of its own.
-    quantization: what to make of a float preset while it is loaded; None where it is to stay as
-    it is on disk. stored_bytes: of its weight files. head: a key of `heads.OUTPUTS`, or none:
-    then there are no head files, and a row gets its pooled states, `classes` numbers. is_int8:
-    whether the weights are int8 in the end, on disk or made so.
+    head_kernel, head_bias: None if the preset is a classifier with a head of its own.
+    quantization: how to quantize a float preset while it is loaded; None loads it as stored.
+    stored_bytes: of its weight files. head: a key of `heads.OUTPUTS`; or none, without head files:
+    a row gets its pooled states, `classes` numbers. is_int8: whether the loaded weights are int8.
     """
 
     preset: str
@@ -113,10 +112,10 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """What a worker says of itself once it is loaded.
+    """What a worker reports once it is loaded.
 
-    `rss_after_imports_bytes` is its resident memory before the first weight; `attention` a key of
-    `attention.WAYS`; `notes` are sentences for the person.
+    rss_after_imports_bytes: peak resident memory before the first weight is loaded. attention: a
+    key of `attention.WAYS`. notes: sentences for the user.
     """
 
     kind: str
@@ -132,7 +131,7 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True)
 class CompileInfo:
-    """How long one shape took, and whether its program was read from the cache on disk."""
+    """How long it took to compile one shape, or to read its program from the cache on disk."""
 
     seconds: float
     cached: bool
@@ -140,9 +139,9 @@ class CompileInfo:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one worker spent on one batch, and what it handed on to the next stage.
+    """What one worker spent on one batch, and how much it sent to the next stage.
 
-    ended_at: `time.time()` on the worker's machine, 0 where nobody looked.
+    ended_at: `time.time()` on the worker's machine, 0 if it was not recorded.
     """
 
     seconds: float
@@ -155,7 +154,7 @@ class Work:
 class BatchResult:
     """Probabilities of one batch: float32 (len(batch.rows), classes), in the order of its rows.
 
-    work: one entry for each worker that had a part in it, in the order of the group's members.
+    work: one entry for each worker that took part, in the order of the group's members.
     """
 
     batch: Batch
@@ -165,20 +164,20 @@ class BatchResult:
 
     @property
     def finite(self) -> np.ndarray:
-        """Which rows came out as numbers: bool (len(batch.rows),)."""
+        """Which rows are finite: bool (len(batch.rows),)."""
         is_finite: np.ndarray = np.isfinite(self.probabilities).all(axis=1)
         return is_finite
 
     def rows_where(self, chosen: np.ndarray) -> list[int]:
-        """Return the batch's rows that a mask, bool (len(batch.rows),), chooses."""
+        """Return the batch's rows that a mask selects, bool (len(batch.rows),)."""
         return [row for row, is_one in zip(self.batch.rows, chosen, strict=True) if is_one]
 
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """What travels from one pipeline stage to the next.
+    """What one pipeline stage sends to the next.
 
-    hidden: (rows, length, hidden_dim) in the model's dtype. lengths: int32 (rows,).
+    hidden: (rows, length, hidden_dim) in the model's dtype. lengths: int32 (rows,), real tokens.
     """
 
     hidden: np.ndarray
@@ -188,7 +187,11 @@ class Activations:
 
 @dataclass(slots=True)
 class WorkerStats:
-    """One line of the report's `workers`. node: its machine's name in a cluster, else empty."""
+    """One entry of the report's `workers`.
+
+    node: the name of its machine in a cluster, else empty. cached_s: the part of compile_s in which
+    programs were read from the cache on disk.
+    """
 
     replica: int
     member: int = 0
@@ -205,7 +208,6 @@ class WorkerStats:
     rss_after_imports_bytes: int = 0
     load_s: float = 0.0
     compile_s: float = 0.0
-    # Of that, reading programs from the cache on disk.
     cached_s: float = 0.0
     compiled_shapes: int = 0
     cached_shapes: int = 0
@@ -219,14 +221,14 @@ class WorkerStats:
         self.peak_rss_bytes = max(self.peak_rss_bytes, work.peak_rss_bytes)
 
     def count_compiled(self, info: CompileInfo) -> None:
-        """Add a shape that is ready."""
+        """Add a compiled shape."""
         self.compile_s += info.seconds
         self.cached_s += info.seconds if info.cached else 0.0
         self.cached_shapes += info.cached
         self.compiled_shapes += not info.cached
 
     def introduce(self, info: WorkerInfo) -> None:
-        """Take over what a worker said of itself."""
+        """Copy what a worker reported when it was loaded."""
         self.device = info.device
         self.weight_bytes = info.weight_bytes
         self.rss_after_imports_bytes = info.rss_after_imports_bytes
@@ -234,11 +236,13 @@ class WorkerStats:
 
 
 def seconds_to_compile(workers: list[WorkerStats], *, is_new: bool, replicas: int = 1) -> float:
-    """Return the seconds that a shape takes on each replica until there is a program, a guess
-    where none was made: one replica compiles it, the others read it from the cache on disk.
+    """Estimate the mean seconds a replica takes to have the program of one more shape.
+
+    One replica compiles it, the others read it from the cache on disk. Without measurements it is
+    `USUAL_COMPILE_S`.
 
     Args:
-        is_new: whether no earlier run can have left it there; else it is as those before.
+        is_new: whether no earlier run can have cached it; else as for the shapes so far.
     """
     read = sum(worker.cached_shapes for worker in workers)
     compiled = sum(worker.compiled_shapes for worker in workers)
@@ -257,7 +261,7 @@ def seconds_to_compile(workers: list[WorkerStats], *, is_new: bool, replicas: in
 
 @dataclass(slots=True)
 class Faults:
-    """What went wrong and was survived; the report's `faults`."""
+    """Counts of faults that the run recovered from; the report's `faults`."""
 
     worker_deaths: int = 0
     hangs: int = 0
@@ -269,11 +273,12 @@ class Faults:
 
 @dataclass(slots=True)
 class Tally:
-    """What was counted while answers came.
+    """Counts over the answers so far.
 
-    answered: rows that came out well. broken: rows that came out as NaN or infinity. lengths: of
-    the rows of each batch, the tokens that were computed. journal_s: seconds of keeping answers.
-    forecasts: seconds since the start, and the total seconds that were forecast then.
+    answered: number of rows with a finite answer. broken: rows whose answer is NaN or infinite.
+    lengths: for each batch, the tokens computed of each row, int64 (rows,). journal_s: seconds
+    spent on saving answers. forecasts: pairs of seconds since the start, and the total seconds
+    forecast at that time.
     """
 
     answered: int = 0
@@ -286,5 +291,5 @@ class Tally:
 
     @property
     def lengths_done(self) -> np.ndarray:
-        """Tokens of the rows that were answered: int64 (rows,)."""
+        """Tokens of the answered rows: int64 (rows,)."""
         return np.concatenate(self.lengths or [np.zeros(0, dtype=np.int64)])

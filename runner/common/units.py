@@ -2,7 +2,7 @@
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as a person says them: 40 s, 2.5 min, 3.1 h."""
+    """Return seconds in the unit that suits them: 2.5 s, 40 s, 2.5 min, 3.1 h."""
     if seconds < 100:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     if seconds < 100 * 60:
@@ -10,18 +10,30 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 100 * 3600 else f"{seconds / 3600:,.0f} h"
 
 
+def clock(seconds: float) -> str:
+    """Return seconds as on a clock: 73 -> 1:13, 3700 -> 1:01:40, less than 0 -> 0:00."""
+    minutes, second = divmod(round(max(0.0, seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
 def flops_text(count: float) -> str:
-    """Return FLOPs as a person says them: 262 PFLOP."""
+    """Return FLOPs with three digits: 262 PFLOP."""
     units = {"E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6}
     unit = next((unit for unit, size in units.items() if count >= size), "M")
     return f"{count / units[unit]:.3g} {unit}FLOP"
 
 
 def parameters_text(count: float) -> str:
-    """Return a number of weights: 9.24 B, or 4.5 M."""
+    """Return a number of weights: 9.24 B, 4.5 M."""
     return f"{count / 1e9:.3g} B" if count >= 1e8 else f"{count / 1e6:.2g} M"
 
 
 def gb(count: float) -> str:
-    """Return bytes in GB, small ones in MB: 18.5 GB, 412 MB."""
+    """Return bytes in GB, or in MB below 95 MB: 18.5 GB, 42 MB."""
     return f"{count / 1e9:.1f} GB" if count >= 0.95e8 else f"{count / 1e6:.0f} MB"
+
+
+def mb(count: float) -> str:
+    """Return bytes in whole MB: 18,480 MB."""
+    return f"{count / 1e6:,.0f} MB"

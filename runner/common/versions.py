@@ -1,4 +1,4 @@
-"""The versions of what a run's numbers depend on."""
+"""Installed packages -> the versions on which a run's numbers depend."""
 
 import importlib.metadata
 import platform
@@ -9,7 +9,7 @@ PACKAGES = ("jax", "keras", "keras-hub", "keras-nlp", "numpy", "pandas", "ray", 
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a run's numbers depend on."""
+    """Return name -> version of this program, Python and those of `PACKAGES` that are there."""
     found = {"arena-runner": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,29 +1,26 @@
 """A RunConfig -> the flags that make its run."""
 
-from runner.config.flags import flag
+from typing import Any
+
+from runner.config.flags import FLAGS, PRINTED, flag
 from runner.config.run_config import RunConfig
 
-# A time limit and what goes on from before are a person's run's alone, not a calibrating one's.
-FLAGS_OF_A_LONG_RUN = (
-    *("time_limit", "on_deadline", "min_sequence_length", "fallback_probabilities"),
-    *("resume", "journal"),
-)
-FLAGS_OF_A_RUN = (
-    *("mode", "strategy", "group_size", "num_workers", "dtype", "quantization"),
-    *("preset", "lora_weights", "head_kernel", "head_bias", "pooling", "sequence_length"),
-    *("text_format", "max_tokens_per_batch", *FLAGS_OF_A_LONG_RUN, "input", "output", "report"),
-)
 
+def command_flags(config: RunConfig, passed_on_to: str = PRINTED, /, **changes: Any) -> list[str]:
+    """Return the flags that make a config's run.
 
-def command_flags(config: RunConfig, **changes: object) -> list[str]:
-    """Return the flags that make a config's run, with changes: None leaves a flag out."""
-    plain = RunConfig()
+    Args:
+        passed_on_to: PRINTED or CALIBRATION, which take different flags.
+        changes: setting -> another value than the config's; None leaves the flag out.
+    """
     flags: list[str] = []
-    for name in FLAGS_OF_A_RUN:
-        value = changes[name] if name in changes else getattr(config, name)
-        if value is None or (name != "mode" and value == getattr(plain, name)):
+    # The mode is always named, and first.
+    for row in sorted(FLAGS, key=lambda row: row.group != "devices"):
+        value = changes.get(row.name, getattr(config, row.name))
+        is_default = value is None or (row.name != "mode" and value == row.default)
+        if is_default or passed_on_to not in row.passed_on:
             continue
         if isinstance(value, tuple):
             value = ",".join(f"{part:g}" for part in value)
-        flags += [flag(name), f"{value:g}" if isinstance(value, float) else str(value)]
+        flags += [flag(row.name), f"{value:g}" if isinstance(value, float) else str(value)]
     return flags

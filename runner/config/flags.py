@@ -1,278 +1,423 @@
-"""The flags of a run: their names, choices, defaults and help, and how each value is read.
+"""The flags: each is one row of one table, and all that is known of it is in that row.
 
-Does not know how flags go together (`run_config.py`), nor a command line (`parser.py`).
+The parser, `--help`, the TOML keys, the conversion of values, the fields' defaults, the checks of
+where a flag applies and the command that a plan prints are made of these rows. To add a flag, add a
+row here and a field to `RunConfig`. Longer than other files, since the table is kept in one piece.
 """
 
-import math
-import os
-import re
-from collections.abc import Callable
-from dataclasses import Field
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from runner.common.errors import ConfigError
 from runner.common.poolings import POOLINGS
-from runner.config.task import make_task
+from runner.config.readers import (
+    flag,
+    read_count,
+    read_count_or_auto,
+    read_duration,
+    read_numbers,
+    read_path,
+    read_port,
+    read_switch,
+    read_text,
+    refused,
+)
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "mode": ("data-parallel", "model-parallel", "single"),
-    "strategy": ("auto", "tensor", "pipeline"),
-    "pooling": tuple(POOLINGS),
-    "text_format": ("raw", "turns"),
-    "dtype": ("auto", "float32", "float16", "bfloat16"),
-    "quantization": ("none", "int8", "int4"),
-    "on_deadline": ("shorten", "fill", "fail"),
-    "extra_passes": ("none", "swap"),
-    "resume": ("auto", "never", "require"),
-    "log_format": ("text", "json"),
-}
-PATHS = (
-    *("input", "output", "preset", "lora_weights", "head_kernel", "head_bias"),
-    *("journal", "report", "log_dir"),
-)
-COUNTS = (
-    *("sequence_length", "num_workers", "group_size", "max_tokens_per_batch"),
-    "min_sequence_length",
-)
-SWITCHES = ("plan", "calibrate", "verbose")
-# Of int32, in which lengths go to the model.
-MOST_COUNT = 2**31 - 1
-LAST_PORT = 65535
-AUTO_COUNTS = ("num_workers", "max_tokens_per_batch")
+DATA_PARALLEL, MODEL_PARALLEL, SINGLE = MODES = ("data-parallel", "model-parallel", "single")
+# What may take a flag: a run, and --plan.
+RUN, PLAN = "a run", "--plan"
+# What a flag is passed on to: the command that --plan prints, and the run of --calibrate.
+PRINTED, CALIBRATION = "printed", "calibration"
+DEFAULT_GROUP_SIZE = 2
 
 
 class DefaultLength(int):
-    """A sequence length that nobody asked for: a preset may bring its own (`resolve.settle`)."""
+    """A sequence length that the user did not name: a preset may bring its own (`settle`)."""
 
 
 class DefaultPooling(str):
-    """A pooling that nobody asked for, as `DefaultLength`."""
+    """A pooling that the user did not name: a preset may bring its own (`settle`)."""
 
     __slots__ = ()
 
 
-DEFAULT_LENGTH, DEFAULT_POOLING = DefaultLength(512), DefaultPooling("padded-mean")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flag:
+    """A flag and the setting of the same name.
 
-
-def converted(field: "Field[Any]", value: Any) -> Any:
-    name = field.name
-    if name in COUNTS:
-        return value if isinstance(value, DefaultLength) else parse_count(name, value)
-    if name in PARSERS:
-        return PARSERS[name](value)
-    if name in PATHS:
-        if not isinstance(value, (str, os.PathLike)) or "\0" in str(value):
-            raise ConfigError(f"{flag(name)} must be a path. Received: {name}={value!r}")
-        return Path(value)
-    expected = bool if name in SWITCHES else str
-    if not isinstance(value, expected):
-        kind = "true or false" if name in SWITCHES else "text"
-        raise ConfigError(f"{flag(name)} must be {kind}. Received: {name}={value!r}")
-    return value
-
-
-def flag(name: str) -> str:
-    """Return the flag of a field: head_kernel -> --head-kernel."""
-    return "--" + name.replace("_", "-")
-
-
-def parse_count(name: str, value: Any) -> int | None:
-    """Return a whole number, or None for `auto` where the field allows it.
-
-    Raises:
-        ConfigError: anything else.
+    name: of the field of `RunConfig`; the flag has - for _.
+    group: the heading of `--help` that lists it.
+    default: None: decided later, or the demo's file.
+    default_note: what `--help` says of the default after its value.
+    choices: the only values; empty for any.
+    read: turns a given value into the setting's, or raises ConfigError.
+    modes, commands: where it applies; elsewhere only the default is accepted.
+    passed_on: what a plan passes it on to.
+    prepare: what of this row differs in `run.py prepare`; None if that does not take the flag.
     """
-    automatic = name in AUTO_COUNTS
-    if automatic and value == "auto":
-        return None
-    try:
-        if type(value) not in (int, str):
-            raise ValueError
-        return int(value)
-    except ValueError:
-        raise ConfigError(
-            f"{flag(name)} must be a whole number of at least 1{' or auto' if automatic else ''}. "
-            f"Received: {flag(name)} {value}"
-        ) from None
+
+    name: str
+    group: str
+    help: str
+    default: Any = None
+    default_note: str = ""
+    choices: tuple[str, ...] = ()
+    read: Callable[[str, Any], Any] = read_text
+    metavar: str = "FILE"
+    required: bool = False
+    modes: tuple[str, ...] = MODES
+    commands: tuple[str, ...] = (RUN, PLAN)
+    passed_on: tuple[str, ...] = (PRINTED, CALIBRATION)
+    prepare: Mapping[str, Any] | None = None
+
+    def value(self, given: Any) -> Any:
+        """Return the setting's value.
+
+        Raises:
+            ConfigError: `given` is of another type, outside the range or not among the choices.
+        """
+        if given is None and self.default is None and not self.required:
+            return None
+        value = self.read(self.name, given)
+        if self.choices and value not in self.choices:
+            raise refused(self.name, f"one of {', '.join(self.choices)}", value)
+        return value
+
+    def help_text(self) -> str:
+        """Return what `--help` says."""
+        default = "" if self.default is None else str(self.default)
+        default = ("off" if self.default is False else default) + self.default_note
+        return f"{self.help} (default: {default})" if default else self.help
+
+    def add_to(self, parser: argparse._ActionsContainer) -> None:
+        """Add the flag to a parser, which reads it as text, or as True."""
+        options: dict[str, Any] = {"metavar": self.metavar}
+        if self.read is read_switch:
+            options = {"action": "store_true"}
+        elif self.choices:
+            options = {"metavar": "{" + ",".join(self.choices) + "}"}
+        parser.add_argument(flag(self.name), dest=self.name, help=self.help_text(), **options)
 
 
-def parse_time_limit(value: Any) -> float:
-    """Return seconds: 8h45m, 90m, 1h, 30s, 2h15m30s, or a finite number of seconds.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    if type(value) in (int, float) and math.isfinite(value):
-        return float(value)
-    parts = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", str(value).strip())
-    if isinstance(value, bool) or parts is None or not any(parts.groups()):
-        raise ConfigError(
-            "--time-limit must be hours, minutes and seconds such as 8h45m, 90m or 30s. "
-            f"Received: --time-limit {value}"
-        )
-    hours, minutes, seconds = (float(part or 0) for part in parts.groups())
-    return hours * 3600 + minutes * 60 + seconds
-
-
-def parse_fallback(value: Any) -> tuple[float, ...]:
-    """Return probabilities: 0.4,0.3,0.3, or a list of numbers.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    try:
-        return tuple(float(part) for part in (value.split(",") if type(value) is str else value))
-    except (TypeError, ValueError):
-        raise ConfigError(
-            "--fallback-probabilities must be numbers with commas between them, such as "
-            f"0.35,0.35,0.3. Received: --fallback-probabilities {value}"
-        ) from None
-
-
-def parse_port(value: Any) -> int:
-    """Return a port of this machine, 0 for any that is free.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    port = int(value) if type(value) is str and value.isascii() and value.isdigit() else value
-    if type(port) is not int or not 0 <= port <= LAST_PORT:
-        raise ConfigError(
-            f"--metrics-port must be a whole number from 0, any free port, to {LAST_PORT}. "
-            f"Received: --metrics-port {value}"
-        )
-    return port
-
-
-# Fields that are read from more than text, a count or a path.
-PARSERS: dict[str, Callable[[Any], Any]] = {
-    "time_limit": parse_time_limit,
-    "fallback_probabilities": parse_fallback,
-    "metrics_port": parse_port,
-    "task": make_task,
-}
-
-
-def typed(path: Path, name: str, value: Any) -> Any:
-    if name in COUNTS:
-        return parse_count(name, value)
-    if name in PARSERS:
-        return PARSERS[name](value)
-    expected = bool if name in SWITCHES else str
-    if type(value) is not expected:
-        raise ConfigError(
-            f"{path} gives {name} a value of another type than {expected.__name__}. "
-            f"Received: {name} = {value!r}"
-        )
-    if name in PATHS and "\0" in str(value):
-        raise ConfigError(f"{path} must name files without NUL. Received: {name} = {value!r}")
-    return Path(str(value)) if name in PATHS else value
-
-
-HELP = {
-    "mode": "data-parallel: Ray workers, one replica each; model-parallel: groups of Ray workers, "
-    "one replica a group; single: this process, no Ray (default: data-parallel)",
-    "input": "CSV, Parquet or JSON lines (.jsonl) with id, prompt, response_a, response_b, or the "
-    "columns that [task] in --config names (default: the demo set)",
-    "output": "where the submission is written: .csv, .parquet or .jsonl (default: submission.csv)",
-    "preset": "KerasHub preset directory, of a backbone or of a whole TextClassifier with its own "
-    "head (default: the demo preset, random weights)",
-    "lora_weights": "*.lora.h5 saved from that backbone; merged into its kernels (default: none)",
-    "head_kernel": ".npy of shape (hidden, classes) (needed with --preset, if [task] has a head "
-    "and the preset none)",
-    "head_bias": ".npy of shape (classes,) (needed with --head-kernel)",
-    "pooling": "hidden states -> one vector; padded-mean is the notebook's mean over all "
-    "positions, padding included; first and pooler are for encoders (default: padded-mean, or "
-    "that of a TextClassifier's own head)",
-    "sequence_length": "tokens a row is cut to; use the length of training (default: 512 tokens, "
-    "or that of a TextClassifier's own preprocessor)",
-    "text_format": "raw: cells as they stand; turns: JSON lists decoded, turns joined by a newline "
-    "(default: raw)",
-    "num_workers": "one replica and one device each (default: auto, every GPU or TPU, on a CPU two "
-    "workers or one for every eight cores)",
-    "group_size": "model-parallel: workers that hold one replica together (default: 2)",
-    "strategy": "model-parallel: pipeline, layers cut into stages; tensor, every large weight cut "
-    "into slices; auto says which it takes and why (default: auto)",
-    "dtype": "auto: float32 on CPU, bfloat16 where the device has it, else float16, beside int8 "
-    "float32 (default: auto)",
-    "quantization": "weights as int8 (activations too, as they come) or int4, made layer by layer "
-    "while loading, LoRA merged before; needs no flag with a prepared preset (default: none)",
-    "max_tokens_per_batch": "rows x padded length of a batch (default: auto, by device)",
-    "address": "HOST:PORT of a running Ray cluster to join, or auto for the one that this machine "
-    "is a node of; nodes that have not got the model's files are sent them (default: Ray is "
-    "started here for this run)",
-    "time_limit": "8h45m, 90m, 30s: a submission stands by then, counted from the start of the "
-    "process, loading and writing included (default: none)",
-    "on_deadline": "where the time does not suffice: shorten, cut the rows that are left to the "
-    "longest length at which all fit; fill, whole rows as long as there is time and the fallback "
-    "for the others; fail, exit code 3 with the journal kept (default: shorten)",
-    "min_sequence_length": "tokens below which no row is cut (default: a quarter of "
-    "--sequence-length)",
-    "fallback_probabilities": "a,b,c, one a label, for rows that have no answer of the model "
-    "(default: the mean of those that have)",
-    "extra_passes": "swap: where time is left, rows are predicted again with their two responses "
-    "exchanged, the most uncertain first, and averaged (default: none)",
-    "resume": "auto: go on from the journal where it is of the same test set, model and settings, "
-    "else start afresh; require: go on or end with exit code 2; never: start afresh "
-    "(default: auto)",
-    "journal": "where rows are kept as they are done (default: OUTPUT.journal)",
-    "report": "where the JSON report is written, and beside it a page and a trace (default: "
-    "OUTPUT.report.json)",
-    "plan": "print what fits these devices, how long it should take and why, write it as JSON to "
-    "OUTPUT.plan.json, and stop; needs no weights and no head (default: off)",
-    "device": "with --plan: forecast for another device, --num-workers of them (t4, l4, a100, "
-    "a100-80gb, h100, h200, v5e, v3-8; default: those that are here)",
-    "calibrate": "with --plan: run a few batches on the devices here and forecast from them; needs "
-    "weights and head (default: off)",
-    "log_dir": "folder for the log of the run and all that its workers write, at most 8 MB a "
-    "process (default: OUTPUT.logs)",
-    "log_format": "of standard error; json: one object a line, with time, level, event, message; "
-    "and one object on standard output at the end (default: text)",
-    "metrics_port": "serve figures of the run for Prometheus on 127.0.0.1 while it lasts; 0 takes "
-    "any free port and says which (default: none)",
-    "verbose": "show what libraries and workers log, and tracebacks (default: off)",
-}
-# Heading -> what it groups: every flag of a run, once.
-GROUPS: dict[str, tuple[str, ...]] = {
-    "data": ("input", "output", "text_format", "sequence_length"),
-    "model": ("preset", "lora_weights", "head_kernel", "head_bias", "pooling"),
-    "devices": (
-        *("mode", "address", "num_workers", "group_size", "strategy", "max_tokens_per_batch"),
+FLAGS: tuple[Flag, ...] = (
+    Flag(
+        name="input",
+        group="data",
+        read=read_path,
+        help="CSV, Parquet or JSON lines (.jsonl) with columns id, prompt, response_a and "
+        "response_b, or those that [task] in --config names",
+        default_note="the demo set",
+        prepare={
+            "help": "its first rows are used to measure accuracy",
+            "default_note": "made-up rows",
+        },
     ),
-    "precision": ("dtype", "quantization"),
-    "deadline": (
-        *("time_limit", "on_deadline", "min_sequence_length", "fallback_probabilities"),
-        "extra_passes",
+    Flag(
+        name="output",
+        group="data",
+        read=read_path,
+        help="the submission to write: .csv, .parquet or .jsonl",
+        default=Path("submission.csv"),
+        prepare={
+            "help": "directory to create: a KerasHub preset, for --preset of a run",
+            "default": None,
+            "required": True,
+            "metavar": "DIR",
+        },
     ),
-    "resuming": ("resume", "journal"),
-    "plan": ("plan", "device", "calibrate"),
-    "what is said and kept": ("report", "log_dir", "log_format", "metrics_port", "verbose"),
-}
-METAVARS = {
-    "address": "ADDRESS",
-    "time_limit": "8h45m",
-    "device": "NAME",
-    "fallback_probabilities": "A,B,C",
-    "metrics_port": "PORT",
-    "num_workers": "N|auto",
-    "group_size": "N",
-    "sequence_length": "TOKENS",
-    "min_sequence_length": "TOKENS",
-    "max_tokens_per_batch": "TOKENS|auto",
-}
-PREPARE_HELP = {
-    "preset": "KerasHub preset directory with float weights, or a checkpoint of Hugging Face "
-    "transformers, which is converted",
-    "output": "the directory to make: a KerasHub preset, for --preset of a run",
-    "quantization": "int8, int4, or none to merge LoRA only (default: int8)",
-    "lora_weights": HELP["lora_weights"],
-    "dtype": "of all that is not quantized, and of the weights before; name the one of the run "
-    "for the very numbers of --quantization there (default: auto, float32)",
-    "head_kernel": "with --head-bias: measures how far the answers lie from float32's",
-    "head_bias": ".npy of shape (classes,)",
-    "input": "its first rows are measured (default: made-up rows)",
-    "pooling": "for that measurement (default: padded-mean)",
-    "sequence_length": "for that measurement (default: 512)",
-    "text_format": "for that measurement (default: raw)",
-}
+    Flag(
+        name="text_format",
+        group="data",
+        choices=("raw", "turns"),
+        help="raw: use cells as they are; turns: decode JSON lists and join the turns with a "
+        "newline",
+        default="raw",
+        prepare={"help": "for measuring accuracy, as in a run"},
+    ),
+    Flag(
+        name="sequence_length",
+        group="data",
+        read=read_count,
+        metavar="TOKENS",
+        help="truncate rows to this many tokens; use the length of training",
+        default=DefaultLength(512),
+        default_note=" tokens, or that of a TextClassifier's own preprocessor",
+        prepare={"help": "for measuring accuracy, as in a run"},
+    ),
+    Flag(
+        name="preset",
+        group="model",
+        read=read_path,
+        metavar="DIR",
+        help="KerasHub preset directory: a backbone, or a whole TextClassifier with its own head",
+        default_note="the demo preset, with random weights",
+        prepare={
+            "help": "KerasHub preset directory with float weights, or a Hugging Face transformers "
+            "checkpoint, which is converted",
+            "default_note": "",
+            "required": True,
+        },
+    ),
+    Flag(
+        name="lora_weights",
+        group="model",
+        read=read_path,
+        help="*.lora.h5 saved from that backbone; merged into its kernels",
+        default_note="none",
+        prepare={},
+    ),
+    Flag(
+        name="head_kernel",
+        group="model",
+        read=read_path,
+        help=".npy of shape (hidden, classes) (needed with --preset if [task] has a head and the "
+        "preset has none)",
+        prepare={"help": "with --head-bias: measure how far the answers are from float32"},
+    ),
+    Flag(
+        name="head_bias",
+        group="model",
+        read=read_path,
+        help=".npy of shape (classes,) (needed with --head-kernel)",
+        prepare={},
+    ),
+    Flag(
+        name="pooling",
+        group="model",
+        choices=tuple(POOLINGS),
+        help="how hidden states become one vector; padded-mean is the notebook's mean over all "
+        "positions, padding included; first and pooler are for encoders",
+        default=DefaultPooling("padded-mean"),
+        default_note=", or that of a TextClassifier's own head",
+        prepare={"help": "for measuring accuracy, as in a run"},
+    ),
+    Flag(
+        name="mode",
+        group="devices",
+        choices=MODES,
+        help="data-parallel: Ray workers, one replica each; model-parallel: groups of Ray workers, "
+        "one replica per group; single: this process, no Ray",
+        default=DATA_PARALLEL,
+    ),
+    Flag(
+        name="address",
+        group="devices",
+        metavar="ADDRESS",
+        help="HOST:PORT of a running Ray cluster to join, or auto for the cluster that this "
+        "machine is a node of; nodes that lack the model's files receive them",
+        default_note="start Ray here for this run",
+        modes=(DATA_PARALLEL, MODEL_PARALLEL),
+        commands=(RUN,),
+        passed_on=(),
+    ),
+    Flag(
+        name="num_workers",
+        group="devices",
+        read=read_count_or_auto,
+        metavar="N|auto",
+        help="number of workers, one device each",
+        default_note="auto, every GPU or TPU; on a CPU two workers, or one for every eight cores",
+    ),
+    Flag(
+        name="group_size",
+        group="devices",
+        read=read_count,
+        metavar="N",
+        help="number of workers that hold one replica together",
+        default_note=str(DEFAULT_GROUP_SIZE),
+        modes=(MODEL_PARALLEL,),
+    ),
+    Flag(
+        name="strategy",
+        group="devices",
+        choices=("auto", "tensor", "pipeline"),
+        help="pipeline: split the layers into stages; tensor: split every large weight into "
+        "slices; auto: choose one and say why",
+        default_note="auto",
+        modes=(MODEL_PARALLEL,),
+    ),
+    Flag(
+        name="max_tokens_per_batch",
+        group="devices",
+        read=read_count_or_auto,
+        metavar="TOKENS|auto",
+        help="most rows x padded length in a batch",
+        default_note="auto, by device",
+    ),
+    Flag(
+        name="dtype",
+        group="precision",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        help="auto: float32 on a CPU; elsewhere bfloat16 if the device has it, else float16, or "
+        "float32 with int8 weights",
+        default="auto",
+        prepare={
+            "help": "dtype to load weights in, and of those that are not quantized; name the dtype "
+            "of the run to get exactly the numbers of its --quantization",
+            "default_note": ", float32",
+        },
+    ),
+    Flag(
+        name="quantization",
+        group="precision",
+        choices=("none", "int8", "int4"),
+        help="quantize weights to int8 (and activations on the fly) or int4, layer by layer while "
+        "loading, after merging LoRA; not needed with a prepared preset",
+        default="none",
+        prepare={"help": "int8, int4, or none to merge LoRA only", "default": "int8"},
+    ),
+    Flag(
+        name="time_limit",
+        group="deadline",
+        read=read_duration,
+        metavar="8h45m",
+        help="8h45m, 90m, 30s: write a submission within this time, counted from the start of the "
+        "process, loading and writing included",
+        default_note="none",
+        passed_on=(PRINTED,),
+    ),
+    Flag(
+        name="on_deadline",
+        group="deadline",
+        choices=("shorten", "fill", "fail"),
+        help="if time is short: shorten truncates the remaining rows to the greatest length at "
+        "which all fit; fill predicts whole rows while there is time and uses the fallback for "
+        "the others; fail ends with exit code 3 and keeps the journal",
+        default="shorten",
+        passed_on=(PRINTED,),
+    ),
+    Flag(
+        name="min_sequence_length",
+        group="deadline",
+        read=read_count,
+        metavar="TOKENS",
+        help="never truncate a row below this many tokens for lack of time",
+        default_note="a quarter of --sequence-length",
+        passed_on=(PRINTED,),
+    ),
+    Flag(
+        name="fallback_probabilities",
+        group="deadline",
+        read=read_numbers,
+        metavar="A,B,C",
+        help="one number per label, for rows that the model does not answer",
+        default_note="the mean of the rows that it does",
+        passed_on=(PRINTED,),
+    ),
+    Flag(
+        name="extra_passes",
+        group="deadline",
+        choices=("none", "swap"),
+        help="swap: if time is left, predict rows again with their two responses swapped, most "
+        "uncertain rows first, and average the answers",
+        default="none",
+        passed_on=(),
+    ),
+    Flag(
+        name="resume",
+        group="resuming",
+        choices=("auto", "never", "require"),
+        help="auto: resume from the journal if it is of the same test set, model and settings, "
+        "else start again; require: resume or end with exit code 2; never: start again",
+        default="auto",
+        passed_on=(PRINTED,),
+    ),
+    Flag(
+        name="journal",
+        group="resuming",
+        read=read_path,
+        help="where finished rows are kept during the run",
+        default_note="OUTPUT.journal",
+        passed_on=(PRINTED,),
+    ),
+    Flag(
+        name="plan",
+        group="plan",
+        read=read_switch,
+        help="print what fits these devices, how long it should take and why, write it as JSON to "
+        "OUTPUT.plan.json, and stop; needs no weights and no head",
+        default=False,
+        passed_on=(),
+    ),
+    Flag(
+        name="device",
+        group="plan",
+        metavar="NAME",
+        help="with --plan: forecast for --num-workers of another device (t4, l4, a100, a100-80gb, "
+        "h100, h200, v5e, v3-8)",
+        default_note="the devices here",
+        commands=(PLAN,),
+        passed_on=(),
+    ),
+    Flag(
+        name="calibrate",
+        group="plan",
+        read=read_switch,
+        help="with --plan: run a few batches on the devices here and forecast from them; needs "
+        "weights and head",
+        default=False,
+        commands=(PLAN,),
+        passed_on=(),
+    ),
+    Flag(
+        name="report",
+        group="reports and logs",
+        read=read_path,
+        help="where to write the JSON report, with a page and a trace beside it",
+        default_note="OUTPUT.report.json",
+        passed_on=(PRINTED,),
+    ),
+    Flag(
+        name="log_dir",
+        group="reports and logs",
+        read=read_path,
+        metavar="DIR",
+        help="folder for the logs of the run and its workers, at most 8 MB per process",
+        default_note="OUTPUT.logs",
+        passed_on=(),
+    ),
+    Flag(
+        name="log_format",
+        group="reports and logs",
+        choices=("text", "json"),
+        help="format of standard error; json: one object per line with time, level, event and "
+        "message, and one object on standard output at the end",
+        default="text",
+        passed_on=(),
+    ),
+    Flag(
+        name="metrics_port",
+        group="reports and logs",
+        read=read_port,
+        metavar="PORT",
+        help="serve metrics of the run to Prometheus on 127.0.0.1 while it lasts; 0 takes any free "
+        "port and prints which",
+        default_note="none",
+        passed_on=(),
+    ),
+    Flag(
+        name="verbose",
+        group="reports and logs",
+        read=read_switch,
+        help="show tracebacks, and the log output of libraries and workers",
+        default=False,
+        passed_on=(),
+    ),
+)
+# Names a file of settings, and is none itself.
+CONFIG = Flag(
+    name="config",
+    group="other",
+    read=read_path,
+    metavar="FILE.toml",
+    help="read flags from a TOML file, by the same names; flags win. Its [task] table names "
+    "columns, text, labels and kind of head other than the contest's",
+    default_note="none",
+    prepare={"help": "the TOML file of a run; only its [task] is used", "default_note": ""},
+)
+PREPARE_FLAGS = tuple(replace(row, **row.prepare) for row in FLAGS if row.prepare is not None)
+BY_NAME = {row.name: row for row in FLAGS}
+DEFAULTS: dict[str, Any] = {row.name: row.default for row in FLAGS}
+PREPARE_DEFAULTS: dict[str, Any] = {row.name: row.default for row in PREPARE_FLAGS}

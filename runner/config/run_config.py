@@ -1,130 +1,118 @@
 """Flags, a TOML file of the same names, or Python values -> one frozen, checked RunConfig.
 
-Does not open the files it names (the stage that reads a file checks it), nor know devices.
+Does not open the files it names (the stage that reads a file checks it), and knows no devices.
 """
 
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runner.common.errors import ConfigError
 from runner.config.flags import (
-    CHOICES,
-    COUNTS,
-    DEFAULT_LENGTH,
-    DEFAULT_POOLING,
-    MOST_COUNT,
-    converted,
+    BY_NAME,
+    CONFIG,
+    DEFAULT_GROUP_SIZE,
+    DEFAULTS,
+    FLAGS,
+    MODEL_PARALLEL,
+    PLAN,
+    PREPARE_DEFAULTS,
+    PREPARE_FLAGS,
+    RUN,
+    SINGLE,
+    Flag,
     flag,
-    typed,
 )
-from runner.config.task import CONTEST, Task
+from runner.config.task import CONTEST, Task, make_task
 from sharding.dtypes import dtype_beside
 
-DEFAULT_GROUP_SIZE = 2
-# Of the sequence length, what is always left of a row where no --min-sequence-length is named.
+# Without --min-sequence-length a row keeps at least this part of the sequence length.
 FLOOR_DIVISOR = 4
 # Of the demo model's head.
 DEMO_CLASSES = 3
-# Of float32, in which the head's numbers are kept.
+# Of float32, in which the head computes.
 MOST_VALUE = 3.4e38
+SUM_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """What a person asked for. `None` means: the demo's file, or decided from the devices.
+    """What the user asked for: a field for each row of `flags.FLAGS`, and the task.
 
-    Values may be as on the command line too: a path, a time limit or a count as a string.
+    `None` means the demo's file, or decided later. Values may also be as on the command line: a
+    path, a time limit or a count as a string.
 
     Raises:
-        ConfigError: a value is outside its choices, or the files named do not make a whole.
+        ConfigError: a value is outside its choices, or values contradict each other.
     """
 
-    mode: str = "data-parallel"
-    input: Path | None = None
-    output: Path = Path("submission.csv")
-    preset: Path | None = None
-    lora_weights: Path | None = None
-    head_kernel: Path | None = None
-    head_bias: Path | None = None
-    pooling: str = DEFAULT_POOLING
-    sequence_length: int = DEFAULT_LENGTH
-    text_format: str = "raw"
-    num_workers: int | None = None
-    group_size: int | None = None
-    strategy: str | None = None
-    dtype: str = "auto"
-    quantization: str = "none"
-    max_tokens_per_batch: int | None = None
-    time_limit: float | None = None
-    on_deadline: str = "shorten"
-    min_sequence_length: int | None = None
-    fallback_probabilities: tuple[float, ...] | None = None
-    extra_passes: str = "none"
-    resume: str = "auto"
-    journal: Path | None = None
-    report: Path | None = None
-    plan: bool = False
-    device: str | None = None
-    calibrate: bool = False
-    log_dir: Path | None = None
-    log_format: str = "text"
-    metrics_port: int | None = None
-    address: str | None = None
-    verbose: bool = False
+    mode: str = DEFAULTS["mode"]
+    input: Path | None = DEFAULTS["input"]
+    output: Path = DEFAULTS["output"]
+    preset: Path | None = DEFAULTS["preset"]
+    lora_weights: Path | None = DEFAULTS["lora_weights"]
+    head_kernel: Path | None = DEFAULTS["head_kernel"]
+    head_bias: Path | None = DEFAULTS["head_bias"]
+    pooling: str = DEFAULTS["pooling"]
+    sequence_length: int = DEFAULTS["sequence_length"]
+    text_format: str = DEFAULTS["text_format"]
+    num_workers: int | None = DEFAULTS["num_workers"]
+    group_size: int | None = DEFAULTS["group_size"]
+    strategy: str | None = DEFAULTS["strategy"]
+    dtype: str = DEFAULTS["dtype"]
+    quantization: str = DEFAULTS["quantization"]
+    max_tokens_per_batch: int | None = DEFAULTS["max_tokens_per_batch"]
+    time_limit: float | None = DEFAULTS["time_limit"]
+    on_deadline: str = DEFAULTS["on_deadline"]
+    min_sequence_length: int | None = DEFAULTS["min_sequence_length"]
+    fallback_probabilities: tuple[float, ...] | None = DEFAULTS["fallback_probabilities"]
+    extra_passes: str = DEFAULTS["extra_passes"]
+    resume: str = DEFAULTS["resume"]
+    journal: Path | None = DEFAULTS["journal"]
+    report: Path | None = DEFAULTS["report"]
+    plan: bool = DEFAULTS["plan"]
+    device: str | None = DEFAULTS["device"]
+    calibrate: bool = DEFAULTS["calibrate"]
+    log_dir: Path | None = DEFAULTS["log_dir"]
+    log_format: str = DEFAULTS["log_format"]
+    metrics_port: int | None = DEFAULTS["metrics_port"]
+    address: str | None = DEFAULTS["address"]
+    verbose: bool = DEFAULTS["verbose"]
     task: Task = CONTEST
 
     def __post_init__(self) -> None:
-        _convert_values(self)
-        _check_values(self)
-        for name in ("output", "report", "journal", "log_dir"):
-            path = getattr(self, name)
-            if path is not None and not path.name:
-                raise ConfigError(f"{flag(name)} must name a file. Received: {flag(name)} {path}")
-        if self.mode == "single" and self.num_workers not in (None, 1):
-            raise ConfigError(
-                "--mode single is one process; use --mode data-parallel for several workers. "
-                f"Received: --num-workers {self.num_workers}"
-            )
-        self._check_address()
-        self._check_groups()
-        self._check_model_files()
-        self._check_task()
+        _read_values(self, FLAGS)
+        _check_applies(self)
+        _check_workers(self)
+        _check_model_files(self)
+        _check_task(self)
         check_dtype(self.dtype, self.quantization)
-        self._check_plan()
-        if self.output.suffix.lower() == ".json":
+        if self.device is not None and self.calibrate:
             raise ConfigError(
-                "--output is written as CSV, Parquet or JSON lines: name it .csv, .parquet or "
-                f".jsonl. Received: --output {self.output}"
+                "--calibrate measures the devices here, and --device names one that is elsewhere: "
+                f"choose one. Received: --device {self.device} --calibrate"
             )
         if self.time_limit is not None and not self.time_limit > 0:
             raise ConfigError(
-                "--time-limit must be longer than nothing, such as 8h45m. Received: --time-limit "
+                "--time-limit must be longer than zero, such as 8h45m. Received: --time-limit "
                 f"{self.time_limit:g}"
             )
-        self._check_fallback()
-        beside = (self.rows_path, self.page_path, self.trace_path)
-        written = (self.output, self.report_path, *beside, self.journal_path, self.log_folder)
-        named = [path for path in (self.input, *written) if path is not None]
-        if len({path.resolve() for path in named}) != len(named):
-            raise ConfigError(
-                "--input, --output, --journal, --report and --log-dir must be different files. "
-                "Received: " + ", ".join(str(path) for path in named)
-            )
+        _check_fallback(self)
+        _check_paths(self)
 
     @property
     def report_path(self) -> Path:
-        return self.report or self.output.with_name(self.output.name + ".report.json")
+        return self.report or self._beside_output(".report.json")
 
     @property
     def plan_path(self) -> Path:
-        return self.output.with_name(self.output.name + ".plan.json")
+        return self._beside_output(".plan.json")
 
     @property
     def rows_path(self) -> Path:
-        """The table of how each row was made, beside the report."""
+        """The table of how each row was computed, beside the report."""
         return self._beside_report(".rows.csv")
 
     @property
@@ -134,151 +122,44 @@ class RunConfig:
 
     @property
     def trace_path(self) -> Path:
-        """What each worker did when, for Perfetto, beside the report."""
+        """The timeline of each worker, for Perfetto, beside the report."""
         return self._beside_report(".trace.json")
 
     @property
     def journal_path(self) -> Path:
-        return self.journal or self.output.with_name(self.output.name + ".journal")
+        return self.journal or self._beside_output(".journal")
 
     @property
     def log_folder(self) -> Path:
-        return self.log_dir or self.output.with_name(self.output.name + ".logs")
+        return self.log_dir or self._beside_output(".logs")
 
     @property
     def floor_length(self) -> int:
-        """The fewest tokens that a row is cut to where time is short."""
+        """The fewest tokens that a row is truncated to if time is short."""
         return self.min_sequence_length or max(1, self.sequence_length // FLOOR_DIVISOR)
 
     @property
     def members(self) -> int:
-        """Workers that hold one replica together."""
-        return (self.group_size or DEFAULT_GROUP_SIZE) if self.mode == "model-parallel" else 1
+        """Number of workers that hold one replica together."""
+        return (self.group_size or DEFAULT_GROUP_SIZE) if self.mode == MODEL_PARALLEL else 1
 
     @property
     def uses_demo_model(self) -> bool:
         return self.preset is None
 
+    def _beside_output(self, ending: str) -> Path:
+        return self.output.with_name(self.output.name + ending)
+
     def _beside_report(self, ending: str) -> Path:
         stem = self.report_path.name.removesuffix(".json").removesuffix(".report")
         return self.report_path.with_name(stem + ending)
 
-    def _check_fallback(self) -> None:
-        values = self.fallback_probabilities
-        if values is None:
-            return
-        head, count = self.task.head, len(self.task.label_columns)
-        least, most = (-MOST_VALUE, MOST_VALUE) if head == "regression" else (0, 1)
-        if head == "none":
-            raise ConfigError(
-                "--fallback-probabilities is for a head; without one, rows that have no answer of "
-                "the model get the mean of those that have. Received: [task] head none"
-            )
-        if (
-            len(values) != count
-            or not all(least <= value <= most for value in values)
-            or (head == "softmax" and abs(sum(values) - 1) > 1e-6)
-        ):
-            expected = {
-                "softmax": "numbers from 0 to 1 that sum to one",
-                "sigmoid": "numbers from 0 to 1",
-            }.get(head, "finite numbers")
-            raise ConfigError(
-                f"--fallback-probabilities must be {count} {expected}. "
-                f"Received: --fallback-probabilities {','.join(f'{value:g}' for value in values)}"
-            )
-
-    def _check_address(self) -> None:
-        for name, value, why in (
-            ("mode", "single", "is this process alone; the other modes use a cluster"),
-            ("plan", True, "looks at this machine; --device NAME --num-workers N asks of others"),
-        ):
-            if self.address is not None and getattr(self, name) == value:
-                said = "" if value is True else f" {value}"
-                raise ConfigError(
-                    f"{flag(name)}{said} {why}. Received: {flag(name)}{said} --address "
-                    f"{self.address}"
-                )
-
-    def _check_groups(self) -> None:
-        if self.mode != "model-parallel":
-            for name in ("group_size", "strategy"):
-                if getattr(self, name) is not None:
-                    raise ConfigError(
-                        f"{flag(name)} is for --mode model-parallel. Received: --mode {self.mode} "
-                        f"{flag(name)} {getattr(self, name)}"
-                    )
-            return
-        if self.members < 2:
-            raise ConfigError(
-                "A group has at least two members; one device holds a replica in --mode "
-                f"data-parallel. Received: --group-size {self.members}"
-            )
-        if self.num_workers is not None and self.num_workers % self.members:
-            raise ConfigError(
-                f"Workers must make whole groups of {self.members}. "
-                f"Received: --num-workers {self.num_workers}"
-            )
-
-    def _check_model_files(self) -> None:
-        head = {"head_kernel": self.head_kernel, "head_bias": self.head_bias}
-        if self.preset is None:
-            given = {**head, "lora_weights": self.lora_weights}
-            if stray := [flag(name) for name, path in given.items() if path is not None]:
-                raise ConfigError(
-                    f"{' and '.join(stray)} needs --preset DIR: without it the demo model runs."
-                )
-            return
-        if self.task.head == "none":
-            if stray := [flag(name) for name, path in head.items() if path is not None]:
-                raise ConfigError(
-                    "[task] head none writes the pooled hidden states and takes no head. "
-                    f"Received: {' and '.join(stray)}"
-                )
-            return
-        # Whether the preset brings a head of its own is found where it is read.
-        missing = [flag(name) for name, path in head.items() if path is None]
-        if len(missing) == 1:
-            raise ConfigError(
-                f"--head-kernel FILE.npy of shape (hidden, classes) and --head-bias FILE.npy of "
-                f"shape (classes,) go together. Missing: {missing[0]}"
-            )
-
-    def _check_task(self) -> None:
-        """What the demo's files and the flags ask of a task."""
-        task = self.task
-        if self.preset is None and task.head != "none" and len(task.label_columns) != DEMO_CLASSES:
-            raise ConfigError(
-                f"[task] needs --preset and a head of its own: that of the demo model has "
-                f"{DEMO_CLASSES} classes. Received: {len(task.label_columns)} labels"
-            )
-        if self.input is None and (missing := _not_in_the_demo(task)):
-            raise ConfigError(
-                f"[task] needs --input FILE: the demo set has no column {missing[0]}. "
-                f"It has {', '.join(CONTEST.input_columns)}"
-            )
-        if self.extra_passes == "swap" and not task.swap:
-            raise ConfigError(
-                "--extra-passes swap needs two text columns that may be exchanged: swap, and "
-                "swap_labels where labels change places with them, in [task]. "
-                "Received: --extra-passes swap and a task without"
-            )
-
-    def _check_plan(self) -> None:
-        for name in ("device", "calibrate"):
-            if getattr(self, name) and not self.plan:
-                raise ConfigError(f"{flag(name)} goes with --plan. Received: {flag(name)} alone")
-        if self.device is not None and self.calibrate:
-            raise ConfigError(
-                "--calibrate measures the devices here, --device names one that is elsewhere. "
-                f"Received: --device {self.device} --calibrate"
-            )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareConfig:
-    """What a person asked `prepare` for. The head and the input serve to measure what
-    quantization costs in accuracy; without a head that is left out.
+    """What the user asked `prepare` for: a field for each row of `flags.PREPARE_FLAGS`, and the
+    task. The head and the input serve to measure the accuracy that quantization costs; without a
+    head it is not measured.
 
     Raises:
         ConfigError: a value is outside its choices, or a file is missing.
@@ -286,90 +167,34 @@ class PrepareConfig:
 
     preset: Path
     output: Path
-    quantization: str = "int8"
-    lora_weights: Path | None = None
-    dtype: str = "auto"
-    head_kernel: Path | None = None
-    head_bias: Path | None = None
-    input: Path | None = None
-    pooling: str = DEFAULT_POOLING
-    sequence_length: int = DEFAULT_LENGTH
-    text_format: str = "raw"
+    quantization: str = PREPARE_DEFAULTS["quantization"]
+    lora_weights: Path | None = PREPARE_DEFAULTS["lora_weights"]
+    dtype: str = PREPARE_DEFAULTS["dtype"]
+    head_kernel: Path | None = PREPARE_DEFAULTS["head_kernel"]
+    head_bias: Path | None = PREPARE_DEFAULTS["head_bias"]
+    input: Path | None = PREPARE_DEFAULTS["input"]
+    pooling: str = PREPARE_DEFAULTS["pooling"]
+    sequence_length: int = PREPARE_DEFAULTS["sequence_length"]
+    text_format: str = PREPARE_DEFAULTS["text_format"]
     task: Task = CONTEST
 
     def __post_init__(self) -> None:
-        _check_values(self)
+        _read_values(self, PREPARE_FLAGS)
         check_dtype(self.dtype, self.quantization)
-        if (self.head_kernel is None) != (self.head_bias is None):
-            raise ConfigError(
-                "--head-kernel and --head-bias go together. Received: "
-                f"{'--head-kernel' if self.head_kernel else '--head-bias'} alone"
-            )
-        if self.head_kernel is not None and self.task.head == "none":
-            raise ConfigError(
-                "[task] head none writes the pooled hidden states and takes no head. "
-                f"Received: --head-kernel {self.head_kernel}"
-            )
-
-
-def _convert_values(config: "RunConfig | PrepareConfig") -> None:
-    """Turn what a field may be given as into what it is, while the config is made.
-
-    Raises:
-        ConfigError: a value is of another type than its field.
-    """
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if value is None and field.default is None:
-            continue
-        # Frozen from here on.
-        object.__setattr__(config, field.name, converted(field, value))
-
-
-def check_dtype(dtype: str, quantization: str | None) -> None:
-    """Raise ConfigError where layers of such weights cannot compute in a dtype."""
-    if dtype_beside(quantization, dtype) != dtype:
-        raise ConfigError(
-            f"{quantization} weights do not go with --dtype {dtype}, which is too small for the "
-            "sums of their products: name auto, float32 or bfloat16. "
-            f"Received: --dtype {dtype}"
-        )
-
-
-def _check_values(config: "RunConfig | PrepareConfig") -> None:
-    """Raise ConfigError where a field is outside its choices or a count is not positive."""
-    named = {field.name for field in fields(config)}
-    for name in CHOICES.keys() & named:
-        value = getattr(config, name)
-        if value not in (*CHOICES[name], None):
-            raise ConfigError(
-                f"{flag(name)} must be one of {', '.join(CHOICES[name])}. "
-                f"Received: {flag(name)} {value}"
-            )
-    for name in {*COUNTS} & named:
-        value = getattr(config, name)
-        if value is not None and not 1 <= value <= MOST_COUNT:
-            raise ConfigError(
-                f"{flag(name)} must be a whole number of at least 1 and at most {MOST_COUNT}. "
-                f"Received: {flag(name)} {value}"
-            )
-
-
-def _not_in_the_demo(task: Task) -> list[str]:
-    return [name for name in task.input_columns if name not in CONTEST.input_columns]
+        _check_head(self)
 
 
 def make_config(flags: Mapping[str, Any], config_file: Path | None = None) -> RunConfig:
     """Return the config that a TOML file and flags make together; flags win.
 
     Args:
-        flags: field name -> value, only those that were given.
-        config_file: a TOML table of the flags' names, with - or _, and `[task]`, for which see
-            `task.make_task`. Paths in it are relative to the working directory, as on the command
+        flags: setting -> value, only of flags that the user gave.
+        config_file: a TOML table of the flags' names, with - or _, and `[task]` (see
+            `task.make_task`). Paths in it are relative to the working directory, as on the command
             line.
 
     Raises:
-        ConfigError: the file cannot be read, names an unknown key or a value of another type.
+        ConfigError: the file cannot be read, or has an unknown key or a value of another type.
     """
     values = _read_toml(config_file) if config_file is not None else {}
     return RunConfig(**{**values, **flags})
@@ -385,16 +210,180 @@ def read_task(config_file: Path) -> Task:
     return task
 
 
+def check_dtype(dtype: str, quantization: str | None) -> None:
+    """Raise ConfigError if layers with weights of this quantization cannot compute in a dtype."""
+    if dtype_beside(quantization, dtype) != dtype:
+        raise ConfigError(
+            f"{quantization} weights do not go with --dtype {dtype}, which overflows in the sums "
+            "of their products: use auto, float32 or bfloat16. "
+            f"Received: --dtype {dtype}"
+        )
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"--config must be a TOML file. Received: {path} ({error})") from None
-    known = {field.name for field in fields(RunConfig)}
+        raise ConfigError(
+            f"{flag(CONFIG.name)} must be a TOML file. Received: {path} ({error})"
+        ) from None
     values = {}
-    for key, value in table.items():
+    for key, given in table.items():
         name = key.replace("-", "_")
-        if name not in known:
-            raise ConfigError(f"{path} names an unknown key. Received: {key} = {value!r}")
-        values[name] = typed(path, name, value)
+        if name == "task":
+            values[name] = make_task(given)
+            continue
+        if name not in BY_NAME:
+            raise ConfigError(
+                f"{path} has an unknown key; the names of flags and [task] are known. "
+                f"Received: {key} = {given!r}"
+            )
+        try:
+            values[name] = BY_NAME[name].value(given)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
     return values
+
+
+def _read_values(config: RunConfig | PrepareConfig, flags: Iterable[Flag]) -> None:
+    """Turn the given values into the settings' own, while a config is made."""
+    values = {row.name: row.value(getattr(config, row.name)) for row in flags}
+    for name, value in {**values, "task": make_task(config.task)}.items():
+        object.__setattr__(config, name, value)  # frozen from here on
+
+
+def _check_applies(config: RunConfig) -> None:
+    """Refuse a flag that its row does not allow in this mode, or with or without --plan."""
+    command = PLAN if config.plan else RUN
+    for row in FLAGS:
+        value = getattr(config, row.name)
+        if value == row.default:
+            continue
+        said = flag(row.name) if value is True else f"{flag(row.name)} {value}"
+        if config.mode not in row.modes:
+            raise ConfigError(
+                f"{flag(row.name)} is for --mode {' or '.join(row.modes)}. "
+                f"Received: --mode {config.mode} {said}"
+            )
+        if command not in row.commands and config.plan:
+            raise ConfigError(
+                f"{flag(row.name)} does not go with --plan, which looks at this machine, or with "
+                f"--device NAME --num-workers N at others. Received: --plan {said}"
+            )
+        if command not in row.commands:
+            raise ConfigError(f"{flag(row.name)} goes with --plan. Received: {said} alone")
+
+
+def _check_workers(config: RunConfig) -> None:
+    workers, members = config.num_workers, config.members
+    if config.mode == SINGLE and workers not in (None, 1):
+        raise ConfigError(
+            "--mode single is one process; use --mode data-parallel for several workers. "
+            f"Received: --num-workers {workers}"
+        )
+    if config.mode != MODEL_PARALLEL:
+        return
+    if members == 1:
+        raise ConfigError(
+            "A group has at least two members; in --mode data-parallel one device holds a replica. "
+            f"Received: --group-size {members}"
+        )
+    if workers is not None and workers % members:
+        raise ConfigError(
+            f"Workers must form whole groups of {members}. Received: --num-workers {workers}"
+        )
+
+
+def _check_model_files(config: RunConfig) -> None:
+    if config.preset is not None:
+        # Whether the preset has a head of its own is known once it is read.
+        _check_head(config)
+    elif stray := _given(config, "head_kernel", "head_bias", "lora_weights"):
+        verb = "needs" if len(stray) == 1 else "need"
+        raise ConfigError(
+            f"{' and '.join(stray)} {verb} --preset DIR: without it the demo model runs."
+        )
+
+
+def _check_head(config: RunConfig | PrepareConfig) -> None:
+    given = _given(config, "head_kernel", "head_bias")
+    if given and config.task.head == "none":
+        raise ConfigError(
+            "[task] head none writes the pooled hidden states and takes no head. "
+            f"Received: {' and '.join(given)}"
+        )
+    if len(given) == 1:
+        raise ConfigError(
+            "--head-kernel FILE.npy of shape (hidden, classes) and --head-bias FILE.npy of shape "
+            f"(classes,) go together. Received: {given[0]} alone"
+        )
+
+
+def _given(config: RunConfig | PrepareConfig, *names: str) -> list[str]:
+    return [flag(name) for name in names if getattr(config, name) is not None]
+
+
+def _check_task(config: RunConfig) -> None:
+    """Check what the demo's files and the flags ask of a task."""
+    task = config.task
+    if config.preset is None and task.head != "none" and len(task.label_columns) != DEMO_CLASSES:
+        raise ConfigError(
+            "[task] needs --preset and a head of its own: that of the demo model has "
+            f"{DEMO_CLASSES} classes. Received: {len(task.label_columns)} labels"
+        )
+    missing = [name for name in task.input_columns if name not in CONTEST.input_columns]
+    if config.input is None and missing:
+        raise ConfigError(
+            f"[task] needs --input FILE: the demo set has no column {missing[0]}. "
+            f"It has {', '.join(CONTEST.input_columns)}"
+        )
+    if config.extra_passes == "swap" and not task.swap:
+        raise ConfigError(
+            "--extra-passes swap needs two text columns that may be swapped: name them as swap in "
+            "[task], and labels that swap with them as swap_labels. "
+            "Received: --extra-passes swap and a task without swap"
+        )
+
+
+def _check_fallback(config: RunConfig) -> None:
+    values, head = config.fallback_probabilities, config.task.head
+    if values is None:
+        return
+    if head == "none":
+        raise ConfigError(
+            "--fallback-probabilities is for a head; without one, rows that the model does not "
+            "answer get the mean of the rows that it does. Received: [task] head none"
+        )
+    count = len(config.task.label_columns)
+    least, most = (-MOST_VALUE, MOST_VALUE) if head == "regression" else (0, 1)
+    is_wrong = len(values) != count or not all(least <= value <= most for value in values)
+    if is_wrong or (head == "softmax" and abs(sum(values) - 1) > SUM_TOLERANCE):
+        expected = {
+            "softmax": "numbers from 0 to 1 that sum to one",
+            "sigmoid": "numbers from 0 to 1",
+        }.get(head, "finite numbers")
+        raise ConfigError(
+            f"--fallback-probabilities must be {count} {expected}. "
+            f"Received: --fallback-probabilities {','.join(f'{value:g}' for value in values)}"
+        )
+
+
+def _check_paths(config: RunConfig) -> None:
+    """Refuse outputs without a name, of an unknown kind, or of the same name."""
+    for name in ("output", "report", "journal", "log_dir"):
+        path = getattr(config, name)
+        if path is not None and not path.name:
+            raise ConfigError(f"{flag(name)} must name a file. Received: {flag(name)} {path}")
+    if config.output.suffix.lower() == ".json":
+        raise ConfigError(
+            "--output is written as CSV, Parquet or JSON lines: name it .csv, .parquet or .jsonl. "
+            f"Received: --output {config.output}"
+        )
+    beside_report = (config.rows_path, config.page_path, config.trace_path)
+    written = (config.output, config.report_path, *beside_report, config.journal_path)
+    named = [path for path in (config.input, *written, config.log_folder) if path is not None]
+    if len({path.resolve() for path in named}) != len(named):
+        raise ConfigError(
+            "--input, --output, --journal, --report and --log-dir must be different files. "
+            "Received: " + ", ".join(str(path) for path in named)
+        )

@@ -1,7 +1,7 @@
-"""What a row is and what is asked about it: columns, template, labels and the kind of head.
+"""What a row is and what to predict for it: columns, template, labels and the kind of head.
 
-The contest's is the default; a `[task]` table in the TOML names another. Pure data and checks:
-knows no file, no model and no row.
+The default is the contest's task; a `[task]` table in the TOML file describes another. Pure data
+and checks: knows no file, no model and no row.
 """
 
 import json
@@ -13,14 +13,15 @@ from typing import Any
 
 from runner.common.errors import ConfigError, shown
 
-# What becomes of the head's sums: probabilities of classes that exclude each other; a probability
-# for each label by itself; the numbers as they are. none: no head, the pooled hidden states.
+# What the head's outputs become. softmax: probabilities of classes that exclude each other;
+# sigmoid: an independent probability per label; regression: the numbers as they are. none: there
+# is no head, and the pooled hidden states are written.
 HEADS = ("softmax", "sigmoid", "regression", "none")
-# Without a head: a column of lists, or in a CSV one column a number, embedding_0 and so on.
+# Without a head: a column of lists, or in a CSV one column per number, embedding_0 and so on.
 EMBEDDING = "embedding"
-# Between the text columns where no template is named.
+# Between the text columns if there is no template.
 BETWEEN = "\n\n"
-# More are a typing error: each is a column.
+# More must be a typing error: each class is a column.
 MOST_CLASSES = 100_000
 
 
@@ -29,13 +30,13 @@ class Task:
     """A task, checked when it is made.
 
     template: the text of a row, with each of `text_columns` in braces; {{ and }} are braces.
-    label_columns: one an output of the head, in its order; none where there is no head.
-    keep_columns: of the input, copied to the output as they stand.
-    swap: two text columns that may be exchanged, for --extra-passes swap; swap_labels: the two
-    labels that change places then, none where the labels stay.
+    label_columns: one per output of the head, in its order; none without a head.
+    keep_columns: columns of the input that are copied to the output unchanged.
+    swap: two text columns that may be swapped, for --extra-passes swap.
+    swap_labels: the two labels that are swapped with them; none if the labels stay.
 
     Raises:
-        ConfigError: the parts do not make a whole.
+        ConfigError: the parts contradict each other.
     """
 
     text_columns: tuple[str, ...]
@@ -63,7 +64,7 @@ class Task:
 
     @property
     def input_columns(self) -> tuple[str, ...]:
-        """The columns that a test set must have, each once, the id first."""
+        """The columns that a test set must have, each once, the id column first."""
         return tuple(dict.fromkeys((self.id_column, *self.text_columns, *self.keep_columns)))
 
     @property
@@ -73,22 +74,22 @@ class Task:
 
     @property
     def pieces(self) -> list[tuple[str, str | None]]:
-        """The template in parts: a literal, and the column after it, None after the last."""
+        """The template in parts: a literal and the column after it, None after the last."""
         return _parse(self.template)
 
     @property
     def swapped_columns(self) -> dict[str, str]:
-        """Text column -> the one whose cells it gets when the two are exchanged."""
+        """Text column -> the column whose cells it gets when the two are swapped."""
         return dict(zip(self.swap, self.swap[::-1], strict=True))
 
     @property
     def swapped_labels(self) -> list[int]:
-        """For each label the place of the one that means the same after the exchange."""
+        """For each label, the index of the label that means the same after the swap."""
         back = dict(zip(self.swap_labels, self.swap_labels[::-1], strict=True))
         return [self.label_columns.index(back.get(name, name)) for name in self.label_columns]
 
     def width(self, hidden_dim: int) -> int:
-        """Return how many numbers a row gets."""
+        """Return how many numbers are predicted per row."""
         return hidden_dim if self.head == "none" else len(self.label_columns)
 
     def as_toml(self) -> str:
@@ -96,7 +97,7 @@ class Task:
         lines = ["[task]"]
         for field in fields(self):
             value = getattr(self, field.name)
-            # TOML writes strings and lists of them as JSON does, but for one control character.
+            # TOML writes strings and lists of strings as JSON does, except for DEL.
             text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
             lines.append(f"{field.name} = {text}")
         return "\n".join(lines) + "\n"
@@ -105,14 +106,16 @@ class Task:
 def make_task(table: Any) -> Task:
     """Return the task that a `[task]` table describes.
 
-    What it does not name is the contest's; but a table that names other text columns must name its
-    labels too. The columns may be left to the template, and the template to the columns.
+    What the table leaves out is as in the contest; but a table with other text columns must name
+    its labels too. Columns are found from the template if only that is given, and a template is
+    made from the columns if only those are given.
 
     Args:
-        table: the keys of `Task`, with - or _, and `classes = N` for labels class_0 to class_N-1.
+        table: a `Task`, which is returned, or the keys of one with - or _, and `classes = N` for
+            labels class_0 to class_N-1.
 
     Raises:
-        ConfigError: an unknown key, a value of another type, or what `Task` does not take.
+        ConfigError: an unknown key, a value of another type, or parts that contradict each other.
     """
     if isinstance(table, Task):
         return table
@@ -125,7 +128,7 @@ def make_task(table: Any) -> Task:
     if "classes" in values:
         if "label_columns" in values:
             raise ConfigError(
-                "[task] takes label_columns or classes, not both. "
+                "[task] takes either label_columns or classes. "
                 f"Received: classes = {values['classes']}"
             )
         values["label_columns"] = tuple(f"class_{n}" for n in range(values.pop("classes")))
@@ -133,7 +136,7 @@ def make_task(table: Any) -> Task:
 
 
 def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a table leaves out."""
+    """Return the values that a table leaves out."""
     defaults = {field.name: getattr(CONTEST, field.name) for field in fields(Task)}
     columns = values.get("text_columns")
     if columns is None and "template" in values:
@@ -187,24 +190,23 @@ def _check_template(task: Task) -> None:
         what = f"{{{unknown[0]}}} is none of them" if unknown else f"{{{unused[0]}}} is not in it"
         raise ConfigError(
             f"[task] template must name each of text_columns ({', '.join(task.text_columns)}): "
-            f"{what}; braces that are text are doubled. Received: template = {shown(task.template)}"
+            f"{what}; double braces that are text. Received: template = {shown(task.template)}"
         )
 
 
 def _parse(template: str) -> list[tuple[str, str | None]]:
-    """Return literals and the names after them; only plain names may stand in braces."""
+    """Return literals and the names after them; braces may contain plain names only."""
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ConfigError(
-            f"[task] template has braces that do not match ({error}); braces that are text are "
-            f"doubled, {{{{ and }}}}. Received: template = {shown(template)}"
+            f"[task] template has braces that do not match ({error}); double braces that are "
+            f"text, {{{{ and }}}}. Received: template = {shown(template)}"
         ) from None
     for _, name, spec, conversion in parsed:
         if name is not None and (not name or spec or conversion):
             raise ConfigError(
-                "[task] template takes names of columns in braces, and nothing with them: "
-                "{prompt}. "
+                "[task] template takes only names of columns in braces, such as {prompt}. "
                 f"Received: {{{name}{'!' + conversion if conversion else ''}"
                 f"{':' + spec if spec else ''}}}"
             )
@@ -216,7 +218,7 @@ def _check_labels(task: Task) -> None:
     count = len(task.label_columns)
     if task.head == "none" and count:
         raise ConfigError(
-            "[task] head none has no labels: the pooled hidden states come out, as "
+            "[task] head none has no labels: it writes the pooled hidden states, as "
             f"{EMBEDDING!r}. Received: label_columns = {shown(list(task.label_columns))}"
         )
     if count < least:
@@ -232,7 +234,7 @@ def _check_distinct(what: str, names: Sequence[str]) -> None:
     twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
     if twice is not None:
         raise ConfigError(
-            f"[task] {what} must name each column once: {shown(twice)} is there twice."
+            f"[task] {what} must name each column once. Received: {shown(twice)} twice"
         )
 
 
@@ -240,8 +242,8 @@ def _check_embedding(task: Task) -> None:
     for name in (task.id_column, *task.keep_columns):
         if task.head == "none" and re.fullmatch(rf"{EMBEDDING}_\d+", name):
             raise ConfigError(
-                f"[task] head none may write columns {EMBEDDING}_0, {EMBEDDING}_1 and so on, which "
-                f"no other column of the output may be called. Received: {name}"
+                f"[task] head none may write columns {EMBEDDING}_0, {EMBEDDING}_1 and so on: no "
+                f"other column of the output may have such a name. Received: {name}"
             )
 
 
@@ -255,12 +257,12 @@ def _check_swap(task: Task) -> None:
             )
     if task.swap_labels and not task.swap:
         raise ConfigError(
-            "[task] swap_labels goes with swap, the two text columns that are exchanged. "
+            "[task] swap_labels goes with swap, the two text columns to swap. "
             f"Received: swap_labels = {shown(list(task.swap_labels))} alone"
         )
 
 
-# The LMSYS contest's: which of two responses do people prefer? The text is its notebook's.
+# The LMSYS contest: which of two responses do people prefer? The template is its notebook's.
 CONTEST = Task(
     text_columns=("prompt", "response_a", "response_b"),
     template="\n\nPROMPT\n\n{prompt}\n\nRESPONSE:\n\n{response_a}\n\nRESPONSE:\n\n{response_b}",

@@ -1,1 +1,1 @@
-"""Test set -> texts -> tokens, and answers -> a submission file. Knows no model and no device."""
+"""Test set -> texts -> tokens, and answers -> a submission file. Knows no models and no devices."""

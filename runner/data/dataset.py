@@ -1,4 +1,4 @@
-"""A CSV, Parquet or JSON lines file -> Examples: ids as they were spelled, cells, the file's order.
+"""A CSV, Parquet or JSON lines file -> Examples: ids and cells as spelled, in the file's order.
 
 Does not know what the cells mean: a task names the columns.
 """
@@ -18,15 +18,15 @@ from runner.config.task import CONTEST, Task
 
 
 def read_examples(path: Path, task: Task = CONTEST) -> Examples:
-    """Return all rows of a test set, of the columns that a task names.
+    """Return all rows of a test set, with the columns that a task names.
 
-    Ids stay text: numbers above 2^31, leading zeros and strings survive. Empty and missing text
-    cells are empty text. Further columns are ignored. The suffix says how a file is read: .parquet
-    or .pq, .jsonl, and CSV whatever else it is.
+    Ids stay text, so numbers above 2^31, leading zeros and strings survive. Empty and missing text
+    cells become empty text. Other columns are ignored. The suffix gives the format: .parquet or
+    .pq, .jsonl, and CSV for any other.
 
     Raises:
-        DataError: the file cannot be read as its suffix says, a column is missing or named twice,
-            or an id is null or repeated.
+        DataError: the file does not have that format, a column is missing or repeated, or an id is
+            null or repeated.
     """
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise DataError(
@@ -48,8 +48,8 @@ def read_examples(path: Path, task: Task = CONTEST) -> Examples:
 
 def _read_csv(path: Path, task: Task) -> Examples:
     wanted, text = task.input_columns, _read_text(path)
-    # Not pandas: it cannot pass surrogates, and reads over a quote that never closes or a row
-    # that is too long unless asked in several ways.
+    # Not pandas: it cannot pass surrogates through, and by default accepts an unclosed quote and a
+    # row that is too long.
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
@@ -59,14 +59,16 @@ def _read_csv(path: Path, task: Task) -> Examples:
         _check_columns(path, wanted, header)
         rows = [row for row in reader if row]
     except csv.Error as error:
-        raise DataError(f"{path} is no well-formed CSV: line {reader.line_num}: {error}") from None
+        raise DataError(
+            f"{path} is not a well-formed CSV: line {reader.line_num}: {error}"
+        ) from None
     for number, row in enumerate(rows, start=1):
         if len(row) > len(header):
             raise DataError(
-                f"{path} is no well-formed CSV: expected {len(header)} cells a row. "
+                f"{path} is not a well-formed CSV: expected {len(header)} cells a row. "
                 f"Received: {len(row)} in row {number}"
             )
-    # A row that ends early lacks cells: they are empty.
+    # The missing cells of a row that ends early are empty.
     cells = {
         name: tuple(row[place] if place < len(row) else "" for row in rows)
         for name in wanted
@@ -78,7 +80,7 @@ def _read_csv(path: Path, task: Task) -> Examples:
 def _read_json_lines(path: Path, task: Task) -> Examples:
     rows: list[dict[str, Any]] = []
     numbers: list[int] = []
-    # Not splitlines: U+2028 and others may stand in a JSON string.
+    # Not splitlines: a JSON string may contain U+2028 and other line separators.
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -86,7 +88,7 @@ def _read_json_lines(path: Path, task: Task) -> Examples:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{path} is no well-formed JSON lines file: line {number}: {first_line(error)}"
+                f"{path} is not a well-formed JSON lines file: line {number}: {first_line(error)}"
             ) from None
         if not isinstance(row, dict):
             raise DataError(
@@ -121,7 +123,7 @@ def _check_json_cell(path: Path, name: str, value: Any, number: int, *, is_id: b
 def _read_text(path: Path) -> str:
     data = path.read_bytes()
     try:
-        # Surrogates pass here and are removed from the prompts, as in the notebook.
+        # Surrogates are kept here and removed from the prompts, as in the notebook.
         return data.decode("utf-8-sig", errors="surrogatepass")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
@@ -147,9 +149,9 @@ def _read_parquet(path: Path, task: Task) -> Examples:
         if pa.types.is_integer(table.column(task.id_column).type):
             kept[task.id_column] = table.column(task.id_column)
         return _examples(task, cells, kept)
-    # Text that is no UTF-8 is a ValueError, and only seen when it is decoded.
+    # Invalid UTF-8 is a ValueError, raised when the text is decoded.
     except (pa.ArrowException, ValueError, KeyError, OverflowError) as error:
-        raise DataError(f"{path} is no readable Parquet file: {first_line(error)}") from None
+        raise DataError(f"{path} is not a readable Parquet file: {first_line(error)}") from None
 
 
 def _examples(task: Task, cells: dict[str, tuple[str, ...]], kept: dict[str, Any]) -> Examples:
@@ -158,7 +160,7 @@ def _examples(task: Task, cells: dict[str, tuple[str, ...]], kept: dict[str, Any
 
 
 def _cells(path: Path, name: str, column: Any, *, is_id: bool) -> list[str]:
-    """Return a pyarrow column as text; null is empty text."""
+    """Return the cells of a pyarrow column as text; null becomes empty text."""
     import pyarrow as pa
 
     types = pa.types
@@ -184,13 +186,13 @@ def _check_columns(path: Path, wanted: Sequence[str], received: Sequence[str]) -
         if count != 1:
             raise DataError(
                 f"{path} must have the columns {', '.join(wanted)}, each once: "
-                f"{name} is {'missing' if count == 0 else 'there twice'}. "
+                f"{name} is {'missing' if count == 0 else 'repeated'}. "
                 f"Received: {', '.join(received)[:300]}"
             )
 
 
 def _check_ids(path: Path, id_column: str, ids: Sequence[str]) -> None:
-    """Rows are counted from 1, the header left out."""
+    """Messages count rows from 1, without the header."""
     first_seen: dict[str, int] = {}
     for number, value in enumerate(ids, start=1):
         if value == "":
@@ -199,7 +201,7 @@ def _check_ids(path: Path, id_column: str, ids: Sequence[str]) -> None:
             )
         if value in first_seen:
             raise DataError(
-                f"{path}: every id must be there once. "
+                f"{path}: every id must be unique. "
                 f"Received: {id_column} {shown(value)} in rows {first_seen[value]} and {number}"
             )
         first_seen[value] = number

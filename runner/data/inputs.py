@@ -1,6 +1,6 @@
-"""A test set -> examples -> texts -> tokens that fit the model: what run, plan and prepare read.
+"""A test set -> examples -> texts -> tokens that fit the model; for run, plan and prepare.
 
-Knows the order of these steps; `dataset.py`, `prompts.py` and `tokenization.py` do them.
+Knows the order of the steps; `dataset.py`, `prompts.py` and `tokenization.py` do the work.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,17 +19,17 @@ def read_rows(test_set: Path, config: RunConfig | PrepareConfig) -> tuple[Exampl
     """Return the rows of a file and the text of each.
 
     Raises:
-        DataError: the file is no test set, or a cell is not as --text-format says.
+        DataError: the file is not a valid test set, or a cell does not have the --text-format.
     """
     examples = read_examples(test_set, config.task)
     return examples, render(examples, config)
 
 
 def render(examples: Examples, config: RunConfig | PrepareConfig) -> list[str]:
-    """Return one text a row, as the task's template and --text-format make it.
+    """Return one text a row, by the task's template and --text-format.
 
     Raises:
-        DataError: a cell is not as --text-format says.
+        DataError: a cell does not have the --text-format.
     """
     return render_prompts(examples, text_format=config.text_format, task=config.task)
 
@@ -41,10 +41,10 @@ def to_tokens(
     sequence_length: int,
     on_progress: Callable[[int], None] = lambda rows: None,
 ) -> TokenTable:
-    """Return the token ids of each text, cut to `sequence_length`.
+    """Return the token ids of each text, truncated to `sequence_length`.
 
     Args:
-        on_progress: called with the rows done so far.
+        on_progress: called with the number of rows done so far.
 
     Raises:
         DataError: the tokenizer is damaged, or does not belong to the backbone.

@@ -1,4 +1,4 @@
-"""Examples -> the text each row is classified by. Does not know tokens."""
+"""Examples -> the text of each row, which the model classifies. Does not know tokens."""
 
 import json
 import re
@@ -11,14 +11,17 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def render_prompts(examples: Examples, *, text_format: str, task: Task = CONTEST) -> list[str]:
-    """Return one text a row: the task's template with the row's cells in it, without surrogates,
-    which no tokenizer takes. The contest's template is the notebook's.
+    """Return one text a row: the task's template with the row's cells filled in.
 
-    `raw` takes the cells as they stand. `turns` decodes each cell, a JSON list of strings and
-    nulls, and joins its turns by a newline; a null turn and an empty cell are empty text.
+    Surrogates are removed, since no tokenizer accepts them. The contest's template is the
+    notebook's.
+
+    Args:
+        text_format: `raw` uses the cells unchanged. `turns` decodes each cell, a JSON list of
+            strings and nulls, and joins its turns with newlines; nulls and empty cells are empty.
 
     Raises:
-        DataError: with `turns`, a cell is no such list; names its row and column.
+        DataError: with `turns`, a cell is not such a list; names its row and column.
     """
     columns = examples.columns
     if text_format == "turns":

@@ -1,4 +1,7 @@
-"""A checked table -> a submission file, after a rehearsal that shows there is room for it."""
+"""A checked table -> a submission file, and a rehearsal that checks early if there is room for it.
+
+Does not know the formats, which are in `formats.py`.
+"""
 
 import os
 import time
@@ -23,15 +26,19 @@ def write_submission(
     task: Task = CONTEST,
     kept: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the ids, the columns that are copied, and one column a label or, without labels, the
-    embeddings, in the order given and as the suffix says.
+    """Write ids, copied columns, and a column for each label or else the embeddings.
+
+    Rows keep their order; the suffix gives the format.
 
     Args:
         values: (rows, labels), or (rows, hidden).
         kept: as in `Examples.kept`.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     kept, write = kept or {}, format_of(path)
-    # Ids that are numbers stay numbers where the format has any.
+    # Numeric ids stay numbers if the format has numbers.
     keys = ids if write is csv_text else kept.get(task.id_column, ids)
     copied = {name: kept[name] for name in task.keep_columns}
     write_whole(path, write({task.id_column: keys, **copied}, values, task.label_columns))
@@ -51,11 +58,11 @@ def rehearse(
         width: numbers a row. kept: as in `Examples.kept`.
 
     Raises:
-        ConfigError: there is no room for it.
+        ConfigError: it cannot be written, for example on a full disk.
     """
     started = time.monotonic()
     rehearsal = path.with_name(f".{path.stem}.{os.getpid()}.rehearsal{path.suffix}")
-    # As long as what comes out, and no easier to compress.
+    # As large as the real table, and no easier to compress.
     values = np.random.default_rng(0).random((len(ids), width), dtype=table_dtype(task.head))
     try:
         write_submission(rehearsal, ids, values, task=task, kept=kept)

@@ -1,7 +1,7 @@
-"""Texts -> TokenTable, token for token what the preset's KerasHub preprocessor makes of them.
+"""Texts -> TokenTable, with exactly the tokens of the preset's KerasHub preprocessor.
 
-Needs neither Keras nor TensorFlow: SentencePiece and Hugging Face tokenizers run natively, on all
-cores, in the driver. How WordPiece and RoBERTa find words is in `words.py`.
+Needs neither Keras nor TensorFlow: SentencePiece and Hugging Face tokenizers run natively in the
+driver, on all cores. `words.py` splits texts into words for WordPiece and RoBERTa.
 """
 
 import functools
@@ -20,17 +20,19 @@ from runner.common.records import TokenTable
 from runner.data.words import byte_pair_words, bytes_as_letters, word_piece_words
 from runner.preset.tokenizer_files import BytePairOptions, TokenizerFiles, WordPieceOptions
 
-# Texts a call: large enough that all cores have work, small enough that a count can be shown
-# and an interrupt is heard within a second or so.
+# Texts a call: enough to keep all cores busy, few enough to show progress and handle an interrupt
+# about every second.
 CHUNK_ROWS = 256
-# Of int32, in which tokens go to the model.
+# Tokens go to the model as int32.
 MOST_TOKEN_ID = 2**31 - 1
-# Words whose tokens are kept: texts repeat theirs.
+# Words whose tokens are cached, since texts repeat words.
 KEPT_WORDS = 1 << 18
+# For WordPiece, words of more UTF-8 bytes become the unknown token.
+MOST_WORD_BYTES = 100
 
 
 class _Tokenizer(Protocol):
-    """A vocabulary, and the way in which it cuts texts."""
+    """A vocabulary, and how it splits texts into tokens."""
 
     def encode(self, texts: list[str]) -> list[list[int]]: ...
 
@@ -44,16 +46,16 @@ def tokenize(
     sequence_length: int,
     on_progress: Callable[[int], None] = lambda rows: None,
 ) -> TokenTable:
-    """Return the token ids of each text, cut to `sequence_length`.
+    """Return the token ids of each text, truncated to `sequence_length`.
 
-    As `CausalLMPreprocessor` of KerasHub does: start token, tokens, end token are packed into one
-    position more than asked for and the last position is dropped, so a text of at least
-    `sequence_length - 1` tokens loses its end token. Gemma 3's preprocessor takes a prompt and a
-    response; a text is the prompt and the response is empty. `TextClassifierPreprocessor`, an
-    encoder's, gets the text as its one segment and cuts it so that start and end token fit.
+    Like KerasHub's `CausalLMPreprocessor`, it packs start token, tokens and end token into
+    `sequence_length + 1` positions and drops the last, so a text of at least `sequence_length - 1`
+    tokens loses its end token. Gemma 3's preprocessor takes a prompt and a response: a text is the
+    prompt, the response is empty. Like `TextClassifierPreprocessor`, for encoders it truncates the
+    text, its one segment, so that start and end token fit.
 
     Args:
-        on_progress: called with the rows done so far.
+        on_progress: called with the number of rows done so far.
 
     Raises:
         DataError: the vocabulary is damaged, or lacks the start, end or padding token.
@@ -79,27 +81,27 @@ def tokenize(
 
 def _open(files: TokenizerFiles) -> _Tokenizer:
     if files.word_pieces is not None:
-        return _WordPieces(files.vocabulary, files.word_pieces)
+        return _word_pieces(files.vocabulary, files.word_pieces)
     if files.byte_pairs is None:
         return _SentencePiece(files.vocabulary)
     if files.byte_pairs.splits_words:
-        return _BytePairsOfWords(files.vocabulary, files.byte_pairs)
+        return _byte_pairs_of_words(files.vocabulary, files.byte_pairs)
     return _BytePairs(files.vocabulary, files.byte_pairs)
 
 
 class _SentencePiece:
-    """A SentencePiece model, as in KerasHub's `SentencePieceTokenizer`."""
+    """A SentencePiece model, like KerasHub's `SentencePieceTokenizer`."""
 
     def __init__(self, vocabulary: Path) -> None:
         try:
             proto = vocabulary.read_bytes()
-            if not proto:  # which would load, and answer 0 to all
+            if not proto:  # an empty model would load, and give 0 for every piece
                 raise ValueError("the file is empty")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except (RuntimeError, OSError, ValueError) as error:
             raise DataError(
-                f"{vocabulary} is no SentencePiece model: {first_line(error)}. Copy it again from "
-                "where the preset came from."
+                f"{vocabulary} is not a SentencePiece model: {first_line(error)}. Copy it again "
+                "from where the preset came from."
             ) from None
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -111,11 +113,11 @@ class _SentencePiece:
 
 
 class _BytePairs:
-    """Byte-level BPE, as in KerasHub's `BytePairTokenizer` outside of tf.data.
+    """Byte-level BPE, like KerasHub's `BytePairTokenizer` outside of tf.data.
 
-    That class means to split a text into words first, but hands its regex to `Split` as a plain
-    string, which `tokenizers` looks for literally and never finds (keras-hub 0.32). So merges run
-    over the whole text between two special tokens; they do so here too.
+    That class tries to split a text into words first, but passes its regex to `Split` as a plain
+    string, which `tokenizers` searches for literally and never finds (keras-hub 0.32). So merges
+    span the whole text between two special tokens, and do so here.
     """
 
     def __init__(self, vocabulary: Path, options: BytePairOptions) -> None:
@@ -133,85 +135,76 @@ class _BytePairs:
         return self._ids.get(token)
 
 
-class _BytePairsOfWords:
-    """Byte-level BPE within words, as in KerasHub's `BytePairTokenizer` inside of tf.data.
+class _OfWords:
+    """Tokens within words, such as byte-level BPE and WordPiece; those of frequent words are kept.
 
-    That is where `fit` and `predict` of a TextClassifier tokenize, and how RoBERTa was trained; the
-    same class outside of tf.data does not find words (`_BytePairs`).
+    Args:
+        ids: token -> id. split: text -> words. ids_of: word -> ids of its tokens.
     """
 
-    def __init__(self, vocabulary: Path, options: BytePairOptions) -> None:
-        self._ids, model = _read_byte_pairs(vocabulary, options)
-        self._options = options
-        letters = bytes_as_letters()
-
-        @functools.lru_cache(KEPT_WORDS)
-        def ids_of(word: str) -> tuple[int, ...]:
-            if word in options.unsplittable_tokens:
-                return (self._ids[word],)
-            spelled = "".join(letters[byte] for byte in word.encode("utf-8", "surrogatepass"))
-            return tuple(token.id for token in model.tokenize(spelled))
-
-        self._ids_of = ids_of
+    def __init__(
+        self,
+        ids: dict[str, int],
+        split: Callable[[str], list[str]],
+        ids_of: Callable[[str], tuple[int, ...]],
+    ) -> None:
+        self._ids, self._split = ids, split
+        self._ids_of = functools.lru_cache(KEPT_WORDS)(ids_of)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        options = self._options
-        prefix = " " if options.add_prefix_space else ""
-        return [
-            [*chain.from_iterable(map(self._ids_of, words))]
-            for words in (
-                byte_pair_words(prefix + text, options.unsplittable_tokens) for text in texts
-            )
-        ]
+        return [[*chain.from_iterable(map(self._ids_of, self._split(text)))] for text in texts]
 
     def id_of(self, token: str) -> int | None:
         return self._ids.get(token)
 
 
-class _WordPieces:
-    """WordPiece, as in KerasHub's `WordPieceTokenizer`."""
+def _byte_pairs_of_words(vocabulary: Path, options: BytePairOptions) -> _OfWords:
+    """Return byte-level BPE within words, like KerasHub's `BytePairTokenizer` inside of tf.data.
 
-    # A longer word is unknown, in UTF-8 bytes.
-    MOST_BYTES = 100
+    `fit` and `predict` of a TextClassifier tokenize there, and RoBERTa was trained so. Outside of
+    tf.data the same class does not split words (`_BytePairs`).
+    """
+    ids, model = _read_byte_pairs(vocabulary, options)
+    kept, prefix = options.unsplittable_tokens, " " if options.add_prefix_space else ""
+    letters = bytes_as_letters()
 
-    def __init__(self, vocabulary: Path, options: WordPieceOptions) -> None:
-        try:
-            lines = vocabulary.read_text(encoding="utf-8").split("\n")
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"{vocabulary} is no list of tokens: {first_line(error)}. Copy it again from where "
-                "the preset came from."
-            ) from None
-        # Of a token that stands there twice, the last counts.
-        self._ids = {line.rstrip(): number for number, line in enumerate(lines[:-1] or lines)}
-        unknown = options.unknown_token
-        for token in (unknown, *options.unsplittable_tokens):
-            if token not in self._ids:
-                raise DataError(f"{vocabulary} must hold the special token {shown(token)}.")
-        self._options = options
-        model = tokenizers.models.WordPiece(
-            vocab=self._ids,
-            unk_token=unknown,
-            max_input_chars_per_word=self.MOST_BYTES,
-            continuing_subword_prefix=options.suffix_indicator,
-        )
+    def ids_of(word: str) -> tuple[int, ...]:
+        if word in kept:
+            return (ids[word],)
+        spelled = "".join(letters[byte] for byte in word.encode("utf-8", "surrogatepass"))
+        return tuple(token.id for token in model.tokenize(spelled))
 
-        @functools.lru_cache(KEPT_WORDS)
-        def ids_of(word: str) -> tuple[int, ...]:
-            if len(word.encode("utf-8", "surrogatepass")) > self.MOST_BYTES:
-                return (self._ids[unknown],)
-            return tuple(token.id for token in model.tokenize(word))
+    return _OfWords(ids, lambda text: byte_pair_words(prefix + text, kept), ids_of)
 
-        self._ids_of = ids_of
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return [
-            [*chain.from_iterable(map(self._ids_of, word_piece_words(text, self._options)))]
-            for text in texts
-        ]
+def _word_pieces(vocabulary: Path, options: WordPieceOptions) -> _OfWords:
+    """Return WordPiece, like KerasHub's `WordPieceTokenizer`."""
+    try:
+        lines = vocabulary.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{vocabulary} is not a list of tokens: {first_line(error)}. Copy it again from where "
+            "the preset came from."
+        ) from None
+    # If a token is repeated, its last line counts.
+    ids = {line.rstrip(): number for number, line in enumerate(lines[:-1] or lines)}
+    unknown = options.unknown_token
+    for token in (unknown, *options.unsplittable_tokens):
+        if token not in ids:
+            raise DataError(f"{vocabulary} must hold the special token {shown(token)}.")
+    model = tokenizers.models.WordPiece(
+        vocab=ids,
+        unk_token=unknown,
+        max_input_chars_per_word=MOST_WORD_BYTES,
+        continuing_subword_prefix=options.suffix_indicator,
+    )
 
-    def id_of(self, token: str) -> int | None:
-        return self._ids.get(token)
+    def ids_of(word: str) -> tuple[int, ...]:
+        if len(word.encode("utf-8", "surrogatepass")) > MOST_WORD_BYTES:
+            return (ids[unknown],)
+        return tuple(token.id for token in model.tokenize(word))
+
+    return _OfWords(ids, lambda text: word_piece_words(text, options), ids_of)
 
 
 def _read_byte_pairs(
@@ -226,7 +219,7 @@ def _read_byte_pairs(
         model = tokenizers.models.BPE(vocab=ids, merges=merges)
     except Exception as error:  # what `tokenizers` raises has no narrower class
         raise DataError(
-            f"{vocabulary} and {options.merges} are no byte-pair encoding: {first_line(error)}"
+            f"{vocabulary} and {options.merges} are not a byte-pair encoding: {first_line(error)}"
         ) from None
     if not all(number <= MOST_TOKEN_ID for number in ids.values()):
         raise DataError(
@@ -240,11 +233,11 @@ def _read_byte_pairs(
 
 
 def _id_of(tokenizer: _Tokenizer, files: TokenizerFiles, token: str | None) -> int:
-    assert token is not None, "this is a bug: a token is added that the family does not have"
+    assert token is not None, "this is a bug: the family does not have a token that is added"
     number = tokenizer.id_of(token)
     if number is None:
         raise DataError(
-            f"{files.vocabulary} must hold the token {token}, which {files.class_name} packs "
-            "around every text."
+            f"{files.vocabulary} must hold the token {token}, which {files.class_name} adds to "
+            "every text."
         )
     return int(number)

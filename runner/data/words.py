@@ -1,7 +1,8 @@
-"""A text -> the words in which a tokenizer then looks for tokens, as KerasHub splits it.
+"""A text -> the words within which a tokenizer finds tokens, split as by KerasHub.
 
-Its rules are those of BERT's and GPT-2's own programs, written for RE2 (TensorFlow Text); here they
-are the same rules for `regex`, which KerasHub uses too. RE2's \\s is the ASCII spaces alone.
+KerasHub has the rules of BERT's and GPT-2's original code as patterns for RE2 (TensorFlow Text).
+These are the same rules for the `regex` package. In RE2, \\s matches only ASCII spaces. Does not
+know vocabularies.
 """
 
 import functools
@@ -12,21 +13,21 @@ import regex
 from runner.preset.tokenizer_files import WordPieceOptions
 
 SPACE = regex.compile(r"[ \t\n\r\f]|\p{Cc}|\p{Cf}")
-# All of ASCII that is no letter, number or space, whatever Unicode calls it.
+# All ASCII characters but letters, digits and spaces, also those that Unicode calls symbols.
 PUNCTUATION = r"[!-/]|[:-@]|[\[-`]|[{-~]|\p{P}"
 # https://github.com/google-research/bert/blob/master/tokenization.py, _is_chinese_char
 CJK = (
     r"[\u4E00-\u9FFF]|[\u3400-\u4DBF]|[\U00020000-\U0002A6DF]|[\U0002A700-\U0002B73F]"
     r"|[\U0002B740-\U0002B81F]|[\U0002B820-\U0002CEAF]|[\uF900-\uFAFF]|[\U0002F800-\U0002FA1F]"
 )
-# What NFKC_Casefold drops beside: Unicode's Default_Ignorable_Code_Point.
+# What NFKC_Casefold also removes: Unicode's Default_Ignorable_Code_Point.
 IGNORABLE = regex.compile(
     r"[\u00AD\u034F\u061C\u115F-\u1160\u17B4-\u17B5\u180B-\u180F\u200B-\u200F\u202A-\u202E"
     r"\u2060-\u206F\u3164\uFE00-\uFE0F\uFEFF\uFFA0\uFFF0-\uFFF8\U0001BCA0-\U0001BCA3"
     r"\U0001D173-\U0001D17A\U000E0000-\U000E0FFF]"
 )
-# KerasHub's stand-in for GPT-2's lookahead, which RE2 has not: it stands where a space belongs to
-# the word after it. Texts that hold this digit lose it, in KerasHub and so here.
+# RE2 has no lookahead, so KerasHub marks a space that belongs to the next word with this digit.
+# Texts that contain the digit lose it, in KerasHub and therefore here.
 MARK = "\u096c"
 WIDE_SPACES = r"\u00A0\u2009\u202F\u3000"
 BEFORE_A_WORD = regex.compile(rf"( )([^ \t\n\r\f{WIDE_SPACES}])")
@@ -39,7 +40,7 @@ LAST_SPACES = f" \t\r\f\v{MARK}\u00a0\u2009\u202f\u3000"
 
 
 def word_piece_words(text: str, options: WordPieceOptions) -> list[str]:
-    """Return words, and each punctuation mark and CJK character as a word of its own."""
+    """Return the words of a text; each punctuation mark and CJK character is a word of its own."""
     if options.strip_accents:
         decomposed = unicodedata.normalize("NFD", text)
         text = "".join(sign for sign in decomposed if unicodedata.category(sign) != "Mn")
@@ -59,15 +60,15 @@ def _delimiters(split_on_cjk: bool, kept: tuple[str, ...]) -> regex.Pattern:
 
 @functools.lru_cache(1 << 18)
 def _fold(word: str) -> str:
-    """NFKC_Casefold of a word, as `tf_text.case_fold_utf8`."""
+    """Return a word's NFKC_Casefold, like `tf_text.case_fold_utf8`."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", word).casefold())
     return IGNORABLE.sub("", folded)
 
 
 def byte_pair_words(text: str, kept: tuple[str, ...]) -> list[str]:
-    """Return words with the space before them, and each token of `kept` as it stands.
+    """Return the words of a text, each with the space before it, and the tokens in `kept` whole.
 
-    KerasHub's `split_strings_for_bpe`, step by step.
+    The steps are those of KerasHub's `split_strings_for_bpe`.
     """
     text = BEFORE_A_WORD.sub(rf"{MARK}\1\2", text)
     text = AT_THE_END.sub(rf"\1{MARK}", text)
@@ -77,7 +78,7 @@ def byte_pair_words(text: str, kept: tuple[str, ...]) -> list[str]:
             words.append(piece)
             continue
         for word in _pieces(GPT_2_WORDS, piece):
-            # A space at the end of a word is a word of its own.
+            # A space that ends a word becomes a word of its own.
             parts = (word[:-1], word[-1]) if word[-1] in LAST_SPACES else (word,)
             words += [part for part in parts if part and part != MARK]
     return words
@@ -89,7 +90,7 @@ def _kept_pattern(kept: tuple[str, ...]) -> regex.Pattern:
 
 
 def _pieces(pattern: regex.Pattern, text: str) -> list[str]:
-    """Return what matches and what lies between, in order, as `tf_text.regex_split`."""
+    """Return the matches and the text between them, in order, like `tf_text.regex_split`."""
     pieces, at = [], 0
     for match in pattern.finditer(text):
         pieces += [text[at : match.start()], match.group()]
@@ -99,7 +100,7 @@ def _pieces(pattern: regex.Pattern, text: str) -> list[str]:
 
 @functools.cache
 def bytes_as_letters() -> tuple[str, ...]:
-    """Return the letter that stands for each byte in a byte-level vocabulary (GPT-2)."""
+    """Return the letter for each of the 256 bytes in a byte-level vocabulary, by GPT-2's map."""
     plain = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)}
     plain |= set(range(ord("®"), ord("ÿ") + 1))
     others = iter(range(256, 512))

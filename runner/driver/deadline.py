@@ -1,4 +1,4 @@
-"""A time limit, a forecast and a clock -> what is given up, and when it is time to stop.
+"""A time limit, a forecast and a clock -> what is given up, and when to stop.
 
 Pure: times are seconds since the process started, and nothing here looks at a clock.
 """
@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 # Shares of the time that is left. Forecasts err: rows are cut so that they take `AIM` of it, cut
-# again where they take more than `TOO_MUCH`, and cut less where they take less than `TOO_LITTLE`.
+# again if they take more than `TOO_MUCH`, and cut less if they take less than `TOO_LITTLE`.
 # What is left over in the end makes cut rows whole again.
 TOO_MUCH, AIM, TOO_LITTLE = 0.99, 0.95, 0.85
 # While a length is compiled, rows are computed as they are for so much of the time at most.
 BRIDGE_SHARE = 0.25
-# Where the shortest length has yet to be compiled and that takes more of the time than this, as
+# If the shortest length has yet to be compiled and that takes more of the time than this, as
 # many rows are done without it.
 FLOOR_SHARE = 0.6
 # Kept for the last batch besides, at most.
@@ -33,7 +33,7 @@ PATIENCE = 0.1
 # Lengths that rows are cut to differ by so much at least, and by so many times the share of the
 # time that is left which a compile takes.
 STEP, STEP_FOR_A_COMPILE = 0.02, 2.0
-# A cut is taken back by steps of so much at least, and to a length that must be compiled only where
+# A cut is taken back by steps of so much at least, and to a length that must be compiled only if
 # that takes no more than this share of the time: what is cut too much is made good in the end.
 STEP_BACK, COMPILE_SHARE = 0.08, 0.1
 
@@ -42,7 +42,7 @@ STEP_BACK, COMPILE_SHARE = 0.08, 0.1
 class Deadline:
     """The limit of a run, what was decided because of it, and why.
 
-    limit_s: None where there is none. policy: a choice of --on-deadline. margin_s: see `rehearsed`.
+    limit_s: None if there is none. policy: a choice of --on-deadline. margin_s: see `rehearsed`.
     """
 
     limit_s: float | None
@@ -86,7 +86,7 @@ class Deadline:
         return AIM * self.left_s(now_s)
 
     def note(self, now_s: float, what: str) -> str:
-        """Keep a decision for the report; return it as a sentence for the person."""
+        """Keep a decision for the report; return it as a sentence for the user."""
         self.events.append({"at_s": round(now_s, 3), "what": what})
         return what
 

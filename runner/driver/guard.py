@@ -45,8 +45,7 @@ class Guard:
         self.call_off()
 
     def call_off(self) -> None:
-        """Go on without the guard. Where it acts already this does not return: it ends the
-        process."""
+        """Go on without the guard. If it acts already, this does not return: the process ends."""
         with self._lock:
             self._is_off.set()
         self._stop_if_it_acts()

@@ -58,7 +58,9 @@ class Passes:
         self._ledger = ledger
         # A batch's most tokens, asked once: it looks at the devices.
         self._budget = (
-            tokens_per_batch(setting.config, setting.job.preset, executor.kind)
+            tokens_per_batch(
+                setting.config, setting.job.preset, executor.kind, executor.memory_bytes
+            )
             if rows.examples
             else 0
         )

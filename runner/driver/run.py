@@ -6,9 +6,11 @@ are in `passes.py`, and how a run ends in `ending.py`.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from runner.common.files import check_writable, compilation_cache
+from runner.common.machine import device_memory_bytes
 from runner.config.run_config import RunConfig
 from runner.demo import stand_in
 from runner.driver.deadline import Deadline
@@ -18,13 +20,14 @@ from runner.driver.passes import Passes
 from runner.driver.setting import Rows, Setting, read
 from runner.executors.executor import Executor
 from runner.preset.auto import choose_strategy
-from runner.preset.resolve import find_job, settle
+from runner.preset.resolve import Job, find_job, settle
 from runner.report.facts import say_summary, summarize
 from runner.report.gather import Computed, Outcome, Reports
 from runner.telemetry.logs import LogEvent, RunLogs
 from runner.telemetry.metrics import Metrics
 from runner.telemetry.progress import Progress
 from runner.telemetry.timeline import Timeline
+from sharding.strategies import Strategy
 
 
 def run(
@@ -92,11 +95,16 @@ def _run(
         metrics.watch(lambda: reports.figures(_computed(executor)))
         dtype = executor.open(config.dtype, compilation_cache()) if rows.examples else ""
         dtype = job.dtype(config, dtype)
+        if config.address is not None and rows.examples:
+            # Until now the memory of the nodes' devices was not known.
+            strategy = _choose_strategy(config, job, progress, executor.memory_bytes)
+            setting = replace(setting, strategy=strategy)
+            reports = replace(reports, strategy=strategy)
         on_signals_taken()
         with open_ledger(setting, rows, outcome, dtype) as ledger:
             passes = Passes(setting, rows, outcome, executor, ledger)
             if rows.table.unfinished() or passes.rows_to_improve():
-                executor.start(job.spec(config, dtype))
+                executor.start(job.spec(config, dtype), setting.strategy)
             if rows.table.unfinished():
                 guard.postpone(setting.last_call())
                 passes.predict()
@@ -122,9 +130,10 @@ def _settle(config: RunConfig, progress: Progress, logs: RunLogs, started: float
     """Find the files, and settle what follows from them."""
     job = find_job(config, stand_in(config, progress))
     config = settle(config, job.preset)
-    strategy = choose_strategy(config, job.preset)
-    if strategy is not None:
-        progress.note(strategy.why)
+    if config.address is None:
+        strategy = _choose_strategy(config, job, progress, device_memory_bytes)
+    else:
+        strategy = choose_strategy(config, job.preset, lambda: None)
     return Setting(
         config=config,
         job=job,
@@ -135,6 +144,16 @@ def _settle(config: RunConfig, progress: Progress, logs: RunLogs, started: float
         timeline=Timeline(started, clock=time.monotonic),
         started=started,
     )
+
+
+def _choose_strategy(
+    config: RunConfig, job: Job, progress: Progress, memory_bytes: Callable[[], int | None]
+) -> Strategy | None:
+    """Choose how groups hold a replica in this memory, and say why."""
+    strategy = choose_strategy(config, job.preset, memory_bytes)
+    if strategy is not None:
+        progress.note(strategy.why)
+    return strategy
 
 
 def _open_logs(setting: Setting) -> None:
@@ -160,7 +179,7 @@ def _open_executor(setting: Setting, rows: Rows) -> Executor:
         log_folder=setting.logs.folder,
         progress=progress,
         timeline=timeline,
-        strategy=setting.strategy,
+        is_tensor=setting.strategy is not None and setting.strategy.name == "tensor",
         group_size=config.members,
         family=setting.job.preset.class_name,
         left_s=lambda: setting.deadline.left_s(setting.now()),

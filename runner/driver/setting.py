@@ -20,7 +20,7 @@ from runner.telemetry.progress import Progress
 from runner.telemetry.timeline import Timeline
 from sharding.strategies import Strategy
 
-# What the run itself is at, in the words of its page.
+# Stages of the run itself, as its page names them.
 STAGES = {"read": "reading", "tokenize": "tokenizing", "merge": "merging and writing"}
 # Keys of the report's `seconds`.
 SECONDS = ("total", "read", "tokenize", "start_workers", "load", "compile", "predict", "merge")
@@ -28,7 +28,7 @@ SECONDS = ("total", "read", "tokenize", "start_workers", "load", "compile", "pre
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """One run's, whatever it has come to.
+    """What one run needs at every stage.
 
     started: of the process, by `time.monotonic()`. seconds: of the stages that `timed` has seen.
     """

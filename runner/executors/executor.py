@@ -21,6 +21,7 @@ from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape
 from sharding.forecast import Pace
 from sharding.rates import Rates
+from sharding.strategies import Strategy
 
 
 class Executor(Protocol):
@@ -29,18 +30,22 @@ class Executor(Protocol):
     Attributes:
         kind: of its devices: cpu, gpu or tpu; known once it is open, as is `replicas`.
         replicas: how many there are.
-        info: of a worker that has loaded, None before one has.
         faults: what it has survived.
-        start_workers_s, predict_s: seconds of starting, and from the first replica that was ready
-            to the last answer.
+        predict_s: seconds from the first replica that was ready to the last answer.
     """
 
     kind: str
     replicas: int
-    info: WorkerInfo | None
     faults: Faults
-    start_workers_s: float
     predict_s: float
+
+    @property
+    def info(self) -> WorkerInfo | None:
+        """Of a worker that has loaded, None before one has."""
+
+    @property
+    def start_workers_s(self) -> float:
+        """Seconds until the last process was up."""
 
     @property
     def stats(self) -> list[WorkerStats]:
@@ -62,8 +67,15 @@ class Executor(Protocol):
             WorkerError: the devices cannot be used.
         """
 
-    def start(self, spec: ModelSpec) -> None:
-        """Begin to load the model; return before it is there."""
+    def memory_bytes(self) -> int | None:
+        """Return the memory of the smallest GPU among its devices, None if not known."""
+
+    def start(self, spec: ModelSpec, strategy: Strategy | None) -> None:
+        """Begin to load the model; return before it is there.
+
+        Args:
+            strategy: how the members of a group hold a replica, None if a worker holds it whole.
+        """
 
     def poll(self) -> None:
         """Take what workers have answered so far: finds bad files early.

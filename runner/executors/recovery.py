@@ -1,4 +1,4 @@
-"""A batch or a replica that failed -> what becomes of its rows, said to the person and counted.
+"""A batch or a replica that failed -> what becomes of its rows, told to the user and counted.
 
 Shared by the executors. Does not know Ray or JAX: it is told what happened.
 """
@@ -21,8 +21,8 @@ class Recovery:
 
     Args:
         ids: one a row, to name rows.
-        note: says a sentence to the person.
-        mark: keeps one without ids, (what, replica).
+        note: shows a sentence to the user.
+        mark: records a sentence without ids, (what, replica).
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Recovery:
         self._answered = False
 
     def answered(self) -> None:
-        """A batch was answered: the model and the device work."""
+        """A batch was answered, so the model and the device work."""
         self._answered = True
 
     def lost(self, replica: int, batches: Sequence[Batch], reason: str) -> bool:

@@ -1,1 +1,1 @@
-"""What runs inside a worker: preset, LoRA and head -> compiled programs. JAX lives here."""
+"""The code of workers: preset, LoRA and head -> compiled programs. Only this room imports JAX."""

@@ -1,6 +1,6 @@
-"""Two tables of probabilities -> how far quantization moved them, in numbers and in a sentence.
+"""Two tables of probabilities -> how much quantization changed them, as numbers and a sentence.
 
-Pure arithmetic; `driver/run.py` and `prepare.py` bring the tables.
+Does not know models or files; `driver/` and `prepare.py` provide the tables.
 """
 
 from typing import Any
@@ -10,12 +10,12 @@ import numpy as np
 from runner.common.poolings import padded_length
 from sharding.batches import Batch, BatchShape
 
-# Rows whose probabilities are computed again in float32.
+# How many rows are also computed in float32.
 REFERENCE_ROWS = 8
 
 
 def reference_batch(lengths: np.ndarray, *, pooling: str, sequence_length: int) -> Batch:
-    """Return the first rows of a test set as one batch, padded as their pooling needs it.
+    """Return the first rows of a test set as one batch, padded as the pooling requires.
 
     lengths: (rows,) token counts.
     """
@@ -29,7 +29,8 @@ def compare(
 ) -> dict[str, Any]:
     """Return the report's `quantization` figures for two tables (rows, classes).
 
-    `changed_argmax` is of a softmax alone: other heads' numbers have no likeliest class.
+    Only a softmax has `changed_argmax`: other heads have no likeliest class. seconds: how long it
+    took to compute the tables.
     """
     difference = np.abs(quantized - reference)
     figures = {
@@ -44,18 +45,15 @@ def compare(
 
 
 def describe(mode: str, figures: dict[str, Any]) -> str:
-    """Return a sentence for the person about what `compare` returned."""
+    """Return a sentence for the user about what `compare` returned."""
     if "reference_rows" not in figures:
-        return f"{mode}: how far it lies from float32 is not known ({figures['measured']})."
-    is_softmax = "changed_argmax" in figures
+        return f"{mode}: the difference to float32 is not known ({figures['measured']})."
+    numbers, changed = "numbers", ""
+    if "changed_argmax" in figures:
+        numbers = "probabilities"
+        changed = f"; the likeliest class changed in {figures['changed_argmax']}"
     return (
-        f"{mode} lies {figures['max_abs_difference']:.4f} at most and "
-        f"{figures['mean_abs_difference']:.4f} on average from float32 in the first "
-        f"{figures['reference_rows']} rows' "
-        + (
-            f"probabilities; the likeliest class changed in {figures['changed_argmax']}"
-            if is_softmax
-            else "numbers"
-        )
-        + f" ({figures['measured']})."
+        f"{mode} differs from float32 by {figures['max_abs_difference']:.4f} at most and "
+        f"{figures['mean_abs_difference']:.4f} on average in the first "
+        f"{figures['reference_rows']} rows' {numbers}{changed} ({figures['measured']})."
     )

@@ -1,18 +1,18 @@
-"""Queries, keys and values of a decoder layer -> what its heads attend to, without the square.
+"""Queries, keys and values of a decoder layer -> its attention, without the full square of scores.
 
-Keras computes all query-key pairs, in float32 and with the half that causality throws away. Here
-queries go in chunks that see the keys up to their own end: the causal half, a piece at a time. The
-models stay Keras': KerasHub's attention layers hand queries, keys and values to a function that is
-published around a call (made for vLLM's kernel), which this file supplies. That seam takes tokens
-end to end, as (tokens, 1, ...). Does not know poolings, heads or files.
+Keras computes all query-key pairs in float32, also the half that the causal mask discards. Here
+queries are processed in chunks, each with the keys up to its own end. The models stay Keras':
+KerasHub's attention layers can hand queries, keys and values to a function (meant for vLLM's
+kernel), which this file supplies. They pass tokens end to end, as (tokens, 1, ...). Does not know
+poolings, heads or files.
 """
 
 import functools
 import importlib.util
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,44 +22,31 @@ from keras_hub.src.vllm.context import vllm_context_scope
 
 from runner.common.errors import first_line
 
-# More chunks save more of the causal half and cost time to compile: eight leave 9/16 of the square.
-# On a CPU 64 queries a chunk were 1.09 times as fast as 128 (8 layers of 512, 512 tokens).
+# More chunks skip more of the masked half but take longer to compile: eight compute 9/16 of the
+# square. On a CPU, chunks of 64 queries were 1.09 times as fast as 128 (8 layers of 512, 512
+# tokens).
 MOST_CHUNKS = 8
 SMALLEST_CHUNK = 64
 MASKED = -1e30
 # Rows and tokens on which a layer is compared with Keras' own: two chunks, the last one short.
 CHECKED_SHAPE = (2, SMALLEST_CHUNK + 32)
-# Largest difference allowed, relative to the largest value; the dtype's rounding is far below.
+# The largest allowed difference, relative to the largest value; rounding is far below.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-# Keras with JAX, as of KerasHub 0.32, in its attention layers' own words: Qwen's attend through a
-# fused op before they come to their window, so they have none. Where a window hides all that is
-# real from a position, Gemma's softmax leaves nothing of the values, the others' the mean of all.
+# Layers with special behaviour in KerasHub 0.32 with JAX. Qwen's use a fused op before they apply
+# their window, so they have none. If a window contains no real token, Gemma's softmax gives 0, the
+# others' the mean of all values.
 WITHOUT_WINDOW = ("QwenAttention", "Qwen3Attention")
 BLIND_SEE_NOTHING = ("CachedGemmaAttention", "CachedGemma3Attention")
-# Activations in int8: the smallest difference may be the other side of a rounding.
+# With int8 activations, a tiny difference can change how a value is rounded.
 QUANTIZED_TOLERANCE = 1e-1
 
 
-class Attend(Protocol):
-    """A way to compute causal attention with grouped heads.
-
-    queries: (rows, length, query_heads, head_dim). keys, values: (rows, length, key_value_heads,
-    head_dim). lengths: int32 (rows,), tokens of each row that may be attended to, or None where
-    what comes of the positions after a row's end is of no account. window: a position sees itself
-    and the window - 1 before it. Returns (rows, length, query_heads, head_dim).
-    """
-
-    def __call__(
-        self,
-        queries: jax.Array,
-        keys: jax.Array,
-        values: jax.Array,
-        *,
-        lengths: jax.Array | None,
-        scale: float,
-        soft_cap: float | None,
-        window: int | None,
-    ) -> jax.Array: ...
+# A way to compute causal attention with grouped heads: the signature of the two functions below.
+# queries: (rows, length, query_heads, head_dim). keys, values: (rows, length, key_value_heads,
+# head_dim). lengths: int32 (rows,), real tokens of each row, or None if the results after a row's
+# end do not matter. window: a position sees itself and the window - 1 before it. Returns (rows,
+# length, query_heads, head_dim).
+Attend = Callable[..., jax.Array]
 
 
 def attend_in_chunks(
@@ -72,12 +59,12 @@ def attend_in_chunks(
     soft_cap: float | None,
     window: int | None,
 ) -> jax.Array:
-    """Plain JAX, for any device: a chunk of queries, and the keys that one of them can see."""
+    """Attend in plain JAX, on any device: chunks of queries, each with the keys that it can see."""
     rows, length, query_heads, head_dim = queries.shape
     heads = keys.shape[2]
     group = query_heads // heads
-    # Key/value heads beside the rows, the group's queries beside the positions: two plain batched
-    # matmuls a chunk.
+    # With key/value heads next to rows, and a group's queries next to positions, a chunk takes two
+    # plain batched matmuls.
     grouped = queries.reshape(rows, length, heads, group, head_dim).transpose(0, 2, 1, 3, 4) * scale
     keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
     chunk = max(SMALLEST_CHUNK, -(-length // (16 * MOST_CHUNKS)) * 16)
@@ -107,7 +94,7 @@ def attend_in_chunks(
             values[:, :, first:stop],
             preferred_element_type=jnp.float32,
         )
-        # Divided after the matmul: head_dim values a query instead of one for each key.
+        # Divide after the matmul: it has head_dim values a query instead of one for each key.
         output = (output / sums).astype(values.dtype)
         outputs.append(output.reshape(rows, heads, stop - start, group, head_dim))
     joined = jnp.concatenate(outputs, axis=2).transpose(0, 2, 1, 3, 4)
@@ -124,12 +111,12 @@ def attend_with_tokamax(
     soft_cap: float | None,
     window: int | None,
 ) -> jax.Array:
-    """The fused kernels of https://github.com/openxla/tokamax: Mosaic or Triton by device."""
+    """Attend by a fused kernel of https://github.com/openxla/tokamax, Mosaic or Triton."""
     import tokamax
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
-        # tokamax would read this program's command line as its own, and end in an error.
+        # Else tokamax would parse this program's command line, and fail.
         flags.FLAGS(["arena-runner"])
     return tokamax.dot_product_attention(
         queries,
@@ -143,7 +130,7 @@ def attend_with_tokamax(
     )
 
 
-# A new way to attend is a function above and a line here. `keras` leaves the layers as they are.
+# A new way to attend is a function above and a line here. `keras` does not change the layers.
 WAYS: dict[str, Attend | None] = {
     "tokamax": attend_with_tokamax,
     "chunked": attend_in_chunks,
@@ -154,8 +141,8 @@ WAYS: dict[str, Attend | None] = {
 def ways_for(device: jax.Device) -> tuple[str, ...]:
     """Return the ways to try on a device, the best first.
 
-    tokamax has kernels for TPUs and for compute capability 8.0 and later (none for a T4); on a
-    CPU it was as fast as chunks of 128, so it is not asked for there.
+    tokamax has kernels for TPUs and for compute capability 8.0 and later (not for a T4). On a CPU
+    it was only as fast as chunks of 128, so it is not tried there.
     """
     if device.platform == "cpu" or importlib.util.find_spec("tokamax") is None:
         return ("chunked", "keras")
@@ -167,19 +154,19 @@ def ways_for(device: jax.Device) -> tuple[str, ...]:
 def choose_way(
     model: keras.Model, device: jax.Device, replicated: jax.sharding.Sharding | None = None
 ) -> tuple[str, tuple[str, ...]]:
-    """Return the first way that agrees with Keras' own attention on this model's layers here.
+    """Return the first way that agrees with Keras' own attention on this model and device.
 
-    One layer of each kind (with a window, without) runs on a few tokens both ways.
+    One layer of each kind (with and without a window) runs on a few tokens both ways.
 
     Returns:
-        The way, and sentences about ways that were tried and left.
+        The way, and a sentence for each way that was tried and rejected.
     """
     checks = [_Check(layer, int(model.output.shape[-1])) for layer in _one_of_each_kind(model)]
     kind, tolerance = device.device_kind, _tolerance(model)
     notes: list[str] = []
     try:
         expected = [check.outputs("keras", replicated) for check in checks]
-    except Exception as error:  # float16 in Llama on a CPU, say
+    except Exception as error:  # for example float16 in Llama on a CPU
         notes.append(
             f"warning: Keras' own attention does not run in {model.compute_dtype} on {kind}, so "
             f"the runner's is not compared with it: {type(error).__name__}: {first_line(error)}"
@@ -190,7 +177,7 @@ def choose_way(
             break
         try:
             answers = [check.outputs(way, replicated) for check in checks]
-        except Exception as error:  # a kernel that does not compile is as varied as kernels are
+        except Exception as error:  # compiling a kernel can raise anything
             reason = f"{type(error).__name__}: {first_line(error)}"
         else:
             difference = max(map(_relative_difference, answers, expected))
@@ -205,12 +192,15 @@ def choose_way(
 def attention(
     model: keras.Model, way: str, rows: int, length: int, lengths: jax.Array | None
 ) -> Iterator[None]:
-    """Within, the model's attention layers take tokens end to end, (rows x length, 1, ...), and
-    attend in this way. Not for `keras`."""
+    """Within, the model takes tokens end to end, (rows x length, 1, ...), and attends in a way.
+
+    Args:
+        way: a key of `WAYS` but `keras`. lengths: as in `Attend`.
+    """
     chosen = WAYS[way]
     assert chosen is not None, "this is a bug: Keras' own attention needs no scope"
-    # Traced once for all layers that are alike: it is half of a model's tracing otherwise.
-    attend: Any = _traced_once(chosen)  # type: ignore[arg-type]
+    # Traced once for all equal layers; else it would take half of a model's tracing.
+    attend: Any = _traced_once(chosen)
     kinds = {type(layer).__name__ for layer in _layers(model)}
     has_windows, blind_see_nothing = kinds.isdisjoint(WITHOUT_WINDOW), kinds <= {*BLIND_SEE_NOTHING}
 
@@ -240,7 +230,7 @@ def attention(
             window=window,
         )
         if window and lengths is not None:
-            # Blind: the window lies wholly past the row's end.
+            # Blind positions are those whose window is entirely past the row's end.
             blind = jnp.arange(length) >= lengths[:, None] + window - 1
             mean = values.mean(axis=1, keepdims=True).repeat(query_heads // key_value_heads, axis=2)
             seen_blindly = jnp.where(blind_see_nothing, 0, mean)
@@ -258,7 +248,7 @@ def _traced_once(attend: Any) -> Attend:
 
 
 def _layers(model: keras.Model) -> list[keras.Layer]:
-    """Attention layers that can hand their queries, keys and values over."""
+    """Return the attention layers that can hand over queries, keys and values."""
     return [
         layer
         for layer in model._flatten_layers(include_self=False)
@@ -267,7 +257,7 @@ def _layers(model: keras.Model) -> list[keras.Layer]:
 
 
 def _one_of_each_kind(model: keras.Model) -> list[keras.Layer]:
-    """Return a decoder layer of the model for each length of window, none included."""
+    """Return a decoder layer for each length of window in the model, and one without a window."""
     kinds: dict[Any, keras.Layer] = {}
     for block in model.layers:
         for layer in _layers(block):
@@ -291,7 +281,7 @@ def is_quantized(model: keras.Model) -> bool:
 
 
 class _Check:
-    """A decoder layer on a small input, whose second row ends early.
+    """A decoder layer and a small input, whose second row ends early.
 
     width: the layer's input and output dim.
     """
@@ -301,12 +291,16 @@ class _Check:
         self._layer, self._width = layer, width
         named = inspect.signature(layer.call).parameters
         self._mask = "padding_mask" if "padding_mask" in named else "decoder_padding_mask"
-        # Of the size a norm leaves.
+        # As large as the output of a norm.
         self._inputs = np.random.default_rng(0).normal(size=(rows, length, width))
         self._lengths = np.array([length, length // 3], np.int32)
 
     def outputs(self, way: str, replicated: jax.sharding.Sharding | None) -> np.ndarray:
-        """Return the layer's output in a way, float32 (rows, length, width)."""
+        """Return the layer's output, float32 (rows, length, width).
+
+        Args:
+            way: a key of `WAYS`. replicated: as for `Predictor`.
+        """
         variables = (
             [variable.value for variable in self._layer.trainable_variables],
             [variable.value for variable in self._layer.non_trainable_variables],
@@ -335,6 +329,6 @@ class _Check:
 
 
 def _relative_difference(answer: np.ndarray, expected: np.ndarray) -> float:
-    """Return the largest difference over the largest value; infinite where one is not finite."""
+    """Return the largest difference over the largest value; infinite if a value is not finite."""
     difference = float(np.abs(answer - expected).max() / np.abs(expected).max())
     return difference if np.isfinite(difference) else float("inf")

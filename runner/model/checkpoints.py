@@ -1,8 +1,8 @@
 """A checkpoint directory of Hugging Face transformers -> a KerasHub preset directory.
 
-KerasHub's own converters do the work; which model types become which backbone is in `families.py`.
-Weights are read from safetensors alone, and no code comes from the directory. Imports Keras, so
-`process.prepare_process` must come first.
+KerasHub's own converters do the work; `families.py` says which model type becomes which backbone.
+Weights are only read from safetensors, and no code is loaded from the directory. Imports Keras, so
+`process.prepare_process` must be called first.
 """
 
 from pathlib import Path
@@ -17,10 +17,13 @@ from runner.preset.json_files import read_json
 def convert(checkpoint: Path, folder: Path, *, dtype: str) -> None:
     """Write backbone, tokenizer and preprocessor as a preset; a head is not converted.
 
-    The whole model is in memory meanwhile.
+    The whole model is in memory during the conversion.
+
+    Args:
+        dtype: of the weights to write.
 
     Raises:
-        DataError: KerasHub has no converter for it, or the converter fails.
+        DataError: the converter fails.
     """
     model_type = str(read_json(checkpoint / "config.json").get("model_type"))
     class_name = family_of_checkpoint(model_type)
@@ -33,7 +36,7 @@ def convert(checkpoint: Path, folder: Path, *, dtype: str) -> None:
         preprocessor = preprocessors.from_preset(str(checkpoint))
     except Exception as error:  # what a converter raises has no narrower class
         raise DataError(
-            f"{checkpoint} is not taken by KerasHub's converter for {model_type}: "
+            f"KerasHub's converter for {model_type} does not accept {checkpoint}: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
     backbone.save_to_preset(str(folder))

@@ -1,29 +1,29 @@
-"""A traced function -> the same function in forms that XLA's CPU compiler is fast at.
+"""A traced function -> the same function in forms that XLA compiles to faster code on a CPU.
 
-What Keras and KerasHub write stays as it is; the program that JAX traces from it is rewritten,
-equation by equation, before it is compiled. Each rewrite is a case of `_Rewriter._apply`. Figures:
-one core of an AMD EPYC (Zen 4), 2,048 tokens, layers of 512.
+Keras and KerasHub are not changed. The program that JAX traces from them is rewritten, equation by
+equation, before it is compiled. Each rewrite is a case in `_Rewriter._apply`. Figures are for one
+core of an AMD EPYC (Zen 4), 2,048 tokens, layers of 512. Does not know models.
 
-Products: XLA's CPU library (YNNPACK) multiplies bfloat16 into float32 at twice the float32 rate
-where the processor has instructions for it, but bfloat16 into bfloat16, what Keras asks for, is
-converted and runs at the float32 rate: float32 109, bfloat16 into bfloat16 105, int8 into int32
-163, bfloat16 into float32 215 GFLOP/s. So a product of bfloat16 arrays keeps its float32 sums until
-they are rounded once, which is also more exact, and a product of int8 arrays is computed in
-bfloat16: it holds every int8 exactly, and float32 every sum of 1,040 such products (2^24 / 127^2);
-longer sums round at 6e-8. Without those instructions (Zen 3) both would be slower, 51 instead of 75
-and 49 instead of 91 GFLOP/s, and stay as they are.
+Products: if the processor has instructions for it, XLA's CPU library (YNNPACK) multiplies bfloat16
+into float32 at twice the float32 rate. Keras asks for bfloat16 into bfloat16, which is converted
+and runs at the float32 rate: float32 109, bfloat16 into bfloat16 105, int8 into int32 163, bfloat16
+into float32 215 GFLOP/s. So a product of bfloat16 arrays keeps its float32 sums until they are
+rounded once, which is also more exact. A product of int8 arrays is computed in bfloat16, which
+holds every int8 exactly; float32 holds every sum of 1,040 such products (2^24 / 127^2), and longer
+sums are rounded by 6e-8. Without those instructions (Zen 3) both would be slower, 51 instead of 75
+and 49 instead of 91 GFLOP/s, so neither is rewritten.
 
-Elements: this processor's arithmetic is float32, so XLA converts each operation's operands and
-rounds its result to bfloat16 again: of a gated activation of 2,048 x 2,048 that took 11.3 ms, in
-float32 2.1 (Zen 5). So what is computed element by element stays in float32 until something else
-takes it, as XLA's own `xla_allow_excess_precision` has it between two conversions.
+Elements: the processor computes in float32, so XLA converts the operands of each operation and
+rounds its result to bfloat16. A gated activation of 2,048 x 2,048 took 11.3 ms in this way and 2.1
+ms in float32 (Zen 5). So elementwise results stay in float32 until another kind of operation uses
+them, as XLA's own `xla_allow_excess_precision` does between two conversions.
 
-Norms: a sum of squares runs through that library too, but not over (tokens, 1, width), the shape in
-which tokens go through the layers (`attention.py`). 1.05 times as fast a model without the 1.
+Norms: YNNPACK also sums squares, but not over (tokens, 1, width), the shape in which tokens go
+through the layers (`attention.py`). Without the 1, a model is 1.05 times as fast.
 
-Rotary embedding: the cosines and sines of all positions depend on no argument, but are too large
-for XLA to compute beforehand; it computes them anew in each layer, for each head of queries and
-keys. As constants: 1.06 times as fast a model.
+Rotary embedding: the cosines and sines of all positions are constant, but too large for XLA to
+compute at compile time. It computes them in each layer, for each head of queries and keys. As
+constants, they make a model 1.06 times as fast.
 """
 
 import functools
@@ -38,8 +38,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from runner.common.machine import multiplies_bfloat16
 
-# Primitives that NumPy computes while a program is traced: to compile them as one of JAX's takes
-# half a second a shape. What needs another one stays in the program.
+# Primitives that NumPy computes while a program is traced, since compiling a JAX program for them
+# takes half a second a shape. Values that need other primitives stay in the program.
 UFUNCS: dict[str, np.ufunc] = {
     "add": np.add,
     "add_any": np.add,
@@ -51,14 +51,12 @@ UFUNCS: dict[str, np.ufunc] = {
     "cos": np.cos,
     "sin": np.sin,
 }
-
-
-# Primitives of whose elements each depends on one element of each operand.
+# Primitives of which each element depends on one element of each operand.
 ELEMENTWISE = {
     *("abs", "add", "add_any", "div", "erf", "exp", "integer_pow", "log", "logistic", "max", "min"),
     *("mul", "neg", "pow", "rsqrt", "sqrt", "square", "sub", "tanh"),
 }
-# Those that are the program of another function, by the parameter that holds it.
+# Primitives that call another program, and the parameter that holds it.
 CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -68,7 +66,7 @@ CALLS = {
 
 
 def rewritten_for_cpu(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Return `function`, to be traced by `jax.jit`, with its program rewritten."""
+    """Return a function that `jax.jit` traces to the rewritten program of `function`."""
 
     def rewritten(*arguments: Any) -> jax.Array:
         traced = jax.make_jaxpr(function)(*arguments)
@@ -80,13 +78,13 @@ def rewritten_for_cpu(function: Callable[..., jax.Array]) -> Callable[..., jax.A
 
 @dataclass(frozen=True)
 class _Value:
-    """What an equation takes or makes.
+    """An operand or a result of an equation.
 
     Attributes:
-        made: in the program that is being traced; None where it is `exact`, rounded.
-        made_by: its equation, and what that took; None for an argument or a constant.
-        number: where it depends on no argument, the same as of all that are computed alike.
-        exact: in float32, before rounding to what its equation makes; None where it never was.
+        made: its array in the program that is traced; None if it is to be rounded from `exact`.
+        made_by: its equation and that one's operands; None for an argument or a constant.
+        number: equal for values that are computed alike; None if it depends on an argument.
+        exact: its float32 array before rounding to its own dtype; None if there is none.
     """
 
     made: Any
@@ -96,17 +94,19 @@ class _Value:
 
     @functools.cached_property
     def array(self) -> Any:
+        """Its array in its own dtype."""
         if self.made is not None or self.made_by is None:
             return self.made
         return self.exact.astype(_dtype(self.made_by[0].outvars[0]))
 
     @property
     def in_float32(self) -> Any:
+        """Its array in float32, without rounding if possible."""
         return self.array.astype(jnp.float32) if self.exact is None else self.exact
 
 
 class _Rewriter:
-    """One program on its way from the old form to the new."""
+    """The rewriting of one program."""
 
     def __init__(self) -> None:
         self._multiplies_bfloat16 = multiplies_bfloat16()
@@ -114,7 +114,7 @@ class _Rewriter:
         self._tables: dict[int | None, np.ndarray] = {}
 
     def evaluate(self, traced: ClosedJaxpr, arguments: Sequence[_Value]) -> list[_Value]:
-        """Evaluate a traced function, equation by equation, as `jax.core.eval_jaxpr` does."""
+        """Evaluate a traced function, equation by equation, like `jax.core.eval_jaxpr`."""
         jaxpr: Jaxpr = traced.jaxpr
         values = dict(zip(jaxpr.constvars, map(self._constant, traced.consts), strict=True))
         values |= dict(zip(jaxpr.invars, arguments, strict=True))
@@ -168,7 +168,7 @@ class _Rewriter:
         return self._numbers.setdefault(key, len(self._numbers))
 
     def _table(self, value: _Value) -> np.ndarray:
-        """Return the one array that this value is in all of the program."""
+        """Return the array of a constant value, the same one wherever the program uses it."""
         if value.made_by is None:
             return np.asarray(value.array)
         if value.number not in self._tables:
@@ -192,13 +192,13 @@ def _summed_in_float32(product: JaxprEqn, operands: Sequence[_Value]) -> Any:
 
 
 def _rounds_elements(equation: JaxprEqn) -> bool:
-    """Return whether an equation takes and makes bfloat16, element by element."""
+    """Return whether an equation is elementwise from bfloat16 to bfloat16."""
     kinds = set(map(_dtype, (*equation.invars, *equation.outvars)))
     return equation.primitive.name in ELEMENTWISE and kinds == {jnp.dtype(jnp.bfloat16)}
 
 
 def _is_kept(conversion: JaxprEqn, value: _Value) -> bool:
-    """Return whether a conversion is between float32 and what is rounded from it later."""
+    """Return whether a conversion can keep float32, to be rounded later."""
     old, new = _dtype(conversion.invars[0]), conversion.params["new_dtype"]
     floats = {jnp.dtype("float32"), jnp.dtype(jnp.bfloat16)}
     return (
@@ -210,12 +210,12 @@ def _is_kept(conversion: JaxprEqn, value: _Value) -> bool:
 
 
 def _dtype(variable: Any) -> Any:
-    """Return the dtype of an equation's variable; JAX types it as a value without one."""
+    """Return the dtype of an equation's variable; JAX's type hints do not have it."""
     return variable.aval.dtype
 
 
 def _squared(value: _Value) -> _Value | None:
-    """Return x where the value is x squared."""
+    """Return x if the value is x squared, else None."""
     if value.made_by is None:
         return None
     equation, inputs = value.made_by
@@ -225,8 +225,10 @@ def _squared(value: _Value) -> _Value | None:
 
 
 def _sums_of_squares(sum_: JaxprEqn, array: Any) -> Any | None:
-    """Return the sums over the last axis, taken without axes of length 1; None where there are
-    none of them, or other axes to sum over."""
+    """Return sums of squares over the last axis, computed without axes of length 1.
+
+    None if there are no such axes, or `sum_` is over other ones.
+    """
     *leading, width = array.shape
     if tuple(sum_.params["axes"]) != (len(leading),) or 1 not in leading:
         return None
@@ -252,7 +254,7 @@ def _product(equation: JaxprEqn, left: np.ndarray, right: np.ndarray) -> np.ndar
     return np.tensordot(left, right, axes=contracted)
 
 
-# As `UFUNCS`, for those that are more than a ufunc.
+# Like `UFUNCS`, for primitives that are not a ufunc.
 FORMS: dict[str, Callable[..., np.ndarray]] = {
     "iota": _counted,
     "broadcast_in_dim": _broadcast,
@@ -267,7 +269,7 @@ FORMS: dict[str, Callable[..., np.ndarray]] = {
 
 
 def _is_known(equation: JaxprEqn) -> bool:
-    """Return whether NumPy can compute it: batched products are left out."""
+    """Return whether NumPy can compute an equation here; it does not compute batched products."""
     if equation.primitive.name == "dot_general":
         _, batched = equation.params["dimension_numbers"]
         return not any(batched)

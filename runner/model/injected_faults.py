@@ -1,17 +1,17 @@
-"""Faults on purpose, so that tests can see them survived. Off unless ARENA_RUNNER_FAULTS is set.
+"""ARENA_RUNNER_FAULTS -> faults in workers, so that tests can show that a run recovers from them.
 
-The variable holds a JSON list of faults, read where a process starts, such as
+Off unless the variable is set. It holds a JSON list of faults, read when a process starts, such as
 
     [{"kind": "hang", "rows": [17], "once": "/tmp/x"}, {"kind": "memory", "tokens": 512}]
 
 kind: `hang` (never returns), `kill` (SIGKILL to itself), `error` (an exception), `memory` (what JAX
-raises where a device has no room), `nan` (answers that are no numbers), `slow` (`factor` times as
-long, or as a device would that computes `tokens_per_s`). A fault strikes batches that hold one of
-`rows`, or of more than `tokens` tokens, or all; of all replicas, or of `replica`. `once`: a path
-that is made when it strikes, and spares what follows. `wide`: strikes the float32 repetition too.
+raises if a device is out of memory), `nan` (answers of NaN), `slow` (`factor` times as long, or at
+`tokens_per_s`). A fault strikes batches with one of `rows`, or of more than `tokens` tokens, or all
+batches; of `replica`, or of all replicas. `once`: a path that is created when it strikes; it does
+not strike again. `wide`: it also strikes when rows are repeated in float32.
 
-`patience` is no fault: a batch is taken to hang that takes `seconds` more than it should, where the
-driver would wait longer, so that a test of a hang need not.
+`patience` is not a fault: it limits to `seconds` how much longer than its forecast a batch may take
+before the driver treats it as hung, so that tests of hangs are quick.
 """
 
 import json
@@ -30,8 +30,7 @@ VARIABLE = "ARENA_RUNNER_FAULTS"
 
 
 def patience_s() -> float:
-    """Return the most seconds that a batch may take beyond its forecast, infinite where there is no
-    `patience`."""
+    """Return the most seconds that a batch may take beyond its forecast; infinite if not set."""
     asked = (fault["seconds"] for fault in _asked_for() if fault["kind"] == "patience")
     return min(map(float, asked), default=float("inf"))
 
@@ -45,7 +44,11 @@ class InjectedFaults:
         self._free_at = 0.0
 
     def before(self, batch: Batch) -> None:
-        """Strike before a batch is computed."""
+        """Inject the faults that strike before a batch is computed.
+
+        Raises:
+            RuntimeError: the fault is `error` or `memory`.
+        """
         for fault in self._striking(batch, ("hang", "kill", "error", "memory")):
             match fault["kind"]:
                 case "hang":
@@ -60,7 +63,12 @@ class InjectedFaults:
     def after(
         self, batch: Batch, probabilities: np.ndarray, seconds: float, *, wide: bool = False
     ) -> np.ndarray:
-        """Strike what a batch came to, float32 (rows, classes), or how long it took."""
+        """Inject the faults that change a batch's answer or time; return the answer.
+
+        Args:
+            probabilities: float32 (rows, classes). seconds: how long it took.
+            wide: whether this is the repetition in float32.
+        """
         for fault in self._striking(batch, ("nan", "slow")):
             if fault["kind"] == "slow" and not wide:
                 if "factor" in fault:
@@ -74,7 +82,7 @@ class InjectedFaults:
         return probabilities
 
     def _wait_for_device(self, took_s: float, takes_s: float) -> None:
-        """Wait until a device that computes one batch at a time would be done with this one."""
+        """Wait until a slower device, with one batch at a time, would have finished this one."""
         now = time.monotonic()
         with self._lock:
             self._free_at = done_at = max(self._free_at, now - took_s) + takes_s

@@ -1,6 +1,7 @@
-"""Preset directory, LoRA file and dtype -> a Keras backbone that holds its weights, LoRA merged.
+"""Preset directory, LoRA file and dtype -> a Keras backbone with its weights, LoRA merged.
 
-Runs in the process that predicts. Imports Keras, so `process.prepare_process` must come first.
+Runs in the process that predicts. Imports Keras, so `process.prepare_process` must be called first.
+Does not know heads, poolings or rows.
 """
 
 import gc
@@ -18,7 +19,7 @@ import numpy as np
 from keras.src.backend.common import global_state
 from keras.src.saving import saving_lib
 
-from runner.common.errors import DataError, first_line
+from runner.common.errors import DataError, first_line, readable
 from runner.model.cpu_allocator import large_blocks_go_back
 from runner.model.quantization import policies_of, quantize_layer
 from runner.model.weights import StoredWeight, find_weights
@@ -31,7 +32,7 @@ def load_backbone(
     """Return the backbone of a preset with all its weights on this process' device.
 
     Args:
-        quantization: as for `fill`.
+        lora_weights: path of a file to merge, or None. quantization: as for `fill`.
 
     Raises:
         DataError: as `build_backbone` and `locate_weights`.
@@ -43,12 +44,12 @@ def load_backbone(
 
 
 def build_backbone(preset: str, *, dtype: str) -> keras.Model:
-    """Return the backbone of a KerasHub preset directory, its variables without values.
+    """Return the backbone of a KerasHub preset directory, with variables that have no values yet.
 
-    Configs are deserialized in Keras' safe mode: no code comes from the directory.
+    Configs are deserialized in Keras' safe mode: no code is loaded from the directory.
 
     Raises:
-        DataError: the config does not make a backbone, or one that takes more than token ids.
+        DataError: the config does not describe a backbone, or one with inputs other than tokens.
     """
     try:
         with keras.StatelessScope(initialize_variables=False):
@@ -58,7 +59,7 @@ def build_backbone(preset: str, *, dtype: str) -> keras.Model:
     except Exception as error:  # what Keras raises for a garbled config has no narrower class
         raise DataError(f"{preset} does not load as a preset: {first_line(error)}") from error
     finally:
-        # Else the next scope that ends, inside the first trace, would fill them at random.
+        # Else the next scope, inside the first trace, would initialize them at random when it ends.
         global_state.set_global_attribute("uninitialized_variables", [])
     if set(backbone.input) - {"segment_ids"} != {"token_ids", "padding_mask"}:
         raise DataError(
@@ -71,12 +72,12 @@ def build_backbone(preset: str, *, dtype: str) -> keras.Model:
 def cut_stage(backbone: keras.Model, start: int, stop: int) -> keras.Model:
     """Return the part of a backbone's graph that computes decoder layers `start` to `stop`.
 
-    It takes token_ids, or hidden where layers come before it, and padding_mask. The first part has
-    the embedding, the last the final norm, and all outputs where a backbone has several. No layer
-    is copied: the parts share the backbone's.
+    Its inputs are padding_mask, and token_ids or, if layers come before it, hidden. The first part
+    has the embedding, the last the final norm and all of the backbone's outputs. Layers are not
+    copied: the parts share the backbone's.
 
     Raises:
-        DataError: the backbone is no chain of decoder layers.
+        DataError: the backbone is not a chain of decoder layers, or has no such layers.
     """
     layers = getattr(backbone, "transformer_layers", None)
     if not layers or not 0 <= start < stop <= len(layers):
@@ -92,9 +93,10 @@ def cut_stage(backbone: keras.Model, start: int, stop: int) -> keras.Model:
 
 
 def float_parts(preset: str, lora_weights: str | None) -> Iterator[tuple[keras.Model, bool]]:
-    """Yield a float preset's layers in float32, as `cut_stage` cuts them, one at a time, and
-    whether it is the last: the weights of each are gone when the next comes. A backbone that
-    cannot be cut comes whole.
+    """Yield a float preset's decoder layers in float32, one at a time, and whether it is the last.
+
+    The parts are those of `cut_stage`. The weights of a part are released before the next one is
+    loaded. A backbone that cannot be cut is yielded whole.
 
     Raises:
         DataError: as `build_backbone` and `locate_weights`.
@@ -112,14 +114,14 @@ def float_parts(preset: str, lora_weights: str | None) -> Iterator[tuple[keras.M
 
 
 def _entry(layer: keras.Layer) -> Any:
-    """The hidden states that go into a decoder layer, a symbolic tensor."""
+    """Return the hidden states that go into a decoder layer, a symbolic tensor."""
     return layer.input[0] if isinstance(layer.input, (list, tuple)) else layer.input
 
 
 def locate_weights(
     backbone: keras.Model, preset: str, lora_weights: str | None
 ) -> dict[int, StoredWeight]:
-    """Return where the values of each variable lie, LoRA factors with their kernels.
+    """Return id(variable) -> where its values are stored, kernels with their LoRA factors.
 
     Raises:
         DataError: weights or LoRA file do not fit the backbone.
@@ -141,14 +143,17 @@ def fill(
     """Give each variable of a model its values, one at a time.
 
     Args:
-        stored: as `locate_weights` returns it; entries are taken out as they are used.
+        stored: as `locate_weights` returns it; entries are removed as they are used.
         place: reads a variable's values onto devices.
-        quantization: a key of `quantization.CONFIGS`: each layer is quantized as soon as it is
-            full, so that one layer at most is there in float.
+        quantization: a key of `quantization.CONFIGS`. Each layer is quantized as soon as it has its
+            weights, so that at most one layer is in memory as float.
+
+    Raises:
+        DataError: weights are damaged or not finite.
     """
     with large_blocks_go_back():
         if quantization is not None:
-            # Keras collects garbage after each layer: a sixth of a second, times all layers, over
+            # Keras collects garbage after each layer, which takes a sixth of a second a layer for
             # objects that were there before.
             gc.freeze()
             for layer in list(model._flatten_layers(include_self=False)):
@@ -168,19 +173,19 @@ def _fill(
         if variable._value is not None:
             continue
         if id(variable) in stored:
-            # Wait for the copy, else several tensors are in host memory twice.
+            # Wait for the copy; else several tensors would be in host memory twice.
             values = place(variable, stored.pop(id(variable)))
             variable._value = jax.block_until_ready(values)
             variable._initializer = None
         else:
-            # The state of a random generator: nothing here is random, and no file holds it.
+            # The state of a random generator, which is not used and not in the files.
             assert math.prod(variable.shape) <= 2, f"this is a bug: no values for {variable.path}"
             variable._deferred_initialize()
 
 
 def place_whole(variable: keras.Variable, stored: StoredWeight) -> jax.Array:
-    """Read all values of a variable onto this process' device."""
-    # Not jnp.asarray, which compiles a copy for each shape on a CPU.
+    """Return all values of a variable on this process' device."""
+    # Not jnp.asarray, which on a CPU compiles a copy for each shape.
     return jax.device_put(stored.read(dtype=variable.dtype))
 
 
@@ -196,28 +201,23 @@ def _read_lora(
     layers = [layer for layer in backbone._flatten_layers(include_self=False) if layer.weights]
     targets = set(backbone.default_lora_layer_names())
     expected = {str(i): layer for i, layer in enumerate(layers) if layer.name in targets}
-    try:
-        with h5py.File(path, "r") as file:
-            names = set(file["lora"]) - {"vars"}
-            if names != set(expected):
-                raise DataError(
-                    f"{path} belongs to another backbone: expected LoRA kernels for layers "
-                    f"{_some(expected)}. Received: layers {_some(names)}"
-                )
-            return [
-                (layer.kernel, _read_factors(file, index, layer.kernel))
-                for index, layer in expected.items()
-            ]
-    except DataError:
-        raise
-    except Exception as error:  # what h5py raises for a damaged file has no narrower class
-        raise DataError(f"{path} is damaged or cut short: {first_line(error)}") from error
+    with readable(path), h5py.File(path, "r") as file:
+        names = set(file["lora"]) - {"vars"}
+        if names != set(expected):
+            raise DataError(
+                f"{path} belongs to another backbone: expected LoRA kernels for layers "
+                f"{_some(expected)}. Received: layers {_some(names)}"
+            )
+        return [
+            (layer.kernel, _read_factors(file, index, layer.kernel))
+            for index, layer in expected.items()
+        ]
 
 
 def _read_factors(
     file: h5py.File, index: str, kernel: keras.Variable
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the LoRA factors of one layer in float32; their shapes are seen before any value."""
+    """Return the LoRA factors of one layer in float32; checks their shapes before reading them."""
     a, b = (
         saving_lib.safe_get_h5_dataset(file, f"lora/{index}/vars/lora_kernel_{part}")
         for part in "ab"

@@ -1,6 +1,6 @@
-"""A backbone and a head -> compiled programs, one a shape: token ids in, probabilities out.
+"""A backbone and a head -> a compiled program for each shape: token ids in, probabilities out.
 
-Knows arrays and shapes. Does not know Ray, row order or files.
+Does not know Ray, the order of rows or files.
 """
 
 import functools
@@ -29,16 +29,20 @@ from sharding.kinds import KINDS, auto_dtype
 class Predictor:
     """A model, or a stage of one, compiled for each shape.
 
-    Threads may share it: a shape compiles in one while others predict.
+    Threads may share it: one can compile a shape while others predict.
 
     Args:
-        model: a functional model over {"token_ids" or "hidden", "padding_mask"}, and "segment_ids"
-            in BERT, LoRA merged; its weights stay where they are.
-        head: None where hidden states are to come out.
+        model: a functional model over "token_ids" or "hidden", "padding_mask" and for BERT
+            "segment_ids", LoRA merged. Its weights stay where they are.
+        head: None to return hidden states, or pooled ones if output is none.
         pooling: a key of `POOLINGS`.
-        output: a key of `OUTPUTS`; or none, without a head: the pooled states come out.
-        replicated: over a mesh of several processes, the sharding of what all of them hold whole.
-        way: how to attend, a key of `attention.WAYS`; None chooses by device and checks it.
+        output: a key of `OUTPUTS`; or none, without a head, for pooled states.
+        replicated: the sharding of arrays that all processes of a mesh hold whole; None without a
+            mesh.
+        way: how to attend, a key of `attention.WAYS`; None chooses one by device and checks it.
+
+    Attributes:
+        way: the way chosen. notes: sentences about ways that were rejected.
     """
 
     def __init__(
@@ -70,7 +74,7 @@ class Predictor:
         if way is None:
             with jax.default_matmul_precision(self._precision):
                 self.way, self.notes = choose_way(model, device, replicated)
-        # A GPU or TPU queues programs; a CPU would run two at once, each half as fast.
+        # A GPU or TPU queues programs. A CPU would run two at once, each half as fast.
         self._is_cpu = KINDS[device.platform].is_host
         self._turns = threading.Lock()
         self._function: Callable[..., jax.Array] = self._forward
@@ -80,7 +84,7 @@ class Predictor:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights that this process holds."""
+        """The bytes of weights that this process holds."""
         return sum(
             shard.data.nbytes
             for array in jax.tree.leaves(self._arguments)
@@ -88,7 +92,7 @@ class Predictor:
         )
 
     def compile(self, shape: BatchShape) -> CompileInfo:
-        """Make the program for one shape, from JAX's cache on disk where it is there."""
+        """Compile one shape, or read its program from JAX's cache on disk."""
         started, hits = time.perf_counter(), _cache_hits().count
         if shape not in self._programs:
             entry = self._model.input[self._entry]
@@ -104,8 +108,8 @@ class Predictor:
         return CompileInfo(time.perf_counter() - started, _cache_hits().count > hits)
 
     def predict(self, entry: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Return what `output` names, float32 (rows, classes) or pooled states (rows, hidden); or
-        before the last stage hidden states, (rows, length, hidden).
+        """Return the head's output, float32 (rows, classes), or pooled states, (rows, hidden); in
+        stages before the last, hidden states, (rows, length, hidden).
 
         Args:
             entry: token ids, int32 (rows, length), padded after each row's end; or hidden states.
@@ -120,16 +124,16 @@ class Predictor:
         return self.fetch(output)
 
     def enqueue(self, entry: np.ndarray, lengths: np.ndarray) -> jax.Array:
-        """Copy a batch to the device and start it, without waiting; arguments as for `predict`.
+        """Copy a batch to the device and start it, without waiting.
 
-        Its shape must be compiled.
+        Its shape must be compiled. Arguments are as for `predict`.
         """
         return self._programs[BatchShape(*entry.shape[:2])](
             *self._arguments, self._on_device(entry), self._on_device(lengths)
         )
 
     def fetch(self, output: jax.Array) -> np.ndarray:
-        """Wait for what `enqueue` returned, and return it as `predict` does."""
+        """Wait for what `enqueue` returned, and return it as an array like `predict`."""
         return np.asarray(output.addressable_data(0))
 
     def _forward(
@@ -164,7 +168,7 @@ class Predictor:
         entry: jax.Array,
         lengths: jax.Array,
     ) -> Any:
-        """Return hidden states, (rows, length, hidden), of BERT as one of two outputs."""
+        """Return hidden states, (rows, length, hidden); for BERT a dict of them and pooled ones."""
 
         def call(entry: jax.Array, mask: jax.Array) -> Any:
             inputs = {self._entry: entry, "padding_mask": mask}
@@ -196,10 +200,10 @@ def _arrays(head: Head | None) -> tuple[np.ndarray, ...]:
 
 @contextmanager
 def _every_process_writes_its_cache() -> Iterator[None]:
-    """Within, JAX's cache on disk takes programs from this process, whatever its number.
+    """Within, this process writes to JAX's cache on disk, whatever its number in the group.
 
-    JAX 0.10 lets only process 0 of a group write, since all would write the same; but on a CPU the
-    key holds the process' own place in the topology, and the others would compile in every run.
+    JAX 0.10 lets only process 0 of a group write, since all would write the same. But on a CPU the
+    key contains the process' place in the topology, so the others would compile in every run.
     """
     state = distributed.global_state
     number, state.process_id = state.process_id, 0
@@ -226,18 +230,20 @@ def _cache_hits() -> _CacheHits:
 
 
 def resolve_dtype(requested: str, device: jax.Device, *, is_int8: bool = False) -> str:
-    """Return the dtype that `auto` means on a device, float32 beside int8 weights if it has no
-    bfloat16."""
+    """Return the dtype that `requested` means on a device.
+
+    `auto` becomes the device's own; with int8 weights, float32 if the device has no bfloat16.
+    """
     if requested != "auto":
         return requested
     capability = float(getattr(device, "compute_capability", "0") or 0)
     dtype = auto_dtype(device.platform, capability)
-    assert dtype is not None, "this is a bug: a capability decides"
+    assert dtype is not None, "this is a bug: a device's capability determines its dtype"
     return dtype_beside("int8" if is_int8 else None, dtype)
 
 
 def matmul_rate(dtype: str, device: jax.Device) -> float:
-    """Return FLOP/s of a square matmul on this process' device, the best of three."""
+    """Return the FLOP/s of a square matmul on this process' device, the best of three."""
     size = 1024 if device.platform == "cpu" else 8192
     array = jnp.full((size, size), 1 / size, dtype)
     multiply = jax.jit(jnp.matmul)

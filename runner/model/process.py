@@ -1,6 +1,6 @@
-"""A fresh process -> one that is tied to its device, with JAX started and its group met.
+"""A new process -> one that is bound to its device, with JAX started and its group joined.
 
-Does not know what is computed in it. The only file of this room that names Ray.
+Does not know what it will compute. Only this file of the room names Ray.
 """
 
 import ctypes
@@ -19,21 +19,21 @@ from runner.model import cpu_allocator
 from sharding.kinds import KINDS
 from sharding.topology import WorkerSlot
 
-# Share of a GPU that JAX takes at its start: the process has the card to itself.
+# The share of a GPU's memory that JAX allocates at start; no other process uses the GPU.
 GPU_MEMORY_FRACTION = "0.92"
-# Seconds in which all members of a group must have come to its address.
+# Seconds in which all members of a group must connect to its address.
 GROUP_MEETS_WITHIN_S = 120
-# Of prctl(2): the signal to get when the parent ends.
+# For prctl(2): the signal to receive when the parent ends.
 PR_SET_PDEATHSIG = 1
-# What XLA, CUDA and the host say in an error where memory is short.
+# Words in the errors of XLA, CUDA and the host when they are out of memory.
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "OUT_OF_MEMORY")
 
 
 def prepare_process(slot: WorkerSlot, *, verbose: bool) -> None:
-    """Tie this process to its device and quieten its libraries, before JAX starts.
+    """Bind this process to its device and silence its libraries, before JAX starts.
 
-    XLA sizes its CPU thread pool by the cores this process may use. TensorFlow is kept out: it
-    would cost 600 MB and 3.5 s, and may take GPU memory.
+    XLA sizes its CPU thread pool by the cores that this process may use. TensorFlow is not
+    imported: it would take 600 MB and 3.5 s, and may take GPU memory.
     """
     _end_with_ray()
     cpu_allocator.use_one_heap()
@@ -54,26 +54,29 @@ def prepare_process(slot: WorkerSlot, *, verbose: bool) -> None:
 
 
 def address_here() -> str:
-    """Return the address of this machine, as the cluster knows it."""
+    """Return this machine's address in the Ray cluster."""
     import ray
 
     return str(ray.util.get_node_ip_address())
 
 
 def _end_with_ray() -> None:
-    """Let the kernel end this process when Ray's raylet, its parent, ends: a worker that hangs or
-    is stopped would not hear of it and keep its device. Nothing where Ray has not started it."""
+    """Let the kernel kill this process when its parent, Ray's raylet, ends.
+
+    Otherwise a worker that hangs or is stopped would not notice, and keep its device. Does nothing
+    if Ray has not started the process.
+    """
     raylet = os.environ.get("RAY_RAYLET_PID")
     if raylet is None or str(os.getppid()) != raylet or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
     if str(os.getppid()) != raylet:
-        os._exit(1)  # it ended a moment ago
+        os._exit(1)  # the raylet ended before the call
 
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Within, what JAX raises where memory is short becomes a DeviceMemoryError."""
+    """Within, JAX's errors about memory become DeviceMemoryError."""
     try:
         yield
     except (RuntimeError, ValueError, MemoryError) as error:
@@ -85,9 +88,9 @@ def memory_errors() -> Iterator[None]:
 
 
 def peak_rss_bytes() -> int:
-    """Return the most memory this process has had resident, in bytes.
+    """Return the peak resident memory of this process, in bytes.
 
-    VmHWM, not ru_maxrss: the latter is inherited from the process that forked this one.
+    From VmHWM, since ru_maxrss is inherited from the process that forked this one.
     """
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -102,7 +105,11 @@ def peak_rss_bytes() -> int:
 
 
 def join_group(address: str, group_size: int, member: int) -> None:
-    """Make JAX see the devices of all members as one mesh; blocks until all have come."""
+    """Connect JAX to the other members, so that it sees the devices of all; waits for all of them.
+
+    Args:
+        address: host:port where the group meets, at member 0.
+    """
     import jax
 
     if os.environ["JAX_PLATFORMS"] == "cpu":
@@ -122,7 +129,7 @@ def join_group(address: str, group_size: int, member: int) -> None:
 
 
 def _keep_gloo_at(host: str) -> None:
-    """Else gloo listens on the address that the machine's own name stands for, if it has one."""
+    """Let gloo listen on `host`; by default it uses the address of the machine's name, if any."""
     from functools import partial
 
     from jax._src import distributed, xla_bridge
@@ -140,7 +147,14 @@ def _keep_gloo_at(host: str) -> None:
 
 
 def start_jax(kind: str, compilation_cache: str | None) -> Any:
-    """Start JAX on this process' device and return it."""
+    """Start JAX on this process' device and return the device.
+
+    Args:
+        kind: a key of `KINDS`, or auto. compilation_cache: a folder, None for no cache.
+
+    Raises:
+        WorkerError: JAX cannot use the device.
+    """
     import jax
 
     try:
@@ -152,8 +166,8 @@ def start_jax(kind: str, compilation_cache: str | None) -> Any:
             f"'arena-runner[{extra}]', or set JAX_PLATFORMS=cpu."
         ) from error
     if compilation_cache is not None:
-        # XLA divides a CPU program for the threads it finds when it compiles, but JAX's cache key
-        # does not hold their number: one core's program ran 1.4 times slower on two cores.
+        # XLA compiles a CPU program for its number of threads, which is not in JAX's cache key: on
+        # two cores, one core's program took 1.4 times as long.
         threads = os.environ.get("NPROC") or len(cores_here())
         name = f"cpu-{threads}" if device.platform == "cpu" else device.platform
         jax.config.update("jax_compilation_cache_dir", str(Path(compilation_cache, name)))

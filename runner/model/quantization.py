@@ -1,11 +1,10 @@
 """Keras layers in float -> Keras' int8 or int4 layers, one at a time.
 
-The arithmetic is Keras' own: int8 keeps weights as int8 with a scale a channel and rounds what
-comes in to int8 as it comes; int4 keeps weights as int4 with a scale a block of 128 inputs and
-computes in the model's dtype. Does not know files: `loading.py` fills a layer before it comes here.
+The arithmetic is Keras' own. int8 has int8 weights with a scale for each channel, and rounds
+activations to int8 as they arrive. int4 has int4 weights with a scale for each block of 128 inputs,
+and computes in the model's dtype. Does not know weight files: `loading.py` fills the layers.
 """
 
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,32 +16,34 @@ import keras
 import numpy as np
 from keras.src.quantizers import quantizers
 
+from runner.preset.json_files import read_json
+
 CONFIGS = {
     "int8": keras.quantizers.Int8QuantizationConfig,
     "int4": keras.quantizers.Int4QuantizationConfig,
 }
-# Bytes of a weight that are quantized at a time: Keras' arithmetic holds four copies of them.
+# Bytes of a weight to quantize at a time: Keras' arithmetic has four copies of them in memory.
 PIECE_BYTES = 2 << 20
 
 
 def quantize_layer(layer: keras.Layer, mode: str) -> None:
-    """Turn a layer's weights into int8 or int4, in place, where Keras can; else leave it.
+    """Quantize a layer's weights to int8 or int4, in place; does nothing if Keras cannot.
 
-    Its float variables are replaced: nothing here holds on to them.
+    Its float variables are replaced, so that their memory is released.
     """
     with _in_pieces(), suppress(NotImplementedError), warnings.catch_warnings():
-        # Keras hands its variables to NumPy in NumPy 1's way.
+        # Keras passes its variables to NumPy in NumPy 1's way.
         warnings.simplefilter("ignore", DeprecationWarning)
         layer.quantize(mode, config=CONFIGS[mode]())
 
 
 def policies_of(preset: Path, dtype: str) -> Any:
-    """Return the dtype with which to build a preset's backbone: of a quantized preset, a map from
-    layer to policy, with all that is not quantized in `dtype`.
+    """Return the dtype argument for a preset's backbone.
 
-    KerasHub 0.32 saves that map, but `Backbone.from_preset` overwrites it with its own argument.
+    For a quantized preset it is a map from layer to policy, with `dtype` for all that is not
+    quantized. KerasHub 0.32 saves that map, but `Backbone.from_preset` replaces it by its argument.
     """
-    saved = json.loads((preset / "config.json").read_text())["config"].get("dtype")
+    saved = read_json(preset / "config.json")["config"].get("dtype")
     if not isinstance(saved, dict) or saved.get("class_name") != "DTypePolicyMap":
         return dtype
     saved["config"]["default_policy"] = dtype
@@ -54,7 +55,7 @@ def policies_of(preset: Path, dtype: str) -> Any:
 
 @contextmanager
 def _in_pieces() -> Iterator[None]:
-    """Within, Keras quantizes a large weight some channels at a time, to the same numbers."""
+    """Within, Keras quantizes large weights a few channels at a time, with the same results."""
     whole = quantizers.abs_max_quantize
     quantizers.abs_max_quantize = _channel_by_channel(whole)
     try:

@@ -1,4 +1,7 @@
-"""A worker that holds a slice of every large weight and computes each batch with its group."""
+"""Batches -> probabilities, in a worker that holds a slice of each large weight.
+
+All members of its group compute each batch together. Does not know Ray, nor how weights are split.
+"""
 
 import socket
 import time
@@ -9,10 +12,10 @@ from runner.model.worker import Replica, load_head
 
 
 class TensorMember(Replica):
-    """A slice of every large weight; all members of the group compute each batch together."""
+    """A member of a tensor-parallel group, with a slice of each large weight."""
 
     def reserve_address(self, host: str) -> str:
-        """Return a free port of this machine's `host` address, where the group can meet."""
+        """Return host:port, with a free port of this machine, where the group can meet."""
         with socket.socket() as server:
             server.bind((host, 0))
             return f"{host}:{server.getsockname()[1]}"
@@ -20,12 +23,15 @@ class TensorMember(Replica):
     def load(
         self, spec: ModelSpec, address: str = "", group_size: int = 0, family: str = ""
     ) -> WorkerInfo:
-        """Meet the group and load this member's slices.
+        """Join the group and load this member's slices.
+
+        Args:
+            address: host:port where the group meets. family: the backbone's class name.
 
         Raises:
             ConfigError: a weight cannot be split over the group.
             DataError: the files do not fit each other.
-            WorkerError: the device is not there.
+            WorkerError: JAX cannot use the device.
         """
         started = time.perf_counter()
         join_group(address, group_size, self._slot.member)

@@ -1,4 +1,7 @@
-"""A worker that holds some layers of a replica and hands hidden states on to the next stage."""
+"""Batches -> hidden states -> probabilities, in workers that hold some layers of a replica each.
+
+Each stage sends hidden states to the next. Does not know Ray, nor how layers are divided.
+"""
 
 import time
 
@@ -6,18 +9,18 @@ from runner.common.records import Activations, BatchResult, ModelSpec, WorkerInf
 from runner.model.process import memory_errors, peak_rss_bytes, start_jax
 from runner.model.worker import Replica, load_head
 from sharding.batches import Batch
-from sharding.stages import Stage
+from sharding.stages import StageLayers
 
 
 class PipelineStage(Replica):
-    """Some of a replica's layers; what it computes goes on to the next stage."""
+    """A pipeline stage: some of a replica's layers."""
 
-    def load(self, spec: ModelSpec, stage: Stage | None = None) -> WorkerInfo:
-        """Load the weights of one stage, and the head where it is the last.
+    def load(self, spec: ModelSpec, stage: StageLayers | None = None) -> WorkerInfo:
+        """Load the weights of one stage, and the head if it is the last.
 
         Raises:
             DataError: the files do not fit each other.
-            WorkerError: the device is not there.
+            WorkerError: JAX cannot use the device.
         """
         assert stage is not None, "this is a bug: a stage must know its layers"
         started = time.perf_counter()
@@ -44,7 +47,11 @@ class PipelineStage(Replica):
         return self._introduce(device, dtype, started, before)
 
     def begin(self, batch: Batch) -> Activations:
-        """The first stage: token ids in, hidden states out."""
+        """Compute the first stage: token ids in, hidden states out.
+
+        Raises:
+            DeviceMemoryError: the device has no room for the batch; so do `carry_on` and `finish`.
+        """
         started = time.perf_counter()
         with memory_errors():
             self._injected.before(batch)
@@ -53,7 +60,7 @@ class PipelineStage(Replica):
         return Activations(hidden, lengths, (self._work_since(started, hidden.nbytes),))
 
     def carry_on(self, activations: Activations) -> Activations:
-        """A stage between: hidden states in and out."""
+        """Compute a middle stage: hidden states in and out."""
         started = time.perf_counter()
         with memory_errors():
             hidden = self._predictor.predict(activations.hidden, activations.lengths)
@@ -61,7 +68,7 @@ class PipelineStage(Replica):
         return Activations(hidden, activations.lengths, work)
 
     def finish(self, batch: Batch, activations: Activations) -> BatchResult:
-        """The last stage: hidden states in, probabilities out."""
+        """Compute the last stage: hidden states in, probabilities out."""
         started = time.perf_counter()
         with memory_errors():
             output = self._predictor.predict(activations.hidden, activations.lengths)

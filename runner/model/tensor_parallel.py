@@ -1,6 +1,7 @@
 """A backbone without values -> its slices on this member of a tensor-parallel group.
 
-Runs in a group's process. `sharding/layouts.py` decides which weight is split how.
+Runs in each process of the group. Does not know how weights are split, which `sharding/layouts.py`
+decides.
 """
 
 import math
@@ -18,10 +19,13 @@ from sharding.layouts import Weight, WeightLayout, lay_out, replicated_reasons
 def lay_out_backbone(
     backbone: keras.Model, family: str, group_size: int
 ) -> tuple[WeightLayout, ...]:
-    """Return how each weight lies over the group.
+    """Return how each weight is divided over the group.
+
+    Args:
+        family: the backbone's class name, a key of `layouts.RULES`.
 
     Raises:
-        ConfigError: a weight that no rule claims, or that does not divide by the group.
+        ConfigError: no rule matches a weight, or its size is not divisible by the group's.
     """
     weights = [Weight(variable.path, tuple(variable.shape)) for variable in backbone.weights]
     try:
@@ -33,7 +37,7 @@ def lay_out_backbone(
 def place_slices(distribution: Any) -> Callable[[keras.Variable, StoredWeight], jax.Array]:
     """Return a `place` for `loading.fill` that reads only what this member holds.
 
-    Each process hands JAX its own shards, so no value travels to be compared between processes.
+    Each process passes its own shards to JAX, so values are not sent between processes to compare.
     """
 
     def place(variable: keras.Variable, stored: StoredWeight) -> jax.Array:
@@ -46,7 +50,8 @@ def place_slices(distribution: Any) -> Callable[[keras.Variable, StoredWeight], 
 
 
 def audit(backbone: keras.Model, layouts: Sequence[WeightLayout]) -> tuple[str, ...]:
-    """Check that every weight lies as decided; return why large ones are whole, for the person."""
+    """Check that each weight is divided as decided; return why large ones are not divided, as
+    sentences for the user."""
     by_path = {layout.path: layout for layout in layouts}
     for variable in backbone.weights:
         layout = by_path[variable.path]
@@ -54,7 +59,7 @@ def audit(backbone: keras.Model, layouts: Sequence[WeightLayout]) -> tuple[str, 
         held = math.prod(array.addressable_shards[0].data.shape)
         parts = len(array.sharding.device_set) if "model" in layout.axes else 1
         assert held * parts == math.prod(variable.shape), (
-            f"this is a bug: {variable.path} should lie as {layout.axes}, but this member holds "
-            f"{held} of {math.prod(variable.shape)} values"
+            f"this is a bug: {variable.path} should be divided as {layout.axes}, but this member "
+            f"holds {held} of {math.prod(variable.shape)} values"
         )
     return replicated_reasons([layout for layout in layouts if len(layout.axes) > 1])

@@ -1,8 +1,8 @@
-"""A preset's weight files -> where each variable's values lie, and reads of the parts asked for.
+"""A preset's weight files -> where each variable's values are stored, and reads of parts of them.
 
-A backbone is first built without values, then each process fills only the variables, or the slices
-of variables, that it holds: no process ever holds a random model beside the real one, nor a whole
-model of which it needs a part. LoRA is merged while a slice is read.
+A backbone is built without values. Then each process reads only the variables, or slices of them,
+that it holds: no process has random weights beside the real ones, or a whole model if it needs a
+part. LoRA is merged as a slice is read. Does not know devices.
 """
 
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ import ml_dtypes
 import numpy as np
 from keras.src.saving import saving_lib
 
-from runner.common.errors import DataError, first_line, shown
+from runner.common.errors import DataError, first_line, readable, shown
 
 Index = tuple[slice, ...]
-# The bits of each format's exponent: NaN and infinity alone have all of them set.
+# The exponent's bits in each format; only NaN and infinity have all of them set.
 EXPONENTS: dict[str, tuple[str, np.integer]] = {
     "float32": ("<u4", np.uint32(0x7F800000)),
     "float16": ("<u2", np.uint16(0x7C00)),
@@ -31,9 +31,10 @@ PIECE_ITEMS = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class StoredWeight:
-    """One dataset of a weight file, with the LoRA factors that belong to it, if any.
+    """One dataset of a weight file, with its LoRA factors (a, b), if any.
 
-    a: (*kernel.shape[:-1], rank), b: (rank, kernel.shape[-1]): the kernel is stored + a @ b.
+    dtype: as stored. a: (*shape[:-1], rank), b: (rank, shape[-1]), float32. The merged kernel is
+    the stored one + a @ b.
     """
 
     file: str
@@ -43,21 +44,19 @@ class StoredWeight:
     lora: tuple[np.ndarray, np.ndarray] | None = None
 
     def read(self, index: Index | None = None, dtype: Any = None) -> np.ndarray:
-        """Return the values at `index`, all of them if it is None, in `dtype`.
+        """Return the values at `index`, or all of them, in `dtype`, or as stored.
 
-        The LoRA update is added in float32, before the values take their dtype
-        (Hu et al. 2021, section 4.1; KerasHub loads with alpha equal to the rank).
+        The LoRA update is added in float32, before the conversion to `dtype` (Hu et al. 2021,
+        section 4.1; KerasHub loads with alpha equal to the rank).
+
+        Raises:
+            DataError: the file is damaged, or has NaN or infinity at `index`.
         """
         index = index if index is not None else tuple(slice(None) for _ in self.shape)
-        try:
+        with readable(self.file, f"{self.dataset} cannot be read: "):
             with h5py.File(self.file, "r") as file:
                 values = file[self.dataset][index]
             is_sound = is_finite(values, self.dtype)
-        except Exception as error:  # what h5py raises for a damaged file has no narrower class
-            raise DataError(
-                f"{self.file} is damaged or cut short: {self.dataset} cannot be read: "
-                f"{first_line(error)}. Copy it again from where the preset came from."
-            ) from error
         if not is_sound:
             raise DataError(
                 f"{self.file} must hold finite weights. Received: NaN or infinity in {self.dataset}"
@@ -75,11 +74,11 @@ class StoredWeight:
 def is_finite(values: np.ndarray, dtype: str) -> bool:
     """Return whether a stored array has neither NaN nor infinity.
 
-    By the bits of the exponent, in pieces that stay in a core's cache: 12 GB/s, an eighth of the
-    time of reading it, where `np.isfinite` of 16 bits does 1.
+    It checks the exponents' bits in pieces that fit a core's cache, at 12 GB/s, an eighth of the
+    time it takes to read the array. `np.isfinite` on 16 bits reaches 1 GB/s.
 
     Args:
-        dtype: as stored; bfloat16 comes as uint16. Whole numbers are always finite.
+        dtype: as stored; bfloat16 values are given as uint16. Integers are always finite.
     """
     if dtype not in EXPONENTS:
         return True
@@ -90,7 +89,7 @@ def is_finite(values: np.ndarray, dtype: str) -> bool:
 
 
 class _LazyStore(saving_lib.H5IOStore):
-    """Hands out where a dataset is instead of its values."""
+    """Returns where a dataset is, instead of its values."""
 
     def __getitem__(self, key: str) -> Any:
         dataset = saving_lib.safe_get_h5_dataset(self._h5_entry_group, key)
@@ -99,13 +98,13 @@ class _LazyStore(saving_lib.H5IOStore):
 
 
 class _LazyShardedStore(saving_lib.ShardedH5IOStore, _LazyStore):
-    """The same over several files: ShardedH5IOStore finds the file, _LazyStore the dataset."""
+    """The same for several files: ShardedH5IOStore finds the file, _LazyStore the dataset."""
 
 
 def find_weights(model: keras.Model, preset: Path) -> dict[int, StoredWeight]:
-    """Return where the values of each variable lie: id(variable) -> StoredWeight.
+    """Return id(variable) -> where its values are stored.
 
-    Keras itself walks the model and matches it with the files, as `load_weights` does.
+    Keras itself walks the model and matches it with the files, as in `load_weights`.
 
     Raises:
         DataError: the files do not fit the model.

@@ -1,7 +1,7 @@
-"""A worker that holds a whole replica and answers calls.
+"""Batches -> probabilities, in a worker that holds a whole replica.
 
-`Replica` is a plain class that does not know Ray: Ray runs it as an actor, `--mode single` in the
-driver's own process.
+`Replica` is a plain class: Ray runs it as an actor, `--mode single` in the driver's process. Does
+not know Ray, the order of rows or the other workers.
 """
 
 import threading
@@ -38,8 +38,11 @@ from sharding.topology import WorkerSlot
 class Replica:
     """One copy of the weights, on one device, in this process.
 
-    `predict` may be called from two threads and `compile` from a third: the next batch is on the
-    device before the last has finished, and batches run while later shapes compile.
+    Two threads may call `predict` and a third `compile`: the next batch is then on the device
+    before the last one has finished, and batches run while later shapes compile.
+
+    Args:
+        log_folder: for this process' output, None to leave it where it goes.
     """
 
     def __init__(
@@ -55,14 +58,14 @@ class Replica:
         self._last_end = 0.0
 
     def ping(self) -> str:
-        """Return the address of this worker's machine: the process is up."""
+        """Return the address of this worker's machine, to show that the process has started."""
         return address_here()
 
     def find_device(self, dtype: str, compilation_cache: str | None) -> tuple[str, str]:
         """Start JAX; return the kind of its device and what `dtype` means there.
 
         Raises:
-            WorkerError: the device is not there.
+            WorkerError: JAX cannot use the device.
         """
         device = start_jax(self._slot.kind, compilation_cache)
         from runner.model.predictor import resolve_dtype
@@ -74,7 +77,7 @@ class Replica:
 
         Raises:
             DataError: the files do not fit each other.
-            WorkerError: the device is not there.
+            WorkerError: JAX cannot use the device.
         """
         started = time.perf_counter()
         device = start_jax(self._slot.kind, spec.compilation_cache)
@@ -92,11 +95,11 @@ class Replica:
         return self._introduce(device, dtype, started, before)
 
     def hold_tokens(self, tokens: TokenTable) -> None:
-        """Keep the token table, read from shared memory where there is some."""
+        """Keep the token table of the run, which Ray's workers read from shared memory."""
         self._tokens = tokens
 
     def compile(self, shape: BatchShape) -> CompileInfo:
-        """Make the program for one shape.
+        """Compile the program for one shape.
 
         Raises:
             DeviceMemoryError: the device has no room for it.
@@ -105,7 +108,7 @@ class Replica:
             return self._predictor.compile(shape)
 
     def predict(self, batch: Batch) -> BatchResult:
-        """Return the probabilities of a batch; filler rows are left out.
+        """Return the probabilities of a batch, without its filler rows.
 
         Raises:
             DeviceMemoryError: the device has no room for it.
@@ -121,17 +124,14 @@ class Replica:
         return BatchResult(batch, self._slot.replica, probabilities, work)
 
     def predict_in_float(self, spec: ModelSpec, batch: Batch) -> np.ndarray:
-        """Return a batch's probabilities in float32, by Keras' own layers, one after the other.
-
-        The weights are read again, a decoder layer at a time: slow, and never the whole model.
-        """
+        """Return a batch's probabilities by `predict_in_float`, float32 (rows, classes)."""
         tokens, lengths = self._arrays(batch)
         probabilities = predict_in_float(spec, tokens, lengths)[: len(batch.rows)]
         return self._injected.after(batch, probabilities, 0.0, wide=True)
 
     def _work_since(self, started: float, sent_bytes: int = 0) -> Work:
-        """Return the work of a batch that ends now. A batch waits on the device while the one
-        before computes: that time is the other's."""
+        """Return the work of a batch that ends now, without the time in which it waited on the
+        device for the batch before it."""
         with self._clock:
             ended = time.perf_counter()
             seconds, self._last_end = ended - max(started, self._last_end), ended
@@ -168,7 +168,17 @@ class Replica:
 
 
 def predict_in_float(spec: ModelSpec, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return float32 (rows, classes): what a float preset says of tokens int32 (rows, length)."""
+    """Return a float preset's output in float32, (rows, classes), by Keras' own layers.
+
+    The weights are read again, a decoder layer at a time. This is slow, but never holds the whole
+    model.
+
+    Args:
+        tokens: int32 (rows, length). lengths: int32 (rows,).
+
+    Raises:
+        DataError: as `float_parts`.
+    """
     from runner.model.loading import float_parts
     from runner.model.predictor import Predictor
 
@@ -183,8 +193,7 @@ def predict_in_float(spec: ModelSpec, tokens: np.ndarray, lengths: np.ndarray) -
 
 
 def load_head(spec: ModelSpec, backbone: Any) -> Head | None:
-    """Return the head that is named, else the preset's own; None where the pooled states are asked
-    for.
+    """Return the head that a spec names, else the preset's own; None if it wants pooled states.
 
     Raises:
         DataError: it is damaged, or does not fit.

@@ -1,12 +1,11 @@
-"""A few rows of the job, run by the ordinary command into a temporary folder -> measured rates.
+"""A few rows of a test set, run by the ordinary command in a temporary folder -> measured rates.
 
-The run is the real one in all but its rows, so nothing of it is modelled here. Knows the report's
-keys `seconds`, `tokens` and `workers`, and nothing of Ray or JAX.
+Apart from its rows the run is the real one, so nothing of it is modelled here. Knows the report's
+keys `seconds` and `workers`. Does not know Ray or JAX.
 """
 
 import csv
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,58 +15,65 @@ from typing import Any
 
 import numpy as np
 
-import runner
+from runner.common.background import python_environment
 from runner.common.errors import ConfigError, WorkerError
 from runner.common.poolings import padded_length
 from runner.common.records import Examples
-from runner.config.command import FLAGS_OF_A_LONG_RUN, command_flags
+from runner.config.command import command_flags
+from runner.config.flags import CALIBRATION
 from runner.planner.records import Measured, Option, PlanInput
 from runner.telemetry.progress import Progress
-from sharding.batches import BatchShape
+from sharding.batches import BatchShape, Plan
 from sharding.fit import plan_flops
 from sharding.times import compile_seconds
 
-# What the batches of all lengths together should take by the forecast before.
+# How long the batches should take in all, by the forecast before calibration.
 MEASURE_S = 20.0
-# Batches of each length and replica: two so that one is on its way while another computes.
+# Batches of each length and replica; at least two, so that one is in flight while another computes.
 FEWEST_BATCHES, MOST_BATCHES = 2, 8
-# Places in the rows by length, as shares of all FLOPs: each stands for a third of the work.
+# The rows to sample, in order of length, as shares of all FLOPs: each represents a third of them.
 PLACES = (5 / 6, 1 / 2, 1 / 6)
 STOPS_WITHIN_S = 30
 
 
 def calibrate(job: PlanInput, option: Option, examples: Examples, progress: Progress) -> Measured:
-    """Run a few batches of what the config asks for and return what they showed.
+    """Run a few batches in the way that the config asks for, and return what they showed.
+
+    Args:
+        option: that way.
 
     Raises:
-        ConfigError: what is asked for does not fit.
+        ConfigError: it does not fit.
         WorkerError: the run failed.
     """
     if not option.fits or option.plan is None:
         raise ConfigError(
-            f"--calibrate runs a few batches of what is asked for, and that does not fit: "
-            f"{option.why_not}. Leave it out to see what does. Received: --mode {option.mode}"
+            f"--calibrate runs a few batches in the way that was asked for, which does not fit: "
+            f"{option.why_not}. Omit it to see what does. Received: --mode {option.mode}"
         )
     rows = sample_rows(job, option)
     sample = _rows_of(examples, rows)
     replicas = max(1, option.workers // option.group_size)
     of_sample = replace(job, lengths=job.lengths[rows], plans={})
     plan = of_sample.plan(budget=option.budget, replicas=replicas)
-    progress.note(
-        f"calibrating: {len(plan.batches)} batches of {_lengths(plan.shapes)} tokens a row"
-    )
+    lengths = ", ".join(str(one.length) for one in plan.shapes)
+    progress.note(f"calibrating: {len(plan.batches)} batches of {lengths} tokens a row")
     progress.stage("calibrating: a run of a few batches")
-    first = _measure(job, sample)
-    second = first
-    if job.devices.is_host and any(worker["compiled_shapes"] for worker in first["workers"]):
-        # Compiling took cores from the batches. Now it is in the cache.
+    runs = [_measure(job, sample)]
+    if job.devices.is_host and any(worker["compiled_shapes"] for worker in runs[0]["workers"]):
+        # Compiling took cores from the batches. Now the programs are in the cache.
         progress.stage("calibrating: the same again, with nothing left to compile")
-        second = _measure(job, sample)
-    flops_per_s = (
-        plan_flops(job.preset.shape, plan)
-        * _busiest_share(job, option)
-        / _busy_s(second["workers"])
-    )
+        runs.append(_measure(job, sample))
+    return _evaluate(job, option, plan, replicas, runs)
+
+
+def _evaluate(
+    job: PlanInput, option: Option, plan: Plan, replicas: int, runs: list[dict[str, Any]]
+) -> Measured:
+    """Return what the reports of one or two runs of a plan show; only the first compiled."""
+    first, last = runs[0], runs[-1]
+    flops = plan_flops(job.preset.shape, plan) * _busiest_share(job, option)
+    flops_per_s = flops / _busy_s(last["workers"])
     peak = job.peak(option.mode, option.dtype, option.quantization, option.workers)
     before_predict_s = first["seconds"]["total"] - first["seconds"]["predict"]
     one_shape_s = compile_seconds(
@@ -82,11 +88,19 @@ def calibrate(job: PlanInput, option: Option, examples: Examples, progress: Prog
     if option.seconds is not None:
         expected_s = option.seconds.start + option.seconds.load + one_shape_s
         slowness = before_predict_s / expected_s
-    compile_s = _compile_s(first["workers"], one_shape_s)
+    # If all came from the cache: other shapes may still have to be compiled.
+    compile_s = max(
+        (
+            worker["compile_s"] / worker["compiled_shapes"]
+            for worker in first["workers"]
+            if worker["compiled_shapes"]
+        ),
+        default=one_shape_s,
+    )
     others = len(plan.shapes) - 1
-    if second is not first and others:
-        # Batches and compiles shared the cores: what a shape added is less than what it took.
-        added = first["seconds"]["predict"] - second["seconds"]["predict"]
+    if last is not first and others:
+        # Batches and compiling shared the cores, so a shape added less than it took to compile.
+        added = first["seconds"]["predict"] - last["seconds"]["predict"]
         compile_s = min(compile_s, max(0.0, added * replicas / others))
     return Measured(
         way=option.way,
@@ -96,16 +110,15 @@ def calibrate(job: PlanInput, option: Option, examples: Examples, progress: Prog
         slowness=slowness,
         compile_s=compile_s,
         batches=len(plan.batches),
-        seconds=first["seconds"]["total"]
-        + (second["seconds"]["total"] if second is not first else 0),
+        seconds=sum(one["seconds"]["total"] for one in runs),
     )
 
 
 def sample_rows(job: PlanInput, option: Option) -> np.ndarray:
-    """Return rows for a few batches each of a long, a middling and a short length.
+    """Return int64 (rows,): the rows for a few batches each of a long, a medium and a short length.
 
-    The same row is taken many times: what a batch costs is its shape's to say. Each length gets
-    about the same FLOPs, since each stands for a third of the job's.
+    Each row is repeated, since only its length determines the cost of a batch. Each length gets
+    about the same FLOPs, since each represents a third of the test set's.
     """
     assert option.plan is not None, "this is a bug: only what fits has a plan"
     shape, replicas = job.preset.shape, max(1, option.workers // option.group_size)
@@ -139,15 +152,6 @@ def _rows_of(examples: Examples, rows: np.ndarray) -> Examples:
     )
 
 
-def _compile_s(workers: list[dict[str, Any]], default: float) -> float:
-    """Return the seconds that a shape took to compile at most; `default` if all came from the
-    cache, since other shapes may still have to be compiled."""
-    compiled = [worker for worker in workers if worker["compiled_shapes"]]
-    return max(
-        (worker["compile_s"] / worker["compiled_shapes"] for worker in compiled), default=default
-    )
-
-
 def _measure(job: PlanInput, sample: Examples) -> dict[str, Any]:
     """Run the ordinary command on a sample of rows and return its report."""
     with tempfile.TemporaryDirectory(prefix="arena-runner-calibrate-") as folder:
@@ -158,13 +162,10 @@ def _measure(job: PlanInput, sample: Examples) -> dict[str, Any]:
             writer = csv.writer(file)
             writer.writerow([task.id_column, *sample.columns])
             writer.writerows(zip(sample.ids, *sample.columns.values(), strict=True))
-        changes = dict.fromkeys((*FLAGS_OF_A_LONG_RUN, "report"))
-        flags = command_flags(job.config, **changes | {"input": rows, "output": output})
-        root = str(Path(runner.__file__).resolve().parent.parent)
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        flags = command_flags(job.config, CALIBRATION, input=rows, output=output)
         process = subprocess.Popen(
             [sys.executable, "-m", "runner.cli", "--config", str(task_file), *flags],
-            env={**os.environ, "PYTHONPATH": path},
+            env=python_environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -172,7 +173,7 @@ def _measure(job: PlanInput, sample: Examples) -> dict[str, Any]:
         try:
             _, errors = process.communicate()
         except BaseException:
-            # It ends its own workers when it is told to.
+            # On SIGTERM it ends its own workers.
             process.terminate()
             try:
                 process.communicate(timeout=STOPS_WITHIN_S)
@@ -183,7 +184,7 @@ def _measure(job: PlanInput, sample: Examples) -> dict[str, Any]:
             lines = errors.splitlines() or ["it said nothing"]
             said = next((line for line in lines if line.startswith("error: ")), lines[-1])
             raise WorkerError(
-                f"The calibrating run failed with exit code {process.returncode}: "
+                f"The calibration run failed with exit code {process.returncode}: "
                 f"{said.removeprefix('error: ')}"
             )
         report: dict[str, Any] = json.loads(
@@ -193,7 +194,7 @@ def _measure(job: PlanInput, sample: Examples) -> dict[str, Any]:
 
 
 def _busy_s(workers: list[dict[str, Any]]) -> float:
-    """Seconds in which replicas computed, all together: of each its busiest member's."""
+    """Return the seconds that all replicas computed, by the busiest member of each."""
     busiest: dict[int, float] = {}
     for worker in workers:
         replica = worker["replica"]
@@ -202,12 +203,8 @@ def _busy_s(workers: list[dict[str, Any]]) -> float:
 
 
 def _busiest_share(job: PlanInput, option: Option) -> float:
-    """The part of a replica's FLOPs that its busiest member computes."""
+    """Return the share of a replica's FLOPs that its busiest member computes."""
     layers, members = job.preset.shape.num_layers, option.group_size
     if option.strategy == "pipeline":
         return -(-layers // members) / layers
     return 1 / members
-
-
-def _lengths(shapes: tuple[BatchShape, ...]) -> str:
-    return ", ".join(str(shape.length) for shape in shapes)

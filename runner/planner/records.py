@@ -1,6 +1,6 @@
-"""What a plan is made of: its input, each way to run, and what a few batches have shown.
+"""The records of a plan: its input, the ways to run, and what a calibration measured.
 
-Nouns alone; `ways.py` makes an option of an input.
+Does not know how a way is judged, which is in `ways.py`.
 """
 
 from dataclasses import dataclass, field
@@ -25,9 +25,10 @@ QUANTIZATIONS = ("none", "int8", "int4")
 class Measured:
     """What a few batches showed, for `PlanInput.measured`.
 
-    efficiency: FLOP/s of a worker on the model over `Devices.rate`; or flops_per_s itself, where
-    that rate is not known. before_predict_s: all of a run but reading, tokenizing and predicting.
-    slowness: that over its forecast. compile_s: what a further shape adds on one worker.
+    way: which was run. flops_per_s: of a worker on the model. efficiency: that over
+    `PlanInput.peak`, None if the peak is not known. before_predict_s: a run's time without reading,
+    tokenizing and predicting. slowness: that over its forecast. compile_s: what another shape adds
+    on one worker. seconds: how long the calibration took.
     """
 
     way: tuple[str, str | None, str, str]
@@ -42,7 +43,11 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanInput:
-    """What is to be done, and on what. lengths: (rows,), cut at the sequence length."""
+    """A run to plan, and the devices for it.
+
+    lengths: (rows,) token counts, truncated to the sequence length. read_s, tokenize_s: measured.
+    file_bytes: of the weights. plans: those made so far, by budget and replicas.
+    """
 
     config: RunConfig
     preset: Preset
@@ -56,18 +61,18 @@ class PlanInput:
 
     @property
     def quantizations(self) -> tuple[str, ...]:
-        """The preset's own, or all that can be made of float weights."""
+        """The preset's own; for float weights, all."""
         return (self.preset.quantization,) if self.preset.quantization else QUANTIZATIONS
 
     def dtype(self, quantization: str) -> str:
-        """Return the dtype to compute in beside such weights."""
+        """Return the dtype to compute in with such weights."""
         if self.config.dtype != "auto":
             return self.config.dtype
         return dtype_beside(quantization, self.devices.native_dtype)
 
     @property
     def asked(self) -> tuple[str, str | None, str, str]:
-        """The way that the config names."""
+        """The way that the config asks for."""
         strategy = self.config.strategy
         if self.config.mode == "model-parallel" and strategy in (None, "auto"):
             known = strategies(self.preset.class_name)
@@ -76,7 +81,7 @@ class PlanInput:
         return self.config.mode, strategy, self.dtype(quantization), quantization
 
     def peak(self, mode: str, dtype: str, quantization: str, workers: int) -> float | None:
-        """Return the FLOP/s of large matmuls in one of so many workers, None where not known."""
+        """Return the FLOP/s of large matmuls in one of `workers` workers, None if not known."""
         rate = self.devices.rate(dtype, quantization)
         if rate is None or not self.devices.is_host:
             return rate
@@ -100,8 +105,12 @@ class PlanInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """One way to run. `memory_bytes` and `need` are of the fullest device, `budget` is the most
-    padded tokens of a batch."""
+    """One way to run.
+
+    why_not: the reason if it does not fit. memory_bytes, need: of the fullest device. host_bytes:
+    memory that the machine needs. budget: the most padded tokens of a batch. range_s: the least and
+    the most that the run may take. arithmetic: how memory and time were computed, in a line.
+    """
 
     mode: str
     strategy: str | None
@@ -122,8 +131,10 @@ class Option:
 
     @property
     def way(self) -> tuple[str, str | None, str, str]:
+        """Mode, strategy, dtype and quantization."""
         return self.mode, self.strategy, self.dtype, self.quantization
 
     @property
     def total_s(self) -> float | None:
+        """How long the run should take, None if not known."""
         return self.seconds.total if self.seconds else None

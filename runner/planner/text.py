@@ -1,6 +1,6 @@
-"""A plan as JSON has it -> the text that a person reads, at most 100 columns wide.
+"""A plan as JSON -> the text that the user reads, at most 100 columns wide.
 
-Knows the plan's keys, and not how they came about.
+Knows the plan's keys. Does not know how their values were computed.
 """
 
 import shlex
@@ -19,7 +19,7 @@ PLAIN_BLOCKS = " #"
 
 
 def render(plan: dict[str, Any], *, encoding: str = "utf-8") -> str:
-    """Return the lines; block characters where the encoding has them."""
+    """Return the lines of a plan, with block characters if the encoding has them."""
     sections = [
         _head(plan),
         _lengths(plan, _blocks(encoding)),
@@ -34,7 +34,7 @@ def render(plan: dict[str, Any], *, encoding: str = "utf-8") -> str:
 def _head(plan: dict[str, Any]) -> list[str]:
     model, device = plan["model"], plan["device"]
     files = "" if model["weight_files_are_here"] else " (its weights are not here)"
-    where = "here" if device["is_here"] else "not here: figures of a table"
+    where = "here" if device["is_here"] else "not here: figures from a table"
     count = f"{device['count']} x " if not KINDS[device["kind"]].is_host else ""
     lines = [
         f"Plan for {plan['rows']:,} rows, {parameters_text(model['parameters'])} weights in "
@@ -117,12 +117,12 @@ def _options(plan: dict[str, Any]) -> list[str]:
             f"{'yes' if option['fits'] else 'NO':<5}{f'{size} of {room}':>12}  {_time(option)}"
         )
     what = "* recommended" if plan["recommendation"]["mode"] else "None is recommended"
-    lines.append(f"{what}. {hidden} more ways, of other dtypes, are in the JSON beside it.")
+    lines.append(f"{what}. {hidden} more ways, with other dtypes, are in the JSON file.")
     return lines
 
 
 def _arithmetic(plan: dict[str, Any]) -> list[str]:
-    lines = ["How these come about:"]
+    lines = ["How these were computed:"]
     for number, option in enumerate(_shown(plan), start=1):
         lines += textwrap.wrap(
             option["arithmetic"], WIDTH, initial_indent=f"{number:>3} ", subsequent_indent="    "
@@ -131,7 +131,7 @@ def _arithmetic(plan: dict[str, Any]) -> list[str]:
 
 
 def _caveats(plan: dict[str, Any]) -> list[str]:
-    """What the times rest on."""
+    """Return lines on what the times are based on."""
     device, measured = plan["device"], plan["calibration"]
     expected, low, high = KINDS[device["kind"]].efficiency
     if measured:
@@ -147,15 +147,15 @@ def _caveats(plan: dict[str, Any]) -> list[str]:
         )
     elif KINDS[device["kind"]].is_host:
         text = (
-            f"Times: on CPUs this project measured that a model reaches {low:g} to {high:g} of a "
-            "large matmul's rate; --calibrate measures it here."
+            f"Times: measured on CPUs, a model reaches {low:g} to {high:g} of a large matmul's "
+            "rate; --calibrate measures it here."
         )
     else:
         text = (
             f"Times: this program has not been measured on a {device['kind'].upper()} yet. Matmul "
-            f"rates are from the sources below; that a model reaches {expected:g} of them ({low:g} "
-            f"to {high:g}) is taken over from CPUs. int8 and int4 are counted as fast as float. "
-            "Loading assumes a disk of 0.5 GB/s, compiling 0.3 s a layer and shape."
+            f"rates are from the sources below; the share that a model reaches, {expected:g} "
+            f"({low:g} to {high:g}), was measured on CPUs. int8 and int4 are assumed to be as fast "
+            "as float, the disk to read 0.5 GB/s, and compiling to take 0.3 s a layer and shape."
         )
     lines = textwrap.wrap(text, WIDTH)
     if not KINDS[device["kind"]].is_host:
@@ -171,7 +171,7 @@ def _origin(rate: dict[str, Any]) -> str:
     nominal = f"{rate['nominal'] / 1e12:,.3g} nominal"
     if rate["measured"] is None:
         return f"{rate['used'] / rate['nominal']:.2f} of {nominal}: no measurement known"
-    return f"sustained as others measured it; {nominal}"
+    return f"sustained, as others measured it; {nominal}"
 
 
 def _recommendation(plan: dict[str, Any]) -> list[str]:
@@ -190,7 +190,7 @@ def _recommendation(plan: dict[str, Any]) -> list[str]:
 
 
 def _command_lines(command: list[str]) -> list[str]:
-    """A command over several lines, each flag beside its value."""
+    """Return the lines of a command, each flag on one line with its value."""
     parts: list[str] = []
     for word in command:
         if word.startswith("--") or not parts or not parts[-1].startswith("--"):
@@ -207,7 +207,7 @@ def _command_lines(command: list[str]) -> list[str]:
 
 
 def _shown(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    """The options of the dtypes that a person would take here, weights as they are first."""
+    """Return the options in the dtypes that matter here, those without quantization first."""
     dtypes = {plan["asked"]["dtype"], plan["device"]["auto_dtype"]}
     if plan["recommendation"]["mode"]:
         dtypes.add(plan["recommendation"]["dtype"])
@@ -253,7 +253,7 @@ def _blocks(encoding: str) -> str:
 
 
 def _bar(share: float, blocks: str) -> str:
-    """A bar of `BAR_WIDTH` columns, filled to a share; something where there is anything."""
+    """Return a bar of `BAR_WIDTH` columns, filled to a share, not empty unless the share is 0."""
     steps = len(blocks) - 1
     filled = round(share * BAR_WIDTH * steps)
     filled = max(filled, 1) if share > 0 else 0

@@ -1,7 +1,7 @@
-"""Rows, a model and devices -> each way to run: whether it fits, how long it should take, and how
-that comes about in one line.
+"""Rows, a model and devices -> each way to run: if it fits, how long it takes, and the arithmetic.
 
-A way is a mode, a strategy, a dtype and a quantization. Does not know files, nor how a plan looks.
+A way is a mode, a strategy, a dtype and a quantization. Does not know files, nor how a plan is
+shown.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ from sharding.memory import SHARE_FOR_WEIGHTS, SHARE_IN_USE
 from sharding.times import START_S, Seconds, compile_seconds, load_seconds
 from sharding.topology import place_workers
 
-# In the order in which the first of equals is taken.
+# In order of preference among equally quick ones.
 LAYOUTS: tuple[tuple[str, str | None], ...] = (
     ("data-parallel", None),
     ("model-parallel", "pipeline"),
@@ -60,13 +60,13 @@ def all_options(job: PlanInput) -> list[Option]:
 
 
 def pipeline_over(job: PlanInput, members: int, dtype: str, quantization: str) -> Option:
-    """Return a pipeline over so many devices as these, whatever their number is."""
+    """Return a pipeline over `members` of these devices, even if there are fewer."""
     more = replace(job, devices=replace(job.devices, count=members))
     return _option(more, "model-parallel", "pipeline", dtype, quantization, members)
 
 
 def _first_that_fits(tried: Iterator[Option]) -> Option:
-    """The smallest group that fits; else the largest, which came nearest."""
+    """Return the first option that fits, that of the smallest group; else the last."""
     for option in tried:
         if option.fits:
             break
@@ -109,7 +109,7 @@ def _option(
         arithmetic="",
     )
     if impossible := _impossible(job, mode, strategy, dtype, quantization, members):
-        return replace(option, why_not=impossible, arithmetic=f"{impossible} - does not go")
+        return replace(option, why_not=impossible, arithmetic=f"{impossible} - not possible")
     found = fit(
         job.preset.shape,
         room,
@@ -135,7 +135,7 @@ def _option(
 
 
 def _memory_text(shape: ModelShape, room: Room, way: Way, found: Fit) -> tuple[str | None, str]:
-    """Return why a way does not fit, None if it does, and how its memory comes about."""
+    """Return why a way does not fit, None if it does, and how its memory was computed."""
     held, limit, members = found.held_bytes, room.limit_bytes, way.members
     weights = (
         f"{parameters_text(shape.weight_bytes(1))} weights x {found.item_bytes:g} byte"
@@ -182,7 +182,7 @@ def _memory_text(shape: ModelShape, room: Room, way: Way, found: Fit) -> tuple[s
 
 
 def _workers(job: PlanInput, mode: str, members: int) -> int:
-    """Return how many workers there would be; 0 where no whole group can be made.
+    """Return the number of workers; 0 if there are too few devices for a group.
 
     Raises:
         ConfigError: more workers than devices.
@@ -193,7 +193,7 @@ def _workers(job: PlanInput, mode: str, members: int) -> int:
     if not devices.is_host and devices.count < members:
         return 0
     if wanted is not None:
-        # Other modes than the asked one take as many of its workers as make whole groups.
+        # In other modes than the asked one, as many of its workers as make whole groups.
         wanted = wanted // members * members or members
     try:
         slots = place_workers(
@@ -211,23 +211,23 @@ def _workers(job: PlanInput, mode: str, members: int) -> int:
 def _impossible(
     job: PlanInput, mode: str, strategy: str | None, dtype: str, quantization: str, members: int
 ) -> str | None:
-    """Return why a way does not exist, whatever the memory."""
+    """Return why a way does not exist with any memory, None if it does."""
     shape, devices = job.preset.shape, job.devices
     if mode == "model-parallel":
         if strategy not in strategies(job.preset.class_name):
-            return f"{job.preset.class_name} is not held by several workers in this way"
+            return f"{job.preset.class_name} cannot be divided in this way"
         if not devices.is_host and devices.count < members:
             return f"needs {members} devices, there is {devices.count}"
         if strategy == "pipeline" and members > shape.num_layers:
             return f"{shape.num_layers} layers cannot be cut into {members} stages"
     if strategy == "tensor":
         if quantization != "none":
-            return "a scale that belongs to a whole kernel is not cut into slices"
+            return "a scale that belongs to a whole kernel cannot be cut into slices"
         split = (shape.num_query_heads, shape.intermediate_dim, shape.vocabulary_size)
         if any(size % members for size in split):
             return (
                 f"{split[0]} query heads, {split[1]:,} feed-forward columns and {split[2]:,} "
-                f"embeddings do not all divide by {members}"
+                f"embeddings are not all divisible by {members}"
             )
     if dtype_beside(quantization, dtype) != dtype:
         return f"{quantization} layers do not compute in {dtype}"
@@ -239,7 +239,7 @@ def _impossible(
 def _time(
     job: PlanInput, mode: str, way: Way, found: Fit
 ) -> tuple[Seconds | None, tuple[float, float] | None, str]:
-    """Return the seconds, the range they may lie in, and how they come about."""
+    """Return the seconds by stage, the range of their total, and how they were computed."""
     assert found.plan is not None, "this is a bug: what fits has a plan"
     shape, devices, plan = job.preset.shape, job.devices, found.plan
     rates, rate_text = _rates(job, mode, way)
@@ -268,25 +268,26 @@ def _time(
         )
     elif way.strategy == "pipeline":
         ideal = flops / way.workers / rates[0]
-        link = f", {max(0.0, middle.predict / ideal - 1):.1%} of it stages that wait"
+        link = f", {max(0.0, middle.predict / ideal - 1):.1%} of it waiting for other stages"
+    workers = f"{way.workers} x " if way.workers > 1 else ""
     how = (
-        f"{flops_text(flops)} of padded tokens / ({_times(way.workers)}{rate_text}) = "
+        f"{flops_text(flops)} of padded tokens / ({workers}{rate_text}) = "
         f"{duration(middle.predict)}{link}; {before_text}"
     )
     return middle, (fast.total, slow.total), how
 
 
 def _rates(job: PlanInput, mode: str, way: Way) -> tuple[tuple[float, float, float] | None, str]:
-    """Return the FLOP/s of a worker on the model: expected, least, most; and how they come about,
-    or why they are not known."""
+    """Return the FLOP/s of a worker on the model, expected, least and most, and how they were
+    computed; or None, and why they are not known."""
     measured, dtype, quantization = job.measured, way.dtype, way.quantization
     if measured is not None and measured.way == (mode, way.strategy, dtype, quantization):
         rate = measured.flops_per_s
         return (rate, rate, rate), f"{flops_text(rate)}/s measured here"
     peak = job.peak(mode, dtype, quantization, way.workers)
     if peak is None:
-        why = f"how fast {dtype}{_and(quantization)} is on {job.devices.title} is not known"
-        return None, why
+        form = dtype if quantization == "none" else f"{dtype} with {quantization}"
+        return None, f"how fast {form} is on {job.devices.title} is not known"
     expected, low, high = KINDS[job.devices.kind].efficiency
     if measured is not None and measured.efficiency is not None:
         expected, low, high = (measured.efficiency * part for part in (1.0, 0.8, 1.2))
@@ -294,7 +295,7 @@ def _rates(job: PlanInput, mode: str, way: Way) -> tuple[tuple[float, float, flo
 
 
 def _before(job: PlanInput, mode: str, way: Way, plan: Plan) -> tuple[Before, str]:
-    """Return the seconds before the batches, and how they come about."""
+    """Return the seconds before the batches, and how they were computed."""
     shape, kind, measured = job.preset.shape, job.devices.kind, job.measured
     start = START_S["single" if mode == "single" else "ray"]
     load = load_seconds(
@@ -330,11 +331,3 @@ def _before(job: PlanInput, mode: str, way: Way, plan: Plan) -> tuple[Before, st
         read=job.read_s, tokenize=job.tokenize_s, start=start, load=load, compile=compiling
     )
     return before, text
-
-
-def _times(workers: int) -> str:
-    return f"{workers} x " if workers > 1 else ""
-
-
-def _and(quantization: str) -> str:
-    return f" with {quantization}" if quantization != "none" else ""

@@ -1,1 +1,1 @@
-"""Files of a model -> checked facts about it. Loads no weights and starts no framework."""
+"""Files of a model -> checked facts about it. Loads no weights and imports no framework."""

@@ -1,11 +1,10 @@
 """Config and preset -> what `auto` resolves to: the strategy, the tokens of a batch, the plan.
 
-Hands what `sharding/` decides by to it as plain arguments, and turns its ValueError into an error
-of the user's. Asks nvidia-smi for a device's memory. What --dtype auto means is in
-`sharding/kinds.py`.
+`sharding/` decides, from plain arguments; its ValueError becomes a ConfigError here. Asks
+nvidia-smi for a device's memory. What --dtype auto means is in `sharding/kinds.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -22,11 +21,16 @@ from sharding.plan import plan_rows
 from sharding.strategies import Strategy
 
 
-def choose_strategy(config: RunConfig, preset: Preset) -> Strategy | None:
+def choose_strategy(
+    config: RunConfig, preset: Preset, memory_bytes: Callable[[], int | None] = device_memory_bytes
+) -> Strategy | None:
     """Return the strategy of a model-parallel run, None for the other modes.
 
+    Args:
+        memory_bytes: returns the memory of the smallest GPU, None if not known.
+
     Raises:
-        ConfigError: the model cannot be held in the way that was asked for.
+        ConfigError: the model cannot be divided in the way that was asked for.
     """
     if config.mode != "model-parallel":
         return None
@@ -39,17 +43,25 @@ def choose_strategy(config: RunConfig, preset: Preset) -> Strategy | None:
             members=config.members,
             dtype=config.dtype,
             quantization=preset.quantization or config.quantization,
-            memory_bytes=device_memory_bytes(),
+            memory_bytes=memory_bytes(),
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
-def tokens_per_batch(config: RunConfig, preset: Preset, kind: str) -> int:
+def tokens_per_batch(
+    config: RunConfig,
+    preset: Preset,
+    kind: str,
+    memory_bytes: Callable[[], int | None] = device_memory_bytes,
+) -> int:
     """Return the most padded tokens of a batch on a kind of device.
 
+    Args:
+        memory_bytes: returns the memory of the smallest GPU, None if not known.
+
     Raises:
-        ConfigError: a stage that no device can hold.
+        ConfigError: a stage does not fit any device.
     """
     if config.max_tokens_per_batch is not None:
         return config.max_tokens_per_batch
@@ -61,7 +73,7 @@ def tokens_per_batch(config: RunConfig, preset: Preset, kind: str) -> int:
             strategy=config.strategy or "auto",
             dtype=config.dtype,
             quantization=preset.quantization or config.quantization,
-            memory_bytes=device_memory_bytes() if KINDS[kind].fits_batches else None,
+            memory_bytes=memory_bytes() if KINDS[kind].fits_batches else None,
             sequence_length=config.sequence_length,
         )
     except ValueError as error:
@@ -80,11 +92,15 @@ def plan_run(
     cap: int | None = None,
     known: Sequence[BatchShape] = (),
 ) -> Plan:
-    """Return the batches for these rows on so many replicas on this kind of device.
+    """Return the batches of these rows for this many replicas on this kind of device.
 
     Args:
-        budget: the most padded tokens of a batch, None for what `tokens_per_batch` says.
-        lengths, rows, cap, known: as in `sharding.plan.plan_rows`.
+        lengths: token counts, (rows,).
+        budget: the most padded tokens of a batch, None for `tokens_per_batch`.
+        rows, cap, known: as in `sharding.plan.plan_rows`.
+
+    Raises:
+        ConfigError: as `tokens_per_batch`.
     """
     return plan_rows(
         lengths,

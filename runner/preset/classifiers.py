@@ -1,7 +1,7 @@
 """The task.json and task.weights.h5 of a KerasHub `TextClassifier` preset -> its head.
 
-Read without Keras, in the driver and in workers alike. The backbone beside them is read as that of
-any preset. Which pooling and which layers a class has is said in `families.py`.
+Read without Keras, in the driver and in workers. `families.py` says which pooling and layers a
+class has. Does not know the backbone, which `reader.py` reads as that of any preset.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ import h5py
 import ml_dtypes
 import numpy as np
 
-from runner.common.errors import DataError, first_line, shown
+from runner.common.errors import DataError, readable, shown
 from runner.common.records import Head
 from runner.preset.families import FAMILIES, Classifier
 from runner.preset.json_files import read_json, settings_of
 
 TASK = "task.json"
 TASK_WEIGHTS = "task.weights.h5"
-# Logits, of which the task makes answers as the loss did in training; or these answers themselves.
+# linear: the model returns logits. The others name the activation that it ends in.
 ACTIVATIONS = ("linear", "softmax", "sigmoid")
 
 
@@ -42,6 +42,9 @@ class TextClassifier:
 
     def head(self, *, hidden_dim: int, classes: int) -> Head:
         """Return the weights of the head, in float32.
+
+        Args:
+            hidden_dim: the backbone's. classes: the number of label columns.
 
         Raises:
             DataError: they are damaged, or do not fit the backbone or the number of classes.
@@ -78,15 +81,15 @@ class TextClassifier:
 
 
 def read_classifier(path: Path, class_name: str) -> TextClassifier | None:
-    """Return the classifier that a preset directory holds whole, None where it holds none.
+    """Return the complete classifier in a preset directory, None if there is none.
 
-    A task.json of another task, such as CausalLM, says nothing of a head for classes.
+    A task.json of another task, such as CausalLM, is ignored: it has no head for classes.
 
     Args:
-        class_name: the backbone's.
+        class_name: of the backbone, a key of `FAMILIES`.
 
     Raises:
-        DataError: it is a classifier that cannot be followed.
+        DataError: its task.json is damaged or not supported.
     """
     known = FAMILIES[class_name].classifier
     if known is None or not all((path / name).is_file() for name in (TASK, TASK_WEIGHTS)):
@@ -107,7 +110,7 @@ def read_classifier(path: Path, class_name: str) -> TextClassifier | None:
 
 
 def read_own_head(preset: Path, *, hidden_dim: int, classes: int) -> Head:
-    """Return the head of a preset that is a whole classifier.
+    """Return the head of a preset that is a whole classifier; arguments as `TextClassifier.head`.
 
     Raises:
         DataError: as `read_classifier` and `TextClassifier.head`.
@@ -118,26 +121,23 @@ def read_own_head(preset: Path, *, hidden_dim: int, classes: int) -> Head:
 
 
 def _old_name(known: Classifier) -> str:
-    """KerasNLP called the class without Text, as in BertClassifier."""
+    """Return KerasNLP's name of the class, without Text: BertClassifier."""
     return known.class_name.replace("TextClassifier", "Classifier")
 
 
 def _name(activation: Any) -> str:
-    """Return an activation's name, as Keras serializes it: a text, an object or nothing."""
+    """Return the name of an activation that Keras serialized as a string, an object or null."""
     if isinstance(activation, dict):
         activation = activation.get("config", activation.get("class_name"))
     return "linear" if activation is None else str(activation)
 
 
 def _dense_layers(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return kernel and bias of each layer, in the order of the model; all but that is left."""
-    try:
-        with h5py.File(path, "r") as file:
-            names = sorted(file["layers"], key=lambda name: (len(name), name))
-            groups = [file[f"layers/{name}/vars"] for name in names]
-            layers = [(_values(vars["0"]), _values(vars["1"])) for vars in groups if len(vars)]
-    except Exception as error:  # what h5py raises for a damaged file has no narrower class
-        raise DataError(f"{path} is damaged or cut short: {first_line(error)}") from None
+    """Return kernel and bias of each layer of a file that has them, in the order of the model."""
+    with readable(path), h5py.File(path, "r") as file:
+        names = sorted(file["layers"], key=lambda name: (len(name), name))
+        groups = [file[f"layers/{name}/vars"] for name in names]
+        layers = [(_values(vars["0"]), _values(vars["1"])) for vars in groups if len(vars)]
     if not all(np.isfinite(array).all() for layer in layers for array in layer):
         raise DataError(f"{path} must hold finite weights. Received: NaN or infinity")
     return layers

@@ -1,8 +1,8 @@
-"""Every family of backbones that loads, one entry each: all that the rest needs to know of it.
+"""The table of supported backbone families, one entry each, and of their tokenizers.
 
-A new family is an entry in `FAMILIES`, with its tokenizer in `TOKENIZERS` where that is new; where
-it is to be split over a tensor group also a table in `sharding/layouts.py`. `docs/models.md` shows
-the same as a matrix and says how to go about it. Imports neither Keras nor JAX.
+A new family is an entry in `FAMILIES`, and one in `TOKENIZERS` if its tokenizer is new. To split it
+over a tensor group, add a table to `sharding/layouts.py`. `docs/models.md` shows the families as a
+matrix and explains how to add one. Imports neither Keras nor JAX.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,21 +13,21 @@ from runner.common.poolings import DECODER, ENCODER, poolings_of
 from sharding.costs import ModelShape, encoder, gated, gated_halves
 from sharding.layouts import RULES
 
-# How texts are cut into tokens; how tokens are packed is the preprocessor's, below.
+# How a text becomes tokens. The preprocessor packs them; see `Tokenizer`.
 SENTENCE_PIECES, BYTE_PAIRS, WORD_PIECES = "sentence-pieces", "byte-pairs", "word-pieces"
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """How a KerasHub tokenizer cuts a text, and the tokens that its preprocessor adds.
+    """How a KerasHub tokenizer splits a text, and the tokens that its preprocessor adds.
 
     kind: SENTENCE_PIECES, BYTE_PAIRS or WORD_PIECES.
-    start: None where the family has none. pad: None where it is the id 0, whatever its token.
-    others: further tokens that are looked for in the text, by byte-level BPE and, where the
-    preset asks for it, by WordPiece.
+    start: None if the family has none. pad: None if padding has the id 0, whatever its token.
+    others: more special tokens to find in texts: byte-level BPE always does, WordPiece if the
+    preset asks for it.
     is_segment: packed by `TextClassifierPreprocessor`, which always keeps the end token; else by
-    `CausalLMPreprocessor`, which packs one position more and drops it.
-    splits_words: byte-level BPE that merges within words alone.
+    `CausalLMPreprocessor`, which packs one position more and drops the last.
+    splits_words: byte-level BPE merges only within words.
     """
 
     kind: str
@@ -37,6 +37,12 @@ class Tokenizer:
     others: tuple[str, ...] = ()
     is_segment: bool = False
     splits_words: bool = False
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """All of its special tokens."""
+        added = (self.start, self.end, self.pad, *self.others)
+        return [token for token in added if token is not None]
 
 
 # KerasHub's tokenizer class -> its tokens, as it passes them to `_add_special_token`.
@@ -68,10 +74,10 @@ TOKENIZERS = {
 
 @dataclass(frozen=True, slots=True)
 class Classifier:
-    """A KerasHub `TextClassifier` of a family: the head that a whole task preset brings.
+    """A family's KerasHub `TextClassifier`: the head in a whole task preset.
 
-    pooling: a key of `poolings.POOLINGS`. dense: the activation of the layer between that and the
-    logits, a key of `heads.ACTIVATIONS`; None where there is no such layer.
+    pooling: a key of `poolings.POOLINGS`. dense: the activation of the layer between pooling and
+    logits, a key of `heads.ACTIVATIONS`; None if there is no such layer.
     """
 
     class_name: str
@@ -86,12 +92,12 @@ DECODER_POOLINGS = poolings_of(DECODER)
 class Family:
     """What is known of a family of backbones.
 
-    shape: how its config is read. tokenizer: a key of `TOKENIZERS`. checkpoints: the model types of
-    Hugging Face that KerasHub converts to it. shares_seam: its attention layers hand queries, keys
-    and values over (`attention.py`), so none of them computes what causality throws away.
-    has_stages: hidden states and the mask are all that one layer gets of those before it, so it can
-    be cut into a pipeline. has_positions: an embedding for each position up to the config's
-    max_sequence_length, and none beyond. classifier: its TextClassifier, if KerasHub has one.
+    shape: reads the dimensions in its config. tokenizer: a key of `TOKENIZERS`. checkpoints: the
+    Hugging Face model types that KerasHub converts to it. shares_seam: its attention layers hand
+    over queries, keys and values (`attention.py`), so the masked half need not be computed.
+    has_stages: a layer needs only hidden states and mask from earlier layers, so the backbone can
+    be cut into pipeline stages. has_positions: it has one embedding for each position, so rows are
+    limited to the config's max_sequence_length. classifier: its TextClassifier, if it has one.
     """
 
     shape: Callable[[Mapping[str, Any]], ModelShape]
@@ -145,7 +151,7 @@ FAMILIES: dict[str, Family] = {
         Classifier("RobertaTextClassifier", "first", dense="tanh"),
         checkpoints=("roberta",),
     ),
-    # Each layer also gets the embedded distances, which are made from the first layer's input.
+    # Each layer also needs the embedded distances, which are made from the first layer's input.
     "DebertaV3Backbone": _encoder(
         "DebertaV3Tokenizer",
         Classifier("DebertaV3TextClassifier", "first", dense="gelu"),
@@ -153,18 +159,18 @@ FAMILIES: dict[str, Family] = {
         has_positions=False,
     ),
 }
-# Config keys of Gemma 3 that add inputs (images) or outputs (a pooled vector) to the backbone.
+# Config keys of Gemma 3 with which the backbone also takes images, or returns a pooled vector.
 MORE_THAN_TEXT = ("vision_encoder", "is_embedding_model")
 
 
 def strategies(class_name: str) -> tuple[str, ...]:
-    """Return the ways in which several workers can hold one replica of a family."""
+    """Return the strategies with which several workers can hold one replica of a family."""
     found = ["pipeline"] if FAMILIES[class_name].has_stages else []
     return (*found, "tensor") if class_name in RULES else tuple(found)
 
 
 def family_of_checkpoint(model_type: str) -> str | None:
-    """Return the backbone class that a Hugging Face model type becomes, None where none does."""
+    """Return the backbone class that KerasHub makes of a Hugging Face model type, or None."""
     return next(
         (name for name, family in FAMILIES.items() if model_type in family.checkpoints), None
     )
@@ -174,8 +180,8 @@ def model_shape(class_name: str, config: Mapping[str, Any]) -> ModelShape:
     """Return the dimensions of the backbone that a KerasHub config.json describes.
 
     Raises:
-        ValueError: the class is not listed in `FAMILIES`, a key is missing, or the backbone takes
-            images or returns a pooled vector alone.
+        ValueError: the class is not in `FAMILIES`, a key is missing, or the backbone takes images
+            or returns a pooled vector.
     """
     if class_name not in FAMILIES:
         raise ValueError(
@@ -185,10 +191,12 @@ def model_shape(class_name: str, config: Mapping[str, Any]) -> ModelShape:
     for key in MORE_THAN_TEXT:
         if config.get(key):
             raise ValueError(
-                f"Expected a {class_name} from token ids to hidden states alone, as in the presets "
-                f"whose name ends in _text. Received: a config with {key}"
+                f"Expected a {class_name} from token ids to hidden states only, as in the presets "
+                f"whose names end in _text. Received: a config with {key}"
             )
     try:
         return FAMILIES[class_name].shape(config)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"The config of {class_name} lacks or garbles {error}.") from error
+        raise ValueError(
+            f"The config of {class_name} has a missing or invalid value: {error}."
+        ) from error

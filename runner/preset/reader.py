@@ -1,7 +1,7 @@
-"""Model files on disk -> checked facts about them, read from JSON and array headers alone.
+"""Model files on disk -> checked facts about them, read from JSON and array headers.
 
-A wrong file is found here, in the driver, before any worker starts. Needs neither Keras nor JAX;
-`loading.py` makes the model itself.
+Wrong files are found here, in the driver, before any worker starts. Imports neither Keras nor JAX;
+`model/loading.py` builds the model.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import h5py
 import numpy as np
 
-from runner.common.errors import DataError, first_line, shown
+from runner.common.errors import DataError, first_line, readable, shown
 from runner.common.records import Head
 from runner.preset.classifiers import TASK_WEIGHTS, TextClassifier, read_classifier
 from runner.preset.families import FAMILIES, Family, family_of_checkpoint, model_shape
@@ -22,31 +22,31 @@ from runner.preset.json_files import read_json, settings_of
 from runner.preset.tokenizer_files import TokenizerFiles, read_tokenizer
 from sharding.costs import ModelShape
 
-# Of a shape, what must be positive.
+# Fields of a shape that must be positive.
 SIZES = (
     *("vocabulary_size", "num_layers", "hidden_dim", "num_query_heads", "num_key_value_heads"),
     *("head_dim", "intermediate_dim"),
 )
 QUANTIZED_POLICIES = ("QuantizedDTypePolicy", "Int4DTypePolicy")
-# Version 3 is for names that are not Latin-1: a plain array has none.
+# Version 3 is for field names that are not Latin-1, which a plain array does not have.
 NPY_HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 WEIGHTS = "model.weights.h5"
-# Beside the weights of a prepared preset: how far they lie from float32.
+# In a prepared preset: how much its answers differ from float32.
 ACCURACY_FILE = "quantization.json"
-# int4, the least that a weight takes in a file.
+# The least that a weight takes in a file: int4.
 LEAST_WEIGHT_BYTES = 0.5
 SHARDED_WEIGHTS_INDEX = "model.weights.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A KerasHub preset directory whose files are all there.
+    """A complete KerasHub preset directory.
 
-    quantization: of its weights on disk, int8 or int4, or None. max_positions: the longest row it
-    can take, None for no limit. classifier: the head of a whole `TextClassifier`, where it is one.
+    quantization: of its weights on disk, int8 or int4, or None. max_positions: the most tokens of a
+    row, None for no limit. classifier: its own head, if it is a whole `TextClassifier`.
     """
 
     path: Path
@@ -63,8 +63,13 @@ class Preset:
         return FAMILIES[self.class_name]
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes of its weight files."""
+        return sum(path.stat().st_size for path in self.weight_files)
+
+    @property
     def accuracy(self) -> dict[str, Any]:
-        """What was measured when a quantized preset was prepared, as `accuracy.compare` has it."""
+        """What `accuracy.compare` measured when a quantized preset was prepared."""
         try:
             figures = read_json(self.path / ACCURACY_FILE)
         except DataError:
@@ -78,15 +83,13 @@ class Preset:
 
     @property
     def small_files(self) -> tuple[Path, ...]:
-        """All files but the weights that decide an answer."""
-        configs = (self.path / name for name in ("config.json", "tokenizer.json"))
+        """The files other than weights that determine an answer."""
         preprocessor = self.path / "preprocessor.json"
-        merges = self.tokenizer.byte_pairs.merges if self.tokenizer.byte_pairs else None
         return (
-            *configs,
+            *(self.path / name for name in ("config.json", "tokenizer.json")),
             *([preprocessor] if preprocessor.is_file() else []),
             self.tokenizer.vocabulary,
-            *([merges] if merges else []),
+            *([self.tokenizer.byte_pairs.merges] if self.tokenizer.byte_pairs else []),
         )
 
 
@@ -94,10 +97,10 @@ def read_preset(path: Path, *, needs_weights: bool = True) -> Preset:
     """Return what a KerasHub preset directory holds.
 
     Args:
-        needs_weights: False takes a directory whose weights are not there, or not all.
+        needs_weights: if False, weight files may be missing.
 
     Raises:
-        DataError: a file is missing or unreadable, or the class is no text backbone.
+        DataError: a file is missing or unreadable, or the class is not a known text backbone.
     """
     if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         raise DataError(f"--preset must be a KerasHub preset directory. Received: {path}")
@@ -118,7 +121,9 @@ def read_preset(path: Path, *, needs_weights: bool = True) -> Preset:
     try:
         shape = model_shape(class_name, settings)
     except (ValueError, OverflowError) as error:
-        raise DataError(f"{path} is no preset this runner can use. {first_line(error)}") from None
+        raise DataError(
+            f"{path} is not a preset that this runner can use. {first_line(error)}"
+        ) from None
     quantization = _quantization(path, settings.get("dtype"))
     tokenizer = read_tokenizer(path)
     if needs_weights:
@@ -138,7 +143,7 @@ def checkpoint_type(path: Path) -> str | None:
     """Return the model type of a checkpoint of Hugging Face transformers, None for other folders.
 
     Raises:
-        DataError: it is one that KerasHub does not convert to a backbone that loads here.
+        DataError: KerasHub does not convert this type to a backbone in `FAMILIES`.
     """
     config = read_json(path / "config.json")
     if "class_name" in config or "model_type" not in config:
@@ -155,7 +160,7 @@ def checkpoint_type(path: Path) -> str | None:
 
 
 def _check_size(config: Path, shape: ModelShape, weight_files: tuple[Path, ...]) -> None:
-    """Refuse a garbled size before a worker builds a million layers of it."""
+    """Reject a garbled size before a worker builds, say, a million layers."""
     for name in SIZES:
         value = getattr(shape, name)
         if value < 1:
@@ -166,13 +171,13 @@ def _check_size(config: Path, shape: ModelShape, weight_files: tuple[Path, ...])
     stored = sum(file.stat().st_size for file in weight_files)
     if expected > stored:
         raise DataError(
-            f"{config} does not belong to the weights beside it: expected {expected:.3g} bytes of "
-            f"weights at least. Received: {stored:.3g} bytes in {len(weight_files)} files"
+            f"{config} does not belong to the weights beside it: expected at least {expected:.3g} "
+            f"bytes of weights. Received: {stored:.3g} bytes in {len(weight_files)} files"
         )
 
 
 def _quantization(path: Path, policies: Any) -> str | None:
-    """Return the quantization that a config's dtype policies name, None where they are float."""
+    """Return the quantization that a config's dtype policies name, None if they are float."""
     if not isinstance(policies, dict) or policies.get("class_name") != "DTypePolicyMap":
         return None
     named = settings_of(
@@ -194,13 +199,13 @@ def _quantization(path: Path, policies: Any) -> str | None:
 
 
 def check_lora(path: Path, shape: ModelShape) -> int:
-    """Return the rank of a LoRA file after checking that it can belong to the backbone.
+    """Return the rank of a LoRA file after checking its shapes against the backbone's.
 
-    `load_lora_weights` files hold `lora/<layer>/vars/lora_kernel_{a,b}` for the query and value
-    projection of every layer. That each fits the very layer it names is checked when it is merged.
+    `backbone.save_lora_weights` writes `lora/<layer>/vars/lora_kernel_{a,b}` for the query and
+    value projection of each layer. Whether each fits its own layer is checked when it is merged.
 
     Raises:
-        DataError: no such file, ranks that disagree, or another backbone's dimensions.
+        DataError: the file is missing or damaged, or its ranks or dimensions do not fit.
     """
     if not os.path.isfile(path):
         raise DataError(f"--lora-weights must be a *.lora.h5 file that exists. Received: {path}")
@@ -214,17 +219,18 @@ def check_lora(path: Path, shape: ModelShape) -> int:
             }
     except Exception as error:  # what h5py raises for a damaged file has no narrower class
         raise DataError(
-            f"{path} is no LoRA file as backbone.save_lora_weights writes it: {first_line(error)}"
+            f"{path} is not a LoRA file as backbone.save_lora_weights writes it: "
+            f"{first_line(error)}"
         ) from None
     if len(pairs) != 2 * shape.num_layers:
         raise DataError(
-            f"{path} belongs to another backbone: expected LoRA kernels for the query and value of "
+            f"{path} belongs to another backbone: expected LoRA kernels for query and value of "
             f"{shape.num_layers} layers, {2 * shape.num_layers} in all. Received: {len(pairs)}"
         )
     for name, (a, b) in pairs.items():
         if not a or not b or a[-1] != rank or b[0] != rank:
             raise DataError(
-                f"{path} is not of one rank: expected rank {rank} as it says itself. "
+                f"{path} must have one rank: expected rank {rank}, which the file names. "
                 f"Received: layer {name} with kernels of shape {a} and {b}"
             )
         if shape.hidden_dim not in a[:-1]:
@@ -236,10 +242,10 @@ def check_lora(path: Path, shape: ModelShape) -> int:
 
 
 def read_head(kernel_path: Path, bias_path: Path, *, hidden_dim: int, classes: int) -> Head:
-    """Return the head of two .npy files.
+    """Return the head in two .npy files: kernel (hidden_dim, classes) and bias (classes,).
 
     Raises:
-        DataError: a file is missing, needs unpickling, or does not fit the backbone.
+        DataError: a file is missing, needs unpickling, or has another shape.
     """
     kernel = _read_array("--head-kernel", kernel_path)
     bias = _read_array("--head-bias", bias_path)
@@ -283,8 +289,8 @@ def _read_array(name: str, path: Path) -> np.ndarray:
 
 
 def _check_claims(file: BinaryIO) -> None:
-    """Compare what a .npy header says with the file's size, before anything of that size is
-    allocated; leave the file at its start."""
+    """Compare the size in a .npy header with the file's, before that much is allocated; leave the
+    file at its start."""
     version = np.lib.format.read_magic(file)
     if version not in NPY_HEADERS:
         raise ValueError(f"a .npy header of version {version}")
@@ -313,12 +319,6 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
     for file in files:
         if not os.path.isfile(file):
             raise DataError(f"The preset lacks a part of its weights. Expected: {file}")
-        try:
-            with h5py.File(file, "r"):
-                pass
-        except Exception as error:  # what h5py raises for a damaged file has no narrower class
-            raise DataError(
-                f"{file} is damaged or cut short: {first_line(error)}. Copy it again from where "
-                "the preset came from."
-            ) from None
+        with readable(file), h5py.File(file, "r"):
+            pass
     return tuple(files)

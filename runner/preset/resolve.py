@@ -1,6 +1,6 @@
-"""Config -> the files of a run, what is known of them, and what workers are told.
+"""Config -> the files of a run, the facts about them, and what workers need to load them.
 
-Everything here is found before anything starts. Does not know rows, devices or workers.
+All of it is checked before anything starts. Does not know rows, devices or workers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,10 +27,10 @@ Config = TypeVar("Config", RunConfig, PrepareConfig)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The files of a run, the demo's where the person named none, and the preset's facts.
+    """The files of a run, the demo's if the user named none, and the facts about the preset.
 
-    head_kernel, head_bias: None where the task has no head, or the preset's own is used.
-    quantization: what workers have to make of the preset's weights while they load them.
+    head_kernel, head_bias: None if the task has no head or the preset's own is used.
+    quantization: how workers quantize the preset's weights while they load them, None if not.
     """
 
     test_set: Path
@@ -41,34 +41,38 @@ class Job:
     quantization: str | None
 
     def width(self, task: Task) -> int:
-        """Return how many numbers a row gets."""
+        """Return the number of values that a row gets."""
         return task.width(self.preset.shape.hidden_dim)
 
     def dtype(self, config: RunConfig, of_device: str) -> str:
-        """Return the dtype to compute in: what was named, or what the device likes."""
+        """Return the dtype to compute in; `of_device` is what config and device come to without
+        quantization."""
         quantization = self.preset.quantization or config.quantization
         return dtype_beside(quantization, of_device) if config.dtype == "auto" else of_device
 
     def spec(self, config: RunConfig, dtype: str) -> ModelSpec:
-        """Return what workers need, in a dtype."""
-        lora, kernel, bias = self.lora_weights, self.head_kernel, self.head_bias
+        """Return what workers need to load the model in a dtype."""
+        lora, kernel, bias = (
+            str(path.resolve()) if path is not None else None
+            for path in (self.lora_weights, self.head_kernel, self.head_bias)
+        )
         return ModelSpec(
             preset=str(self.preset.path.resolve()),
-            lora_weights=str(lora.resolve()) if lora is not None else None,
-            head_kernel=str(kernel.resolve()) if kernel is not None else None,
-            head_bias=str(bias.resolve()) if bias is not None else None,
+            lora_weights=lora,
+            head_kernel=kernel,
+            head_bias=bias,
             classes=self.width(config.task),
             pooling=config.pooling,
             dtype=dtype,
             quantization=self.quantization,
             compilation_cache=compilation_cache(),
-            stored_bytes=sum(path.stat().st_size for path in self.preset.weight_files),
+            stored_bytes=self.preset.stored_bytes,
             head=config.task.head,
             is_int8="int8" in (self.preset.quantization, self.quantization),
         )
 
     def head_files(self, task: Task) -> tuple[Path, ...]:
-        """Return the files that make pooled vectors into answers."""
+        """Return the files of the head, which turns pooled vectors into answers."""
         if task.head == "none":
             return ()
         if self.head_kernel is not None and self.head_bias is not None:
@@ -78,7 +82,11 @@ class Job:
     def fingerprint(
         self, config: RunConfig, dtype: str, ids: Sequence[str], texts: Sequence[str]
     ) -> Fingerprint:
-        """Return what decides the answers of this run."""
+        """Return what determines the answers of this run.
+
+        Args:
+            ids, texts: one of each a row, texts as rendered.
+        """
         found = versions()
         return fingerprint(
             settings={
@@ -101,7 +109,7 @@ class Job:
 
 
 def named_files(config: RunConfig, others: Mapping[str, Path]) -> dict[str, Path]:
-    """Return field name -> file, of those that a config names or else `others` has."""
+    """Return field name -> file: those of a config, replaced by `others` if they are there."""
     names = ("preset", "lora_weights", "head_kernel", "head_bias", "input")
     named = {name: getattr(config, name) for name in names} | dict(others)
     return {name: path for name, path in named.items() if path is not None}
@@ -111,7 +119,7 @@ def find_job(config: RunConfig, others: Mapping[str, Path]) -> Job:
     """Find and check the files of a run.
 
     Args:
-        others: field name -> file, in place of those that the config does not name.
+        others: field name -> file, for fields that the config leaves out.
 
     Raises:
         ConfigError, DataError: a file is missing or cannot be used.
@@ -137,10 +145,10 @@ def find_job(config: RunConfig, others: Mapping[str, Path]) -> Job:
 
 
 def check_head(preset: Preset, kernel: Path | None, bias: Path | None, task: Task) -> None:
-    """Check the head that is named, or else the preset's own.
+    """Check the named head, or else the preset's own.
 
     Raises:
-        ConfigError: there is neither, or the preset's own gives other answers than the task wants.
+        ConfigError: there is neither, or the preset's own ends in another activation than the task.
         DataError: it is damaged, or does not fit.
     """
     hidden_dim, classes = preset.shape.hidden_dim, len(task.label_columns)
@@ -149,7 +157,7 @@ def check_head(preset: Preset, kernel: Path | None, bias: Path | None, task: Tas
     elif preset.classifier is not None:
         if preset.classifier.activation not in ("linear", task.head):
             raise ConfigError(
-                f"{preset.path} ends in {preset.classifier.activation}, so [task] must have that "
+                f"{preset.path} ends in {preset.classifier.activation}, so [task] must name that "
                 f"head. Received: head = {task.head!r}"
             )
         preset.classifier.head(hidden_dim=hidden_dim, classes=classes)
@@ -162,11 +170,13 @@ def check_head(preset: Preset, kernel: Path | None, bias: Path | None, task: Tas
 
 
 def settle(config: Config, preset: Preset) -> Config:
-    """Return the config with what the preset decides where the person did not: a classifier's own
-    pooling and its preprocessor's sequence length, and no more positions than a backbone has.
+    """Return the config with the preset's own values in place of defaults that the user kept.
+
+    They are a classifier's pooling, the sequence length of its preprocessor, and the number of
+    positions of the backbone as a limit.
 
     Raises:
-        ConfigError: what the person asked for does not go with the preset.
+        ConfigError: the preset does not support what the user asked for.
     """
     pooling, length = config.pooling, config.sequence_length
     uses_own = config.head_kernel is None and config.task.head != "none"
@@ -176,13 +186,13 @@ def settle(config: Config, preset: Preset) -> Config:
             pooling = own.pooling
         elif pooling != own.pooling:
             raise ConfigError(
-                f"{preset.path} brings the head of a {own.known.class_name}, which was trained "
-                f"with --pooling {own.pooling}; leave the flag out, or name a head of your own. "
+                f"{preset.path} has the head of a {own.known.class_name}, which was trained "
+                f"with --pooling {own.pooling}; omit the flag, or name a head of your own. "
                 f"Received: --pooling {pooling}"
             )
     if pooling not in preset.family.poolings:
         raise ConfigError(
-            f"{preset.class_name} goes with --pooling {', '.join(preset.family.poolings)}. "
+            f"{preset.class_name} supports --pooling {', '.join(preset.family.poolings)}. "
             f"Received: --pooling {pooling}"
         )
     if isinstance(length, DefaultLength):
@@ -202,8 +212,10 @@ def settle(config: Config, preset: Preset) -> Config:
 
 
 def _settings_of(config: RunConfig) -> dict[str, object]:
-    """What of a task decides an answer; nothing where it is as the contest's, whose journals are
-    older than tasks. What labels are called does not: how many there are, the head says."""
+    """Return the parts of a task that determine an answer. Label names do not.
+
+    The contest's own are left out, since its journals are older than tasks.
+    """
     task, settings = config.task, dict[str, object]()
     if (task.template, task.head) != (CONTEST.template, CONTEST.head):
         settings |= {"template": repr(task.template), "kind_of_head": task.head}
@@ -222,13 +234,13 @@ def _quantization_to_do(config: RunConfig, preset: Preset) -> str | None:
         return asked
     if asked not in (None, preset.quantization):
         raise ConfigError(
-            f"{preset.path} holds {preset.quantization} weights; take the float preset for another "
+            f"{preset.path} holds {preset.quantization} weights; use the float preset for another "
             f"quantization. Received: --quantization {asked}"
         )
     if config.lora_weights is not None:
         raise ConfigError(
             f"{preset.path} holds {preset.quantization} weights, into which no LoRA file can be "
-            "merged; `run.py prepare` merges it before. Received: --lora-weights "
+            "merged; merge it first with `run.py prepare`. Received: --lora-weights "
             f"{config.lora_weights}"
         )
     return None

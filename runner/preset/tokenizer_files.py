@@ -1,6 +1,6 @@
 """A preset's tokenizer.json, preprocessor.json and assets -> how it turns text into tokens.
 
-Reads JSON alone; `tokenization.py` does what is said here.
+Reads only JSON; `data/tokenization.py` opens the vocabulary and tokenizes.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from runner.common.errors import DataError, shown
 from runner.preset.families import BYTE_PAIRS, SENTENCE_PIECES, TOKENIZERS, WORD_PIECES, Tokenizer
 from runner.preset.json_files import read_json, settings_of
 
-# Keys of a tokenizer's config that change tokens where they are set, and are not followed here.
-UNFOLLOWED_OPTIONS = (
+# Keys of a tokenizer's config that would change tokens and are not supported.
+UNSUPPORTED_OPTIONS = (
     *("sequence_length", "add_bos", "add_eos"),
     *("bos_token", "eos_token", "misc_special_tokens"),
 )
@@ -28,8 +28,8 @@ VOCABULARIES = {
 class BytePairOptions:
     """What byte-level BPE needs beside its vocabulary.
 
-    unsplittable_tokens: strings that become one token wherever a text holds them. splits_words:
-    merges stay within words, as GPT-2 has them.
+    unsplittable_tokens: strings that become one token wherever they occur in a text. splits_words:
+    merges stay within words, as GPT-2 defines them.
     """
 
     merges: Path
@@ -42,7 +42,7 @@ class BytePairOptions:
 class WordPieceOptions:
     """What WordPiece needs beside its vocabulary.
 
-    unsplittable_tokens: as for `BytePairOptions`; none unless the preset asks for them.
+    unsplittable_tokens: as for `BytePairOptions`; empty unless the preset asks for them.
     """
 
     lowercase: bool
@@ -57,8 +57,8 @@ class WordPieceOptions:
 class TokenizerFiles:
     """How a preset turns text into tokens.
 
-    is_segment: packed by KerasHub's `TextClassifierPreprocessor`, else by `CausalLMPreprocessor`.
-    sequence_length: that of the preset's own preprocessor, None where it names none.
+    is_segment: packed as by KerasHub's `TextClassifierPreprocessor`, else by
+    `CausalLMPreprocessor`. sequence_length: of the preset's own preprocessor, None if not set.
     """
 
     class_name: str
@@ -78,7 +78,7 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
     """Return how the preset directory `path` turns text into tokens.
 
     Raises:
-        DataError: a file is missing, or says what is not followed here.
+        DataError: a file is missing or damaged, or sets an option that is not supported.
     """
     file = path / "tokenizer.json"
     content = read_json(file)
@@ -89,10 +89,10 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
             f"Received: class_name={class_name!r}"
         )
     known, config = TOKENIZERS[class_name], settings_of(file, content)
-    for key in UNFOLLOWED_OPTIONS:
+    for key in UNSUPPORTED_OPTIONS:
         if config.get(key):
             raise DataError(
-                f"{file} must not set {key}, which this runner does not follow. "
+                f"{file} must not set {key}, which this runner does not support. "
                 f"Received: {key}={shown(config[key])}"
             )
     options: dict[str, Any] = {}
@@ -117,10 +117,9 @@ def read_tokenizer(path: Path) -> TokenizerFiles:
 
 
 def _byte_pairs(path: Path, known: Tokenizer, config: dict[str, Any]) -> BytePairOptions:
-    added = (known.start, known.end, known.pad, *known.others)
     unsplittable = _tokens(path / "tokenizer.json", config, "unsplittable_tokens")
     if unsplittable is None:
-        unsplittable = [token for token in added if token is not None]
+        unsplittable = known.special_tokens
     return BytePairOptions(
         merges=_asset(path, "merges.txt"),
         unsplittable_tokens=tuple(unsplittable),
@@ -132,18 +131,15 @@ def _byte_pairs(path: Path, known: Tokenizer, config: dict[str, Any]) -> BytePai
 def _word_pieces(file: Path, known: Tokenizer, config: dict[str, Any]) -> WordPieceOptions:
     if not config.get("split", True):
         raise DataError(
-            f"{file} must split texts into words, since rows come as whole texts. "
-            "Received: split=false"
+            f"{file} must split texts into words, since rows are whole texts. Received: split=false"
         )
     suffix, unknown = config.get("suffix_indicator", "##"), config.get("oov_token", "[UNK]")
     for key, value in {"suffix_indicator": suffix, "oov_token": unknown}.items():
         if not isinstance(value, str) or not value:
-            raise DataError(f"{file} must give {key} as a text. Received: {shown(value)}")
+            raise DataError(f"{file} must give {key} as a string. Received: {shown(value)}")
     found: list[str] = []
     if config.get("special_tokens_in_strings"):
-        added = (known.start, known.end, known.pad, *known.others)
-        found = [token for token in added if token is not None]
-        found += _tokens(file, config, "special_tokens") or []
+        found = known.special_tokens + (_tokens(file, config, "special_tokens") or [])
     return WordPieceOptions(
         lowercase=bool(config.get("lowercase", False)),
         strip_accents=bool(config.get("strip_accents", False)),

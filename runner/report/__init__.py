@@ -1,1 +1,1 @@
-"""What is known of a run -> JSON, a page, charts and a trace. Computes nothing of the run."""
+"""Facts of a run -> JSON, a page with charts and a trace. Computes nothing of the run itself."""

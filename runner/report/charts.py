@@ -1,139 +1,37 @@
-"""Figures of a run -> drawings as inline SVG, whose colours are the page's own.
+"""Figures of a run -> drawings on a matplotlib figure, which `canvas.py` makes an SVG of.
 
-matplotlib draws with a marked colour for each role, and the marks become CSS variables: one drawing
-serves light and dark pages. Imported only where a page is written. Does not know the report.
+Imported only where a page is written. Does not know the report.
 """
 
-import io
-import logging
-import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.patches import PathPatch
-from matplotlib.path import Path
-from matplotlib.ticker import (
-    FixedLocator,
-    FuncFormatter,
-    MaxNLocator,
-    MultipleLocator,
-    PercentFormatter,
+from matplotlib.ticker import FuncFormatter, MultipleLocator, PercentFormatter
+
+from runner.report.canvas import (
+    MARKS,
+    axis_step,
+    clock,
+    draw_boxes,
+    label_line,
+    mark_faults,
+    name_bars,
+    row_axis,
+    time_axis,
 )
+from runner.report.lanes import PADDING, SLOWER, WORKING, Lane
+from runner.telemetry.timeline import COMPILING, LOADING, LOST, Event, Span, Stage
 
-from runner.report.lanes import ENDING, IDLE, PADDING, SLOWER, WORKING, Lane
-from runner.telemetry.timeline import (
-    COMPILING,
-    LOADING,
-    LOST,
-    PREDICTING,
-    STARTING,
-    Event,
-    Span,
-    Stage,
-)
-
-# Role -> (colour on a light page, on a dark one).
-COLOURS = {
-    "ink": ("#1f2328", "#e6edf3"),
-    "soft": ("#59636e", "#9198a1"),
-    "line": ("#d1d9e0", "#3d444d"),
-    "accent": ("#2f6fb3", "#5b9bdd"),
-    "warn": ("#c93c37", "#f0716b"),
-    PREDICTING: ("#2f6fb3", "#5b9bdd"),
-    WORKING: ("#2f6fb3", "#5b9bdd"),
-    SLOWER: ("#7fb0dc", "#2d5f8f"),
-    PADDING: ("#c5dbef", "#234058"),
-    COMPILING: ("#dba11c", "#c9951f"),
-    LOADING: ("#8e6bbf", "#a48bd0"),
-    STARTING: ("#c8b9e0", "#5d4b7d"),
-    IDLE: ("#e3e6ea", "#2b3139"),
-    LOST: ("#c93c37", "#f0716b"),
-    ENDING: ("#aab4be", "#57606a"),
-}
-# What matplotlib draws with: no colour that it would choose by itself.
-MARKS = {role: f"#01fe{place:02x}" for place, role in enumerate(COLOURS)}
-
-WIDTH = 9.6  # inches, of 72 units of the drawing each
-# Cells that a lane of a drawing is cut into, and those of all lanes together.
+# Cells that a lane is cut into, and cells of all lanes together, at most.
 CELLS, MOST_CELLS = 1200, 60_000
 MOST_LABELLED_LANES = 48
-# Bars of one chart.
-MOST_BARS = 40
-# Sensible steps of a time axis, in seconds.
-STEPS_S = (
-    *(0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900),
-    *(1800, 3600, 7200, 14400, 28800),
-)
-
-# It would tell the person that it builds its cache of fonts.
-logging.getLogger("matplotlib").setLevel(logging.ERROR)
-
-
-def variable(role: str) -> str:
-    """Return the CSS variable of a role."""
-    return "--" + role.replace(" ", "-")
-
-
-def draw(name: str, described: str, height: float, paint: Callable[[Figure], None]) -> str:
-    """Return an <svg> element.
-
-    Args:
-        name: unique on the page. described: what it shows, for those who cannot see it; escaped
-            already.
-        height: in inches.
-    """
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # not those of the person's own plots
-        matplotlib.rcParams.update(_STYLE | {"svg.hashsalt": name})
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        FigureCanvasSVG(figure)
-        paint(figure)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # As wide as the page; names that no other drawing has.
-    tag, rest = svg.split(">", maxsplit=1)
-    svg = re.sub(r' (width|height)="[^"]*"', "", tag) + ">" + rest
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{described}" ', 1)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
-    for role, mark in MARKS.items():
-        svg = svg.replace(mark, f"var({variable(role)})")
-    return svg
-
-
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.size": 9,
-    "text.color": MARKS["ink"],
-    "axes.edgecolor": MARKS["line"],
-    "axes.labelcolor": MARKS["soft"],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "savefig.facecolor": "none",
-    "grid.color": MARKS["line"],
-    "grid.linewidth": 0.6,
-    "xtick.color": MARKS["line"],
-    "ytick.color": MARKS["line"],
-    "xtick.labelcolor": MARKS["soft"],
-    "ytick.labelcolor": MARKS["soft"],
-    "legend.frameon": False,
-    "legend.labelcolor": MARKS["ink"],
-}
+# Bars of one chart, and curves of one chart, at most.
+MOST_BARS, MOST_CURVES = 40, 6
 
 
 def gantt_height(lanes: int) -> float:
+    """Return the height of `gantt` in inches."""
     return 0.75 + 0.42 * (1 + min(lanes, 8)) + 0.16 * max(0, min(lanes, 48) - 8)
 
 
@@ -148,7 +46,7 @@ def gantt(
     decisions_s: Sequence[float],
     end_s: float,
 ) -> None:
-    """A row a worker, coloured by what it was at; what it compiled beside that in a strip below."""
+    """Draw a row for each worker, coloured by its state, above a strip of what it compiled."""
     axes = figure.subplots()
     cells = max(100, min(CELLS, MOST_CELLS // len(lanes)))
     runs: dict[str, list[tuple[float, float, float, float]]] = {}
@@ -167,7 +65,7 @@ def gantt(
         end = max(stage.end_s, stage.start_s + least)
         runs.setdefault("soft", []).append((stage.start_s, end, -0.2, 0.2))
     for state, boxes in runs.items():
-        _boxes(axes, boxes, state)
+        draw_boxes(axes, boxes, state)
     marked = [(event.at_s, place.get((event.replica or 0, 0), 0)) for event in faults]
     if marked:
         axes.plot(
@@ -181,18 +79,18 @@ def gantt(
         )
     for at_s in decisions_s:
         axes.axvline(at_s, color=MARKS["ink"], linewidth=0.8, linestyle=(0, (2, 2)))
-    _time_axis(axes, end_s)
+    time_axis(axes, end_s)
     axes.set_ylim(len(lanes) + 0.6, -0.6)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     if len(lanes) <= MOST_LABELLED_LANES:
-        axes.set_yticks([0, *place.values()], ["the run", *labels])
+        axes.set_yticks([0, *place.values()], ["run", *labels])
     else:
-        axes.set_yticks([0, 1, len(lanes)], ["the run", labels[0], labels[-1]])
+        axes.set_yticks([0, 1, len(lanes)], ["run", labels[0], labels[-1]])
 
 
 def shares_bar(figure: Figure, parts: dict[str, float]) -> None:
-    """One bar: all workers' time, cut into parts that sum to one."""
+    """Draw all workers' time as one bar, cut into parts that sum to one."""
     axes = figure.subplots()
     left = 0.0
     for part, share in parts.items():
@@ -222,18 +120,18 @@ def throughput(
     faults_s: Sequence[float],
     end_s: float,
 ) -> None:
-    """Real tokens a second."""
+    """Draw real tokens a second. rates: between each two of edges, in seconds."""
     axes = figure.subplots()
     axes.stairs(rates, edges, fill=True, color=MARKS[SLOWER], linewidth=0)
     axes.stairs(rates, edges, color=MARKS["accent"], linewidth=1.2, baseline=None)
     axes.axhline(mean, color=MARKS["ink"], linewidth=0.8, linestyle=(0, (4, 3)))
-    _label_line(axes, mean, f"mean {mean:,.0f}")
-    _mark_faults(axes, faults_s)
-    _time_axis(axes, end_s)
+    label_line(axes, mean, f"mean {mean:,.0f}")
+    mark_faults(axes, faults_s)
+    time_axis(axes, end_s)
     axes.set_ylim(0, max(float(rates.max(initial=0.0)), mean) * 1.12 or 1)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
     axes.grid(axis="y")
-    axes.set_ylabel("real tokens a second")
+    axes.set_ylabel("real tokens per second")
 
 
 def forecasts(
@@ -244,30 +142,30 @@ def forecasts(
     limit_s: float | None,
     end_s: float,
 ) -> None:
-    """When the run was expected to be done, by when that was said, against when it was."""
+    """Draw when the run was expected to end, by the time of each forecast, and when it ended."""
     axes = figure.subplots()
     at, expected = np.array(pairs, dtype=float).T
     axes.axhspan(0.9 * truth_s, 1.1 * truth_s, color=MARKS[PADDING], alpha=0.5, linewidth=0)
     axes.axhline(truth_s, color=MARKS["ink"], linewidth=0.8, linestyle=(0, (4, 3)))
-    _label_line(axes, truth_s, "truth, and 10 % around it", is_below=True)
+    label_line(axes, truth_s, "actual end, ±10%", is_below=True)
     axes.plot(at, expected, color=MARKS["accent"], linewidth=1.4, marker=".", markersize=4)
     top = max(float(expected.max()), 1.1 * truth_s)
     low = min(float(expected.min()), 0.9 * truth_s)
     if limit_s is not None and limit_s < 2 * top:
         axes.axhline(limit_s, color=MARKS["warn"], linewidth=1)
-        _label_line(axes, limit_s, "the limit", color=MARKS["warn"])
+        label_line(axes, limit_s, "time limit", color=MARKS["warn"])
         top, low = max(top, limit_s), min(low, limit_s)
     room = 0.12 * (top - low)
     axes.set_ylim(max(0.0, low - room), top + room)
-    _time_axis(axes, end_s)
-    axes.yaxis.set_major_locator(MultipleLocator(_step(top - low, 5)))
+    time_axis(axes, end_s)
+    axes.yaxis.set_major_locator(MultipleLocator(axis_step(top - low, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: clock(value)))
     axes.grid(axis="y")
-    axes.set_ylabel("forecast end")
+    axes.set_ylabel("forecast of the end")
 
 
 def lengths(figure: Figure, tokens: np.ndarray, buckets: Sequence[int], limit: int) -> None:
-    """How many rows are how long, and the lengths that they are padded to."""
+    """Draw how many rows have how many tokens, and the lengths of the batches."""
     axes = figure.subplots()
     top = max(limit, int(tokens.max(initial=1)))
     bins = np.linspace(0, top, min(80, top) + 1)
@@ -286,15 +184,16 @@ def lengths(figure: Figure, tokens: np.ndarray, buckets: Sequence[int], limit: i
             color=MARKS["accent"],
         )
     axes.set_xlim(0, top * 1.01)
-    axes.set_ylim(0)
-    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.grid(axis="y")
-    axes.set_xlabel("tokens of a row")
-    axes.set_ylabel("rows")
+    row_axis(axes)
+    axes.set_xlabel("tokens in a row")
 
 
 def classes_and_confidence(figure: Figure, labels: Sequence[str], values: np.ndarray) -> None:
-    """Which class is likeliest how often, and how sure the model is. values: (rows, classes)."""
+    """Draw how often each class is the most likely, and how sure the model is.
+
+    Args:
+        values: (rows, classes), probabilities.
+    """
     left, right = figure.subplots(1, 2)
     likeliest = np.bincount(values.argmax(axis=1), minlength=len(labels)) / len(values)
     means = values.mean(axis=0)
@@ -312,47 +211,41 @@ def classes_and_confidence(figure: Figure, labels: Sequence[str], values: np.nda
             va="center",
             fontsize=8,
         )
-    left.set_yticks(places, [_short(labels[place]) for place in shown])
-    left.tick_params(axis="y", length=0)
-    left.set_ylim(len(shown) - 0.4, -0.6)
+    name_bars(left, [_short(labels[place]) for place in shown])
     left.set_xlim(0, max(likeliest.max(), means.max()) * 1.25)
     left.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    left.set_xlabel("rows for which it is the likeliest; the stroke: mean probability")
+    left.set_xlabel("rows with this most likely class; stroke: mean probability")
     top = values.max(axis=1)
     counts, bins = np.histogram(top, np.linspace(1 / len(labels), 1, 31))
     right.stairs(counts, bins, fill=True, color=MARKS[SLOWER], linewidth=0)
     right.axvline(float(np.median(top)), color=MARKS["ink"], linewidth=0.9, linestyle=(0, (4, 3)))
     right.set_xlim(1 / len(labels), 1)
-    right.set_ylim(0)
-    right.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    row_axis(right)
     right.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    right.grid(axis="y")
-    right.set_xlabel("probability of the likeliest class; dashed: median")
-    right.set_ylabel("rows")
+    right.set_xlabel("probability of the most likely class; dashed: median")
 
 
 def scores(figure: Figure, labels: Sequence[str], values: np.ndarray) -> None:
-    """How often which value comes out, where they are no shares of one. values: (rows, columns)."""
+    """Draw a histogram of each of the first columns. values: (rows, columns)."""
     axes = figure.subplots()
     bins = np.linspace(float(values.min()), float(values.max()) + 1e-9, 41)
-    for place, label in enumerate(labels[:6]):
+    for place, label in enumerate(labels[:MOST_CURVES]):
         counts, _ = np.histogram(values[:, place], bins)
         axes.stairs(counts, bins, linewidth=1.4, label=_short(label))
     axes.legend()
-    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.grid(axis="y")
+    row_axis(axes)
     axes.set_xlabel("predicted value")
-    axes.set_ylabel("rows")
 
 
 def memory_height(workers: int) -> float:
+    """Return the height of `memory` in inches."""
     return 0.8 + 0.3 * min(workers, MOST_BARS)
 
 
 def memory(
     figure: Figure, labels: Sequence[str], parts: Sequence[tuple[str, str, Sequence[float]]]
 ) -> None:
-    """A bar a worker; parts: (what, role of its colour, bytes of each worker)."""
+    """Draw a bar for each worker. parts: (what, role of its colour, bytes of each worker)."""
     axes = figure.subplots()
     count = min(len(labels), MOST_BARS)
     places, left = np.arange(count), np.zeros(count)
@@ -368,63 +261,10 @@ def memory(
             textcoords="offset points",
             va="center",
         )
-    axes.set_yticks(places, labels[:count])
-    axes.tick_params(axis="y", length=0)
-    axes.set_ylim(count - 0.4, -0.6)
+    name_bars(axes, labels[:count])
     axes.set_xlim(0, max(float(left.max(initial=0.0)), 1.0) * 1.15)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.set_xlabel("MB of the machine's memory, at most")
-
-
-def clock(seconds: float) -> str:
-    """7.25 -> 7.2 s, 73 -> 1:13, 3700 -> 1:01:40."""
-    if seconds < 60:
-        return f"{seconds:.1f}".removesuffix(".0") + " s"
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
-
-
-def _boxes(axes: Axes, boxes: Sequence[tuple[float, float, float, float]], role: str) -> None:
-    """Draw (left, right, top, bottom) rectangles as one path: a run may have thousands."""
-    vertices = [
-        corner
-        for left, right, top, bottom in boxes
-        for corner in ((left, top), (right, top), (right, bottom), (left, bottom), (left, top))
-    ]
-    codes = [Path.MOVETO, *(Path.LINETO,) * 3, Path.CLOSEPOLY] * len(boxes)
-    axes.add_patch(PathPatch(Path(vertices, codes), facecolor=MARKS[role], linewidth=0))
-
-
-def _time_axis(axes: Axes, end_s: float) -> None:
-    step = _step(end_s, 10)
-    axes.xaxis.set_major_locator(FixedLocator(np.arange(0, end_s + step / 2, step).tolist()))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: clock(value)))
-    axes.set_xlim(0, end_s)
-
-
-def _step(seconds: float, most: int) -> float:
-    return next((step for step in STEPS_S if seconds / step <= most), STEPS_S[-1])
-
-
-def _mark_faults(axes: Axes, faults_s: Sequence[float]) -> None:
-    for at_s in faults_s:
-        axes.axvline(at_s, color=MARKS["warn"], linewidth=0.8)
-
-
-def _label_line(
-    axes: Axes, at: float, text: str, *, color: str = MARKS["ink"], is_below: bool = False
-) -> None:
-    axes.annotate(
-        text,
-        (0, at),  # there the run has just started, and nothing else is drawn
-        xycoords=("axes fraction", "data"),
-        xytext=(4, -3 if is_below else 3),
-        textcoords="offset points",
-        va="top" if is_below else "bottom",
-        color=color,
-        fontsize=8,
-    )
+    axes.set_xlabel("peak MB of the machine's memory")
 
 
 def _count(value: float) -> str:

@@ -1,7 +1,7 @@
-"""What a run has come to -> its report, page and trace on disk, and its figures at any moment.
+"""The outcome of a run -> its report, page and trace on disk, and its figures at any moment.
 
-The driver fills in an `Outcome` as the run goes on. Does not know who computed, nor a deadline's
-rules: both come as plain facts.
+The driver updates an `Outcome` during the run. What the executor and the deadline have to say
+arrives as plain facts.
 """
 
 from collections.abc import Callable, Sequence, Sized
@@ -27,19 +27,20 @@ from sharding.batches import Plan
 from sharding.costs import ModelShape
 from sharding.strategies import Strategy
 
-# Seconds in which the page must be drawn: no run ends later for it.
+# Seconds that the trace and the page may each take; a run waits no longer for them.
 PAGE_WITHIN_S = 60.0
-# Values that a page's charts are drawn from.
+# Numbers that a page's charts are drawn from, at most.
 MOST_VALUES = 5_000_000
+NOT_WRITTEN = "the submission was written, but its {} was not"
 
 
 @dataclass(slots=True, kw_only=True)
 class Outcome:
-    """What a run has come to so far: true at any moment, and read from any thread.
+    """The state of a run: valid at any moment, readable from any thread.
 
-    rows: in all. lengths: int64 (rows,), tokens of each, none before they are counted. in_journal:
-    as many rows as are safe on disk. stands_s: when the submission was written last, since the
-    process started.
+    rows: of the test set. lengths: int64 (rows,), tokens of each row; empty until they are counted.
+    in_journal: its length is the number of rows that are safe on disk. stands_s: when the
+    submission was last written, in seconds since the process started.
     """
 
     rows: int
@@ -55,7 +56,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Computed:
-    """What an executor has to say of itself."""
+    """What an executor reports about itself."""
 
     info: WorkerInfo | None
     stats: Sequence[WorkerStats]
@@ -67,10 +68,10 @@ class Computed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reports:
-    """The reports of one run, from when its rows are read.
+    """Writes the reports of one run; made once its rows are read.
 
-    seconds: of the run's own stages. limit_s, events: of the deadline; events are added to.
-    now: seconds since the process started.
+    seconds: of each stage of the driver. limit_s, events: of the deadline, whose list of events
+    grows during the run. now: returns the seconds since the process started.
     """
 
     config: RunConfig
@@ -86,18 +87,12 @@ class Reports:
     now: Callable[[], float]
 
     def figures(self, computed: Computed) -> Figures:
-        """Return how the run stands, from any thread."""
-        how, tally = self.table.how, self.outcome.tally
+        """Return the current figures; callable from any thread."""
+        tally, rows = self.outcome.tally, self._rows()
         return Figures(
             build=versions() | {"mode": self.config.mode},
             standing=self.progress.standing(),
-            rows={
-                "total": len(how),
-                "done": len(how) - how.count(""),
-                "resumed": self.outcome.resumed,
-                "shortened": how.count(SHORTENED),
-                "filled": how.count(FILLED),
-            },
+            rows=rows | {"done": rows["total"] - self.table.how.count("")},
             real_tokens=tally.real_tokens,
             padded_tokens=tally.padded_tokens,
             workers=computed.stats,
@@ -107,14 +102,17 @@ class Reports:
     def write(
         self, computed: Computed, quantization: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Write the report and how each row was made; return the report."""
+        """Write the report, the table of rows, the trace and the page; return the report. If a file
+        cannot be written, say so."""
         config, note = self.config, self.progress.note
         report = self.report(computed, quantization)
         try:
+            what = "report"
             write_report(config.report_path, report)
+            what = "table of rows"
             write_rows(config.rows_path, self.table, id_column=config.task.id_column)
         except OSError as error:
-            note(f"warning: the submission stands; its report does not: {error}")
+            note(f"warning: {NOT_WRITTEN.format(what)}: {error}")
         for what, path, write in (
             ("trace", config.trace_path, self._write_trace),
             ("page", config.page_path, self._write_page),
@@ -124,9 +122,9 @@ class Reports:
         return report
 
     def report(self, computed: Computed, quantization: dict[str, Any] | None) -> dict[str, Any]:
-        """Return the run's report, as of now."""
-        outcome, how, stats = self.outcome, self.table.how, computed.stats
-        tally, limit_s = outcome.tally, self.limit_s
+        """Return the report of the run so far."""
+        outcome, limit_s, rows = self.outcome, self.limit_s, self._rows()
+        stats, tally = computed.stats, outcome.tally
         self.seconds.update(
             start_workers=computed.start_workers_s,
             load=max((worker.load_s for worker in stats), default=0.0),
@@ -134,24 +132,16 @@ class Reports:
             predict=computed.predict_s,
             total=self.now(),
         )
-        filled, shortened = how.count(FILLED), how.count(SHORTENED)
+        unlike = rows["resumed"] + rows["shortened"] + rows["filled"]
         return make_report(
             self.config,
             fingerprint=outcome.fingerprint,
-            rows={
-                "total": len(how),
-                "predicted": len(how) - filled - shortened - outcome.resumed,
-                "resumed": outcome.resumed,
-                "shortened": shortened,
-                "filled": filled,
-            },
-            real_tokens=tally.real_tokens,
-            padded_tokens=tally.padded_tokens,
-            answered=tally.answered,
+            rows={"total": rows["total"], "predicted": rows["total"] - unlike, **rows},
+            tally=tally,
             model_flops=_model_flops(self.shape, tally.lengths_done),
             seconds=self.seconds,
             info=computed.info,
-            workers=list(stats) if how and computed.info else [],
+            workers=list(stats) if rows["total"] and computed.info else [],
             faults=computed.faults if computed.info else Faults(),
             plan=self._describe_plan(computed),
             strategy=self.strategy,
@@ -162,13 +152,17 @@ class Reports:
                 "slack_s": None if limit_s is None else round(limit_s - outcome.stands_s, 4),
                 "events": self.events,
             },
-            forecasts=tally.forecasts,
             extra_passes=outcome.extra_passes,
-            journal={
-                "path": str(self.config.journal_path),
-                "seconds": round(tally.journal_s, 4),
-            },
         )
+
+    def _rows(self) -> dict[str, int]:
+        how = self.table.how
+        return {
+            "total": len(how),
+            "resumed": self.outcome.resumed,
+            "shortened": how.count(SHORTENED),
+            "filled": how.count(FILLED),
+        }
 
     def _describe_plan(self, computed: Computed) -> dict[str, Any]:
         plan = self.outcome.plan
@@ -199,12 +193,12 @@ class Reports:
         write_trace(path, events)
 
     def _write_page(self, path: Path, report: dict[str, Any]) -> None:
-        from runner.report.page import Story, write_page  # matplotlib takes half a second
+        from runner.report.page import Story, write_page  # matplotlib: half a second
 
         table, lengths = self.table, self.outcome.lengths
         own = [row for row, how in enumerate(table.how) if how not in ("", FILLED)]
         columns = table.probabilities([]).shape[1]
-        # Embeddings have thousands of columns: some rows say what they look like.
+        # Embeddings have thousands of columns: a sample of the rows is enough for charts.
         every = max(1, len(own) * columns // MOST_VALUES)
         story = Story(
             report=report,
@@ -214,7 +208,7 @@ class Reports:
             lengths=lengths if lengths.size else table.lengths,
             values=table.probabilities(own[::every]),
             every=every,
-            # Of embeddings, the numbers by their places.
+            # Columns of embeddings have no names, only numbers.
             labels=self.config.task.label_columns or [*map(str, range(columns))],
             summary=what_happened(report),
         )
@@ -222,18 +216,18 @@ class Reports:
 
 
 def try_to_write(what: str, path: Path, write: Callable[[], None]) -> str | None:
-    """Write a file that no run is to fail for, or wait for long; return what went wrong."""
+    """Write an optional file; return what went wrong. The run neither fails nor waits long."""
     try:
         in_background(write, name=what).result(timeout=PAGE_WITHIN_S)
-    except Exception as error:  # whatever it is, the answers are there
+    except Exception as error:  # whatever it is, the submission is there
         why = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
         with suppress(OSError):
-            path.unlink(missing_ok=True)  # an older run's would be taken for this one's
-        return f"the submission stands; its {what} does not: {why}"
+            path.unlink(missing_ok=True)  # a file of an older run would be misleading
+        return f"{NOT_WRITTEN.format(what)}: {why}"
     return None
 
 
 def _model_flops(shape: ModelShape, lengths: np.ndarray) -> float:
-    """FLOPs that the real tokens need, padding left out."""
+    """Return the FLOPs that real tokens need, without padding."""
     per_token = float(lengths.sum()) * shape.flops_per_token
     return per_token + float((lengths.astype(float) ** 2).sum()) * shape.attention_flops(1)

@@ -1,6 +1,6 @@
-"""Spans that overlap -> what each worker was at, moment by moment, and where all their time went.
+"""Overlapping spans -> the state of each worker at each moment, and where all their time went.
 
-Pure arithmetic on what `timeline.py` kept. Does not know what is drawn of it.
+Pure arithmetic on the records of `timeline.py`. Knows no drawings.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,16 +11,16 @@ import numpy as np
 from runner.telemetry.timeline import COMPILING, LOADING, LOST, PREDICTING, STARTING, Span
 
 IDLE, ENDING = "idle", "ending"
-# Where spans overlap the later one here is what the worker counts as being at.
+# If spans overlap, the worker is in the state that comes last here.
 STATES = (ENDING, IDLE, LOADING, STARTING, COMPILING, LOST, PREDICTING)
 
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """One worker from the start of the process to its end.
+    """The states of one worker, from the start of the run to its end.
 
-    edges: float64 (n + 1,), ascending, in seconds. states: int64 (n,), a place in STATES for each
-    stretch between two edges.
+    edges: float64 (n + 1,), ascending, in seconds. states: int64 (n,), for each stretch between two
+    edges an index into STATES.
     """
 
     replica: int
@@ -29,13 +29,13 @@ class Lane:
     states: np.ndarray
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds in each state; they sum to the whole."""
+        """Return the seconds in each state; they sum to the length of the run."""
         sums = np.bincount(self.states, weights=np.diff(self.edges), minlength=len(STATES))
         return dict(zip(STATES, sums.tolist(), strict=True))
 
     def runs(self, cells: int) -> list[tuple[str, float, float]]:
-        """Return (state, start, end) of stretches one after the other: the whole cut into so many
-        cells, each in the state that takes most of it, neighbours that are alike made one."""
+        """Return consecutive stretches, (state, start, end): the run in so many cells, each in the
+        state that takes most of it, with neighbours in the same state joined."""
         grid = np.linspace(self.edges[0], self.edges[-1], cells + 1)
         spent = np.zeros((len(STATES), cells))
         lengths = np.diff(self.edges)
@@ -56,11 +56,11 @@ def make_lanes(
 ) -> list[Lane]:
     """Return a lane for each worker, (replica, member).
 
-    Before its first span a worker is starting, after the last answer of all it is ending, and in
-    between, where no span is, idle.
+    A worker is starting before its first span, ending after the last answer of all workers, and
+    otherwise idle when it has no span.
 
     Args:
-        end_s: of the run, in seconds since the process started.
+        end_s: the end of the run, in seconds since the process started.
     """
     last_answer_s = max((span.end_s for span in spans if span.what == PREDICTING), default=end_s)
     by_worker: dict[tuple[int, int], list[Span]] = {worker: [] for worker in workers}
@@ -91,18 +91,18 @@ def _lane(
     return Lane(*worker, edges, states)
 
 
-# Of worker seconds, in the order in which they are drawn.
+# Parts of all workers' time, in the order in which they are drawn.
 WORKING, SLOWER, PADDING = "at the matmul rate", "slower than that", "padding"
 PARTS = (WORKING, SLOWER, PADDING, IDLE, COMPILING, LOADING, STARTING, LOST, ENDING)
 
 
 def shares(lanes: Sequence[Lane], *, padding: float, limit_s: float | None) -> dict[str, float]:
-    """Return what part of all workers' time went where; the parts sum to one.
+    """Return the share of each part in all workers' time; the shares sum to one.
 
     Args:
-        padding: the part of the tokens that were predicted which are padding or filler.
-        limit_s: worker seconds that the model's FLOPs of real tokens take at the rate of a large
-            matmul, None where nobody measured it.
+        padding: the share of padding and filler in the predicted tokens.
+        limit_s: worker seconds that the model FLOPs of real tokens take at the rate of a large
+            matmul; None if unknown, then SLOWER is all of predicting but for the padding.
     """
     total_s = sum(float(lane.edges[-1] - lane.edges[0]) for lane in lanes)
     if not total_s:
@@ -120,10 +120,10 @@ def shares(lanes: Sequence[Lane], *, padding: float, limit_s: float | None) -> d
 
 
 def rate_over_time(spans: Sequence[Span], amounts: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Return the amount a second between each two edges, float64 (len(edges) - 1,).
+    """Return the amount per second between each two edges, float64 (len(edges) - 1,).
 
     Args:
-        amounts: (spans,), of each, spread evenly over the time it took.
+        amounts: (spans,), each spread evenly over the time of its span.
     """
     done = np.zeros(len(edges))
     for span, amount in zip(spans, amounts, strict=True):
@@ -133,7 +133,7 @@ def rate_over_time(spans: Sequence[Span], amounts: np.ndarray, edges: np.ndarray
 
 
 def real_tokens(spans: Sequence[Span], lengths: np.ndarray) -> np.ndarray:
-    """Return the tokens that are no padding in each span's batch, int64 (spans,).
+    """Return the real tokens in each span's batch, without padding: int64 (spans,).
 
     Args:
         lengths: (rows,), tokens of each row at full length.
@@ -150,10 +150,10 @@ def real_tokens(spans: Sequence[Span], lengths: np.ndarray) -> np.ndarray:
 
 
 def answers(spans: Sequence[Span], *, copies: bool = False) -> list[Span]:
-    """Return a span for each batch that was answered: that of the last member, who answers.
+    """Return the span of each answered batch, on the last member: it sends the answer.
 
     Args:
-        copies: whether to count answers too that another replica's came before.
+        copies: whether to include answers that came after another replica's.
     """
     last = {span.replica: 0 for span in spans}
     for span in spans:

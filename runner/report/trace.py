@@ -1,8 +1,8 @@
 """A timeline -> a trace file that opens in Perfetto (ui.perfetto.dev) or chrome://tracing.
 
 The Trace Event Format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
-One process a replica, a thread a member, and a second one where it compiles beside; process 0 is
-the run itself. Holds no ids and no texts.
+Each replica is a process; each member has a thread, and one more for what it compiles. Process 0
+is the driver. Holds no ids and no texts.
 """
 
 import json
@@ -16,13 +16,13 @@ from runner.common.files import write_whole
 from runner.report.lanes import answers, rate_over_time
 from runner.telemetry.timeline import COMPILING, Event, Span, Stage
 
-# Points of the rate's curve.
+# Points of the curve of rows per second, at most.
 MOST_POINTS = 200
 RUN = 0
 
 
 def write_trace(path: Path, events: list[dict[str, Any]]) -> None:
-    """Write the trace so that whoever looks sees the old one or all of the new one."""
+    """Write the trace; readers see the old file or the whole new one."""
     text = json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, separators=(",", ":"))
     write_whole(path, text + "\n", private=True)
 
@@ -35,41 +35,27 @@ def make_trace(
     devices: dict[tuple[int, int], str],
     noun: str,
 ) -> list[dict[str, Any]]:
-    """Return the trace's events, times in microseconds since the process started.
+    """Return the trace's events, with times in microseconds since the process started.
 
     Args:
-        devices: of each worker, (replica, member).
-        noun: what a replica is called: worker or group.
+        devices: of each worker, by (replica, member). noun: for a replica, worker or group.
     """
     made = [*_names(devices, noun)]
-    for stage in stages:
-        made.append(_complete(stage.what, RUN, 0, stage.start_s, stage.end_s, {}))
+    made += [_complete(one.what, RUN, 0, one.start_s, one.end_s, {}) for one in stages]
     for span in spans:
-        lane = 2 * span.member + (span.what == COMPILING)
-        made.append(
-            _complete(
-                *(_name(span), span.replica + 1, lane),
-                *(span.start_s, span.end_s, _arguments(span)),
-            )
-        )
+        thread = 2 * span.member + (span.what == COMPILING)
+        where = (span.replica + 1, thread, span.start_s, span.end_s)
+        made.append(_complete(_name(span), *where, _arguments(span)))
     for event in events:
         process = RUN if event.replica is None else event.replica + 1
-        made.append(
-            {
-                "ph": "i",
-                "name": event.what,
-                "ts": _us(event.at_s),
-                "pid": process,
-                "tid": 0,
-                "s": "p",
-            }
-        )
+        instant = {"ph": "i", "name": event.what, "ts": _us(event.at_s), "s": "p"}
+        made.append(instant | {"pid": process, "tid": 0})
     return [*made, *_rates(spans)]
 
 
 def _names(devices: dict[tuple[int, int], str], noun: str) -> Iterator[dict[str, Any]]:
     yield _metadata("process_name", RUN, 0, "the run")
-    yield _metadata("thread_name", RUN, 0, "reading, tokenizing, writing")
+    yield _metadata("thread_name", RUN, 0, "reading, tokenizing, merging")
     for replica, member in devices:
         process = replica + 1
         if member == 0:
@@ -87,15 +73,8 @@ def _complete(
     name: str, process: int, thread: int, start_s: float, end_s: float, arguments: dict[str, Any]
 ) -> dict[str, Any]:
     start = _us(start_s)
-    return {
-        "ph": "X",
-        "name": name,
-        "pid": process,
-        "tid": thread,
-        "ts": start,
-        "dur": max(0, _us(end_s) - start),
-        "args": arguments,
-    }
+    where = {"pid": process, "tid": thread, "ts": start, "dur": max(0, _us(end_s) - start)}
+    return {"ph": "X", "name": name, **where, "args": arguments}
 
 
 def _name(span: Span) -> str:
@@ -115,7 +94,7 @@ def _arguments(span: Span) -> dict[str, Any]:
 
 
 def _rates(spans: Sequence[Span]) -> Iterator[dict[str, Any]]:
-    """Yield the curve of rows a second."""
+    """Yield the curve of rows per second."""
     answered = [span for span in answers(spans) if span.batch is not None]
     if not answered:
         return

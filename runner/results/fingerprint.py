@@ -1,7 +1,7 @@
-"""Everything that changes an answer -> named parts and one hash over them.
+"""Everything that determines an answer -> named parts and one hash over them.
 
-Two runs whose fingerprints agree give the same answers, so one may go on from the other's rows.
-Mode, workers, group size and batch sizes do not count: answers do not depend on them.
+Two runs with equal fingerprints give the same answers, so one can resume from the other's rows.
+Mode, workers, group size and batch sizes are not part of it: answers do not depend on them.
 """
 
 import hashlib
@@ -10,35 +10,34 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Of a weight file its size and this much of its start and end are hashed: 18 GB would cost
-# minutes, and other weights in a file of the same size differ in these parts too.
+# A weight file's hash covers its size and this much of its start and end. Hashing 18 GB would take
+# minutes, and different weights of the same size differ in these parts too.
 WEIGHT_SAMPLE_BYTES = 1 << 20
-# Values of parts: so begins a hash of contents, and so a part that a run does without.
+# The prefix of parts that are hashes of contents, and the value of parts that a run does not have.
 HASHED = "sha256:"
 NONE = "none"
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What decides an answer, by name: a setting as a person reads it, or a hash of contents."""
+    """What determines an answer, by name: readable settings and hashes of contents."""
 
     parts: dict[str, str]
 
     @property
     def digest(self) -> str:
-        """A SHA-256 in hex over the sorted parts."""
+        """The SHA-256 of the sorted parts, in hex."""
         return hashlib.sha256(json.dumps(self.parts, sort_keys=True).encode()).hexdigest()
 
     def differences(self, earlier: Mapping[str, str]) -> list[str]:
-        """Say in plain words what differs from the parts of an earlier run; empty: nothing does."""
-        names = [name for name in {**self.parts, **earlier} if self._differs(name, earlier)]
+        """Return a phrase for each difference to the parts of an earlier run; empty if none."""
+        names = [
+            name for name in {**self.parts, **earlier} if self.parts.get(name) != earlier.get(name)
+        ]
         if {"text format", "template"} & {*names} and "test set" in names:
-            # Other texts follow from another format: the person need not look at the file.
+            # Another format explains the other texts: the user need not look at the file.
             names.remove("test set")
         return [_difference(name, earlier.get(name), self.parts.get(name)) for name in names]
-
-    def _differs(self, name: str, earlier: Mapping[str, str]) -> bool:
-        return self.parts.get(name) != earlier.get(name)
 
 
 def fingerprint(
@@ -55,11 +54,11 @@ def fingerprint(
     """Return the fingerprint of a run.
 
     Args:
-        settings: a part each, named after its key; `dtype` as it was decided, not `auto`.
-        versions: a part each: package -> version.
-        texts: as rendered, a row each. Ids and texts are hashed whole.
-        preset_files, head_files, lora_file: hashed whole; their names do not count.
-        weight_files: of each its size and its first and last `WEIGHT_SAMPLE_BYTES` are hashed.
+        settings: each is a part named after its key; `dtype` is the resolved one, not `auto`.
+        versions: package -> version; each is a part.
+        ids, texts: one of each a row, texts as rendered; hashed completely.
+        preset_files, head_files, lora_file: hashed completely, without their names.
+        weight_files: hashed are the size and the first and last `WEIGHT_SAMPLE_BYTES` of each.
     """
     parts = {name.replace("_", " "): str(value) for name, value in settings.items()}
     parts |= dict(versions)
@@ -86,7 +85,7 @@ def _difference(name: str, before: str | None, now: str | None) -> str:
 def _hash(pieces: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for piece in pieces:
-        # Length first, so that two pieces never read as one other piece.
+        # The length first, so that other pieces with the same bytes in sum have another hash.
         digest.update(len(piece).to_bytes(8, "little"))
         digest.update(piece)
     return HASHED + digest.hexdigest()

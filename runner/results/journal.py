@@ -1,9 +1,9 @@
-"""Rows that are done -> an SQLite file beside the output, from which a killed run goes on.
+"""Finished rows -> an SQLite file beside the output, from which a killed run resumes.
 
-A row counts as done when `Journal.add` has returned: it is on the disk then, and neither SIGKILL
-nor a power cut takes it back. One run at a time holds a journal. Knows no batches and not what
-decides an answer: a fingerprint says whether the rows of an earlier run are this run's too.
-The file itself, and its lock, are in `journal_file.py`.
+A row is done once `Journal.add` has returned: it is on the disk then, and survives SIGKILL and a
+power cut. Only one run at a time can hold a journal. Does not know batches, nor what determines an
+answer: a fingerprint says whether an earlier run's rows are valid for this one. `journal_file.py`
+has the file and its lock, `journal_rows.py` the tables.
 """
 
 import json
@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import ClassVar
 
 import numpy as np
@@ -44,6 +43,7 @@ from runner.results.journal_rows import (
     SCHEMA,
     TABLES,
     Done,
+    Owner,
     check_meta,
     checksum,
     read_rows,
@@ -55,29 +55,24 @@ class Journal:
     """The open journal of one run.
 
     Attributes:
-        notes: sentences for the person on what became of a journal that was there.
+        notes: sentences for the user about what was done with an earlier journal.
     """
 
-    # The files that journals of this process hold; see `journal_file.py` on its lock.
+    # The files that this process holds; `journal_file.py` explains the lock.
     _held: ClassVar[set[Identity]] = set()
 
     def __init__(
         self,
         path: Path,
         connection: sqlite3.Connection,
-        *,
-        ids: Sequence[str],
-        classes: int,
-        head: str,
+        run: Owner,
         rows: set[int],
         notes: tuple[str, ...],
     ) -> None:
         self.notes = notes
-        self._head = head
         self._path = path
         self._connection = connection
-        self._ids = ids
-        self._classes = classes
+        self._run = run
         self._rows = rows
         self._identity = identity_of(path)
         if self._identity is not None:
@@ -94,39 +89,38 @@ class Journal:
         resume: str,
         head: str = "softmax",
     ) -> "Journal":
-        """Go on with the journal at `path`, or start one there.
+        """Resume the journal at `path`, or create one there.
 
         Args:
-            classes: numbers a row. head: of `task.HEADS`, what they must be.
-            resume: `auto` goes on where the fingerprint agrees and every row is sound, and starts
-                afresh where not; `require` goes on or raises; `never` starts afresh. A journal
-                that is not gone on with is renamed to the first free of `<name>.1`, `<name>.2`.
+            classes: numbers a row. head: one of `task.HEADS`, which says what they must be.
+            resume: `auto` resumes if the fingerprint agrees and every row is valid, and otherwise
+                starts afresh; `require` resumes or raises; `never` starts afresh. A journal that
+                is not resumed is renamed to the first free name of `<name>.1`, `<name>.2`, ...
 
         Raises:
-            ConfigError: another run holds it, it is no journal, it cannot be made or read, or
-                `require` and it cannot be gone on with; nothing was changed then.
+            ConfigError: another run holds it, it is not a journal, it cannot be created or read,
+                or `require` cannot resume it. Nothing was changed then.
         """
         check_writable("--journal", path)
         if path.is_symlink():
-            path = path.resolve()  # SQLite lays its -wal beside the file itself
+            path = path.resolve()  # SQLite puts its -wal beside the file itself
+        run = Owner(fingerprint, ids, classes, head)
         with one_opens(path.parent):
-            connection, rows, notes = _open(
-                path, cls._held, fingerprint, ids, classes, head, resume
-            )
-        return cls(path, connection, ids=ids, classes=classes, head=head, rows=rows, notes=notes)
+            connection, rows, notes = _open(path, cls._held, run, resume)
+        return cls(path, connection, run, rows, notes)
 
     def __len__(self) -> int:
-        """How many rows are in it."""
+        """Return the number of rows in it."""
         return len(self._rows)
 
     def done(self) -> Done:
         """Return all rows so far.
 
         Raises:
-            JournalError: the disk does not give back what was written.
+            JournalError: it cannot be read, or a row differs from what was written.
         """
         try:
-            return read_rows(self._connection, self._ids, self._classes, self._head)
+            return read_rows(self._connection, self._run)
         except (Unusable, sqlite3.Error) as error:
             raise JournalError(f"The journal {self._path} cannot be read: {error}.") from error
 
@@ -139,18 +133,20 @@ class Journal:
         worker: str,
         lengths: Sequence[int],
     ) -> None:
-        """Keep rows with their probabilities, float32 (len(rows), classes): durably, once this
-        returns. A row that is there already is replaced.
+        """Save rows durably with their probabilities, float32 (len(rows), classes).
+
+        Rows that are already there are replaced.
 
         Args:
-            how: a word on how the rows were made. lengths: the tokens that each was made from.
+            how: how the rows were made, a word of `table.py`. worker: which made them, in words.
+            lengths: tokens of each row.
 
         Raises:
-            JournalError: they cannot be kept; says where the rows before them are safe.
+            JournalError: they cannot be saved; says where the earlier rows are safe.
         """
         entries = self._entries(rows, probabilities, how, worker, lengths)
         try:
-            # One transaction, undone by whatever comes between, an interrupt too.
+            # One transaction: any error rolls it back, an interrupt too.
             with self._connection:
                 self._connection.execute("BEGIN IMMEDIATE")
                 self._connection.executemany(
@@ -161,8 +157,8 @@ class Journal:
                 full = result_code(error) == sqlite3.SQLITE_FULL
                 raise JournalError(
                     f"The journal cannot be written: {error}. "
-                    f"{len(self._rows):,} of {len(self._ids):,} rows are safe in {self._path}; the "
-                    "same command with --resume auto goes on from there once "
+                    f"{len(self._rows):,} of {len(self._run.ids):,} rows are safe in "
+                    f"{self._path}; the same command with --resume auto goes on from there once "
                     f"{'there is room' if full else 'it can be written'}."
                 ) from error
         else:
@@ -170,25 +166,24 @@ class Journal:
         self.check()
 
     def check(self) -> None:
-        """Make sure that what is done is where it should be.
+        """Check that the journal's file is still in its place.
 
         Raises:
-            JournalError: it is not; names the copy that was saved.
+            JournalError: it is not; names a copy that was saved.
         """
         if self._is_gone():
             self._rescue()
 
     def close(self, *, keep_empty: bool = True) -> None:
-        """Leave one file and no -wal beside it, for the next run to go on from.
+        """Close the journal: one file without a -wal, from which the next run can resume.
 
         Args:
-            keep_empty: whether the file stays where no row is in it.
+            keep_empty: whether a journal without rows is kept.
         """
         if self._identity is not None:
             self._held.discard(self._identity)
         if self._rows or keep_empty or self._is_gone():
-            # Its last connection carries the -wal over into the file, and leaves it where it
-            # cannot.
+            # SQLite merges the -wal into the file, or keeps it if it cannot.
             self._connection.close()
         else:
             with one_opens(self._path.parent):
@@ -199,12 +194,7 @@ class Journal:
     def __enter__(self) -> "Journal":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _entries(
@@ -215,33 +205,34 @@ class Journal:
         worker: str,
         lengths: Sequence[int],
     ) -> list[tuple[int, str, bytes, str, str, int, float, int]]:
-        if probabilities.shape != (len(rows), self._classes) or len(lengths) != len(rows):
+        ids, expected = self._run.ids, (len(rows), self._run.classes)
+        if probabilities.shape != expected or len(lengths) != len(rows):
             raise JournalError(
-                f"This is a bug: {len(rows)} rows need probabilities of shape "
-                f"{(len(rows), self._classes)} and a length each. "
-                f"Received: {probabilities.shape} and {len(lengths)} lengths"
+                f"This is a bug: {len(rows)} rows need probabilities of shape {expected} and a "
+                f"length each. Received: {probabilities.shape} and {len(lengths)} lengths"
             )
-        if (wrong := unsound(probabilities, self._head)).any():
+        if (wrong := unsound(probabilities, self._run.head)).any():
             row = int(rows[int(wrong.argmax())])
             raise JournalError(
-                f"This is a bug: a row without probabilities is not done. Received: row {row} "
-                f"(id {self._ids[row]})"
+                f"This is a bug: a finished row needs probabilities. Received: row {row} "
+                f"(id {ids[row]})"
             )
         now, entries = time.time(), []
-        for row, values, length in zip(rows, probabilities, lengths, strict=True):
-            row, length = int(row), int(length)
+        for row, values, length in zip(
+            map(int, rows), probabilities, map(int, lengths), strict=True
+        ):
             blob = np.asarray(values, dtype=LITTLE_ENDIAN_FLOAT32).tobytes()
-            crc = checksum(self._ids[row], how, length, blob)
-            entries.append((row, self._ids[row], blob, how, worker, length, now, crc))
+            crc = checksum(ids[row], how, length, blob)
+            entries.append((row, ids[row], blob, how, worker, length, now, crc))
         return entries
 
     def _is_gone(self) -> bool:
-        """Whether the path no longer leads to the open file: what is written would be lost."""
+        """Return whether the path no longer leads to the open file: writes would be lost."""
         identity = identity_of(self._path)
         return identity is None or identity != self._identity
 
     def _rescue(self) -> None:
-        rows = f"all {len(self._rows):,} rows that are done"
+        rows = f"all {len(self._rows):,} finished rows"
         fact = f"The journal {self._path} is no longer there: it was moved or removed"
         try:
             descriptor, name = tempfile.mkstemp(prefix="arena-runner-", suffix=".journal")
@@ -259,13 +250,7 @@ class Journal:
 
 
 def _open(
-    path: Path,
-    held: set[Identity],
-    fingerprint: Fingerprint,
-    ids: Sequence[str],
-    classes: int,
-    head: str,
-    resume: str,
+    path: Path, held: set[Identity], run: Owner, resume: str
 ) -> tuple[sqlite3.Connection, set[int], tuple[str, ...]]:
     """Return what `Journal.open` needs: the open database, its rows, and notes."""
     connection = None
@@ -273,70 +258,60 @@ def _open(
     try:
         if check_file(path, resume, held):
             connection = connect(path)
-            rows = _take_up(connection, path, fingerprint, ids, classes, head, resume)
-            notes = (f"resuming {path}: {len(rows):,} of {len(ids):,} rows are done",)
+            rows = _resume(connection, path, run, resume)
+            notes = (f"resuming {path}: {len(rows):,} of {len(run.ids):,} rows are done",)
             return connection, rows, notes
     except Unusable as why:
         if resume == "require":
             close(connection)
             raise ConfigError(
                 f"--resume require cannot go on: {path} {why}. "
-                "--resume auto keeps it aside and starts afresh"
+                "--resume auto renames it and starts afresh"
             ) from None
         notes = (f"{path} {why}: kept as {keep_aside(path, connection)}, starting afresh",)
     except BaseException:
         close(connection)
         raise
-    return _create(path, fingerprint, ids, classes), set(), notes
+    return _create(path, run), set(), notes
 
 
-def _take_up(
-    connection: sqlite3.Connection,
-    path: Path,
-    fingerprint: Fingerprint,
-    ids: Sequence[str],
-    classes: int,
-    head: str,
-    resume: str,
-) -> set[int]:
-    """Hold a journal that is there and return its rows.
+def _resume(connection: sqlite3.Connection, path: Path, run: Owner, resume: str) -> set[int]:
+    """Lock an existing journal and return its rows.
 
     Raises:
-        ConfigError: another run holds it, or the disk does not let it be read.
-        Unusable: it is damaged or another run's, or is not to be gone on with.
+        ConfigError: another run holds it, or it cannot be read.
+        Unusable: it is damaged, belongs to another run, or `resume` is `never`.
     """
     with explained(path):
         begin(connection)
         connection.execute("ROLLBACK")  # COMMIT would make an empty file a database
         if resume == "never":
-            raise Unusable("is not gone on with (--resume never)")
-        check_meta(connection, fingerprint, ids, classes)
-        done = read_rows(connection, ids, classes, head)
+            raise Unusable("is not resumed (--resume never)")
+        check_meta(connection, run)
+        done = read_rows(connection, run)
         make_durable(connection)
     for file in (path, *sidecars(path)):
-        with suppress(OSError):  # as a person has copied them; another's file stays as it is
+        with suppress(OSError):  # a copied file may have any mode; another owner's keeps it
             os.chmod(file, 0o600)
     return {int(row) for row in done.rows}
 
 
-def _create(
-    path: Path, fingerprint: Fingerprint, ids: Sequence[str], classes: int
-) -> sqlite3.Connection:
-    """Make a journal without rows, readable by its owner alone from its first byte on."""
+def _create(path: Path, run: Owner) -> sqlite3.Connection:
+    """Create a journal without rows that only its owner can read."""
     try:
-        # SQLite gives the file that it finds, and its mode to the -wal.
+        # Created here, since SQLite keeps the mode of an existing file and copies it to the -wal.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError:
         raise in_use(path) from None
     except OSError as error:
         raise ConfigError(
-            f"--journal cannot be made. Received: {path} ({error.strerror})"
+            f"--journal cannot be created. Received: {path} ({error.strerror})"
         ) from None
     meta = {
         "schema": str(SCHEMA),
-        "fingerprint": json.dumps(fingerprint.parts),
-        "rows": str(len(ids)),
-        "classes": str(classes),
+        "fingerprint": json.dumps(run.fingerprint.parts),
+        "rows": str(len(run.ids)),
+        "classes": str(run.classes),
         "created_at": str(time.time()),
     }
     connection = connect(path)
@@ -344,7 +319,7 @@ def _create(
         with explained(path):
             begin(connection)
             try:
-                # All or nothing: what a kill leaves here is a file without tables.
+                # All or nothing: a kill in between leaves a file without tables.
                 with connection:
                     number = int.from_bytes(APPLICATION_ID, "big")
                     connection.execute(f"PRAGMA application_id = {number}")

@@ -1,9 +1,9 @@
-"""A path -> an SQLite file that one run holds: found, opened, made durable, renamed, explained.
+"""A path -> an SQLite file that one run holds: found, opened, locked, made durable, renamed.
 
-Does not know what is in its tables (`journal.py`).
+Does not know its tables, which are in `journal_rows.py`.
 
 The lock is a POSIX lock, which ends when its process closes *any* descriptor of the file: while a
-journal is held, nothing else in this process may open it, not even to read.
+journal is held, nothing else in this process may open it, not even to read it.
 """
 
 import fcntl
@@ -16,14 +16,14 @@ from urllib.parse import quote
 
 from runner.common.errors import ConfigError
 
-# The first bytes of an SQLite file, and those that tell a journal from other programs' databases:
+# The first bytes of an SQLite file, and those that distinguish a journal from other databases:
 # https://www.sqlite.org/fileformat.html#the_database_header
 MAGIC = b"SQLite format 3\0"
 HEADER_BYTES = 100
 APPLICATION_ID = b"AREN"
 APPLICATION_ID_AT = 68
 SIDECARS = ("-wal", "-journal", "-shm")
-# What SQLite reports of the disk or the file system, not of the journal's content.
+# SQLite's result codes about the disk or the file system, rather than the journal's content.
 SURROUNDINGS = frozenset(
     (
         *(sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY),
@@ -31,28 +31,28 @@ SURROUNDINGS = frozenset(
         *(sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_NOLFS, sqlite3.SQLITE_AUTH),
     )
 )
-# Device and inode of a file: what it is, however it is named.
+# Device and inode of a file, which identify it under any name.
 Identity = tuple[int, int]
 
 
 class Unusable(Exception):
-    """A journal cannot be gone on with; the text follows its name in a sentence."""
+    """A journal cannot be resumed. The text continues a sentence that begins with its path."""
 
 
 @contextmanager
 def one_opens(folder: Path) -> Iterator[None]:
-    """Let runs that start together look at a journal, move it and make it one after the other.
+    """Within, no other run in this folder checks, renames or creates a journal.
 
-    By a lock on the folder, which leaves no file behind. The journal's own lock cannot do it: it
-    is on a file that may be about to be renamed, or is not there yet.
+    The lock is on the folder, so it leaves no file behind. The journal's own lock is not enough,
+    since its file may be about to be renamed or not be there yet.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
-        yield  # a folder that may not be listed: runs that start together may disturb each other
+        yield  # the folder is not readable: runs that start together are not kept apart
         return
     try:
-        with suppress(OSError):  # so may they on a file system without such locks
+        with suppress(OSError):  # nor are they on a file system without such locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -60,13 +60,15 @@ def one_opens(folder: Path) -> Iterator[None]:
 
 
 def check_file(path: Path, resume: str, held: set[Identity]) -> bool:
-    """Return whether a file lies there, and leave alone what no run has written: a person may have
-    named a wrong one.
+    """Return whether there is a journal at `path`; a file that no run has written is not touched.
+
+    Args:
+        held: the journals that this process holds.
 
     Raises:
-        ConfigError: it is no journal, is held in this process, cannot be read, or is missing and
-            `require`.
-        Unusable: it cannot be opened without losing what lies beside it.
+        ConfigError: it is not a journal, is in `held`, cannot be read, or is missing although
+            `resume` is `require`.
+        Unusable: opening it would destroy a -wal beside it.
     """
     identity = identity_of(path)
     if identity is None:
@@ -76,7 +78,7 @@ def check_file(path: Path, resume: str, held: set[Identity]) -> bool:
                 f"Received: {path}, which is not there; --resume auto starts afresh"
             )
         if sidecars(path):
-            raise Unusable("is gone, and what SQLite kept beside it is left")
+            raise Unusable("is gone, but what SQLite kept beside it is still there")
         return False
     if identity in held:
         raise in_use(path)
@@ -90,14 +92,14 @@ def check_file(path: Path, resume: str, held: set[Identity]) -> bool:
             f"--journal must be a file that can be read. Received: {path} ({error.strerror})"
         ) from None
     if not head.strip(b"\0"):
-        # Nothing was ever written, or the power went before it was.
+        # Nothing was ever written, or a power cut came first.
         if os.path.lexists(_beside(path, "-wal")):
             raise Unusable("is damaged (its beginning is gone)")  # SQLite would delete its -wal
         return True
     if not head.startswith(MAGIC[: len(head)]):
         raise ConfigError(
             "--journal must name a journal of this program or a new file; nothing was changed. "
-            f"Received: {path}, which is no SQLite database"
+            f"Received: {path}, which is not an SQLite database"
         )
     own = head[APPLICATION_ID_AT:].startswith(APPLICATION_ID)
     if not own and len(head) == HEADER_BYTES and (sidecars(path) or _has_tables(path)):
@@ -109,7 +111,7 @@ def check_file(path: Path, resume: str, held: set[Identity]) -> bool:
 
 
 def _has_tables(path: Path) -> bool:
-    """Look into a database without so much as locking it; one that cannot be read has some."""
+    """Return whether a database has tables, without locking it; True if it cannot be read."""
     connection = connect(path, "mode=ro&immutable=1")
     try:
         return bool(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
@@ -120,7 +122,11 @@ def _has_tables(path: Path) -> bool:
 
 
 def connect(path: Path, how: str = "mode=rw") -> sqlite3.Connection:
-    """Open a file that is there; reads and locks nothing yet."""
+    """Open an existing file, without reading or locking it yet.
+
+    Raises:
+        ConfigError: it cannot be opened.
+    """
     name = quote(os.fsencode(os.path.abspath(path)))
     try:
         return sqlite3.connect(f"file:{name}?{how}", uri=True, isolation_level=None, timeout=0)
@@ -129,28 +135,31 @@ def connect(path: Path, how: str = "mode=rw") -> sqlite3.Connection:
 
 
 def begin(connection: sqlite3.Connection) -> None:
-    """Begin a transaction, and keep every other process out until the connection is closed or the
-    process ends."""
-    # Set before the first access, so that the -wal's index stays in memory: no -shm file, and
-    # a lock that is held from one transaction to the next.
+    """Begin a transaction, and lock out other processes until the connection is closed."""
+    # Set before the first access, so that the -wal's index stays in memory, without a -shm file,
+    # and the lock is held between transactions.
     connection.execute("PRAGMA locking_mode = EXCLUSIVE")
     connection.execute("BEGIN EXCLUSIVE")
 
 
 def make_durable(connection: sqlite3.Connection) -> None:
-    """Let every commit wait for the disk, but write only to the end of the -wal for it."""
+    """Let every commit wait for the disk, with only an append to the -wal."""
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
 
 
 def keep_aside(path: Path, connection: sqlite3.Connection | None) -> Path:
-    """Rename a journal and what lies beside it to the first free name, and close it."""
+    """Close a journal and rename it, with its sidecars, to the first free `<name>.<number>`.
+
+    Raises:
+        ConfigError: it cannot be renamed.
+    """
     number = 1
     while os.path.lexists(aside := _beside(path, f".{number}")) or sidecars(aside):
         number += 1
     try:
         if connection is not None:
-            # Of a damaged journal that may fail: what lies beside it then goes with it.
+            # This may fail for a damaged journal, whose sidecars are then renamed with it.
             with suppress(sqlite3.Error):
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                 for file in sidecars(path):
@@ -163,16 +172,16 @@ def keep_aside(path: Path, connection: sqlite3.Connection | None) -> Path:
                 os.rename(old, _beside(aside, suffix))
     except OSError as error:
         raise ConfigError(
-            f"--journal cannot be kept aside as {aside}. Received: {path} ({error.strerror})"
+            f"--journal cannot be renamed to {aside}. Received: {path} ({error.strerror})"
         ) from None
     finally:
-        # Only now: SQLite sees that its file has moved, and touches nothing.
+        # Only now, when SQLite sees that its file has moved and changes nothing.
         close(connection)
     return aside
 
 
 def sidecars(path: Path) -> list[Path]:
-    """The files that SQLite has left beside a database."""
+    """Return the files that SQLite has left beside a database."""
     return [file for suffix in SIDECARS if os.path.lexists(file := _beside(path, suffix))]
 
 
@@ -181,6 +190,7 @@ def _beside(path: Path, suffix: str) -> Path:
 
 
 def identity_of(path: Path) -> Identity | None:
+    """Return what identifies the file at `path`, None if there is none."""
     try:
         status = os.stat(path)
     except OSError:
@@ -189,13 +199,15 @@ def identity_of(path: Path) -> Identity | None:
 
 
 def close(connection: sqlite3.Connection | None) -> None:
+    """Close a connection, if there is one."""
     if connection is not None:
         connection.close()
 
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn what SQLite says into: in use, trouble around the file, or damage in it."""
+    """Within, SQLite's errors become a ConfigError (in use, or trouble with the disk) or Unusable
+    (damage in the file)."""
     try:
         yield
     except sqlite3.Error as error:
@@ -207,12 +219,12 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def result_code(error: sqlite3.Error) -> int:
-    """SQLite's primary result code; Python's own complaints, as of text that is no UTF-8, lack
-    one."""
+    """Return SQLite's primary result code; Python's own errors, as for invalid UTF-8, have none."""
     return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
 
 
 def in_use(path: Path) -> ConfigError:
+    """Return the error for a journal that another run holds."""
     return ConfigError(
         f"Another run uses this journal. Received: --journal {path}; wait for that run to end, or "
         "name another --journal FILE"

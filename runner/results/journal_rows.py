@@ -1,6 +1,6 @@
-"""The tables of a journal -> the rows of a run, each checked; raises where one is not as written.
+"""The tables of a journal -> the rows of a run, each checked against what was written.
 
-Does not know the file they lie in (`journal_file.py`).
+Does not know the file that holds them (`journal_file.py`).
 """
 
 import json
@@ -28,9 +28,25 @@ LITTLE_ENDIAN_FLOAT32 = np.dtype("<f4")
 
 
 @dataclass(frozen=True, slots=True)
+class Owner:
+    """The run to which a journal belongs.
+
+    ids: one a row. classes: numbers a row. head: one of `task.HEADS`, which says what they must be.
+    """
+
+    fingerprint: Fingerprint
+    ids: Sequence[str]
+    classes: int
+    head: str
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
-    """The rows of a journal, by row: rows and lengths int64 (n,), probabilities float32
-    (n, classes), and how each was made."""
+    """The rows of a journal, in the input's order.
+
+    rows: int64 (n,), numbers of rows. probabilities: float32 (n, classes). how: of each row, a word
+    of `table.py`. lengths: int64 (n,), tokens.
+    """
 
     rows: np.ndarray
     probabilities: np.ndarray
@@ -38,9 +54,12 @@ class Done:
     lengths: np.ndarray
 
 
-def check_meta(
-    connection: sqlite3.Connection, fingerprint: Fingerprint, ids: Sequence[str], classes: int
-) -> None:
+def check_meta(connection: sqlite3.Connection, run: Owner) -> None:
+    """Check that the database is intact and belongs to this run.
+
+    Raises:
+        Unusable: it does not.
+    """
     names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
     if not names:
         raise Unusable("is half-written (it has no tables)")
@@ -53,21 +72,22 @@ def check_meta(
     try:
         parts = json.loads(meta["fingerprint"])
         counts = int(meta["rows"]), int(meta["classes"])
-        different = fingerprint.differences(parts)
+        different = run.fingerprint.differences(parts)
     except (KeyError, ValueError, TypeError, AttributeError):
-        raise Unusable("is damaged (it does not say of which run it is)") from None
+        raise Unusable("is damaged (it does not say to which run it belongs)") from None
     if different:
-        raise Unusable(f"is of another run ({'; '.join(different)})")
-    if counts != (len(ids), classes):
-        raise Unusable(f"is damaged (it counts {counts[0]} rows of {counts[1]} classes)")
+        raise Unusable(f"belongs to another run ({'; '.join(different)})")
+    if counts != (len(run.ids), run.classes):
+        raise Unusable(f"is damaged (it is for {counts[0]} rows of {counts[1]} classes)")
 
 
-def read_rows(connection: sqlite3.Connection, ids: Sequence[str], classes: int, head: str) -> Done:
-    """Return every row after checking it.
+def read_rows(connection: sqlite3.Connection, run: Owner) -> Done:
+    """Return all rows after checking each.
 
     Raises:
         Unusable: a row is not as it was written.
     """
+    ids, classes = run.ids, run.classes
     found = connection.execute(
         "SELECT row, id, probabilities, how, length, crc32 FROM rows ORDER BY row"
     ).fetchall()
@@ -76,14 +96,14 @@ def read_rows(connection: sqlite3.Connection, ids: Sequence[str], classes: int, 
         if not 0 <= row < len(ids):
             raise Unusable(f"is damaged (it has row {row} of {len(ids)})")
         if row_id != ids[row]:
-            raise Unusable(f"is damaged (row {row} is of id {row_id}, not {ids[row]})")
+            raise Unusable(f"is damaged (row {row} has id {row_id}, not {ids[row]})")
         if not isinstance(blob, bytes) or len(blob) != size:
-            raise Unusable(f"is damaged (row {row}, id {row_id}, is not of {classes} classes)")
+            raise Unusable(f"is damaged (row {row}, id {row_id}, does not have {classes} classes)")
         if crc != checksum(row_id, how, length, blob):
-            raise Unusable(f"is damaged (the checksum of row {row}, id {row_id}, does not agree)")
+            raise Unusable(f"is damaged (the checksum of row {row}, id {row_id}, does not match)")
     blobs = b"".join(blob for _, _, blob, _, _, _ in found)
     probabilities = np.frombuffer(blobs, LITTLE_ENDIAN_FLOAT32).reshape(len(found), classes)
-    if (wrong := unsound(probabilities, head)).any():
+    if (wrong := unsound(probabilities, run.head)).any():
         row, row_id = found[int(wrong.argmax())][:2]
         raise Unusable(f"is damaged (row {row}, id {row_id}, does not hold probabilities)")
     return Done(
@@ -95,4 +115,5 @@ def read_rows(connection: sqlite3.Connection, ids: Sequence[str], classes: int, 
 
 
 def checksum(row_id: str, how: str, length: int, blob: bytes) -> int:
+    """Return the CRC-32 of a row's fields; blob: its probabilities, little-endian float32."""
     return zlib.crc32(blob, zlib.crc32(f"{row_id}\0{how}\0{length}".encode()))

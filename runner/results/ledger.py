@@ -1,6 +1,6 @@
-"""Answers -> the journal and then the table: a row that is in the table is on the disk.
+"""Answers -> the journal first, then the table, so that every row in the table is on the disk.
 
-Does not know how rows are predicted, nor what is written of them.
+Does not know how rows are predicted, nor the format of the submission.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from runner.results.table import FILLED, Merger
 
 
 class Ledger:
-    """The rows that are done, of a run whose journal is open.
+    """The finished rows of a run whose journal is open.
 
     Attributes:
         table: the same rows in memory.
@@ -23,7 +23,7 @@ class Ledger:
         self._journal = journal
 
     def take_up(self) -> int:
-        """Take over the rows that an earlier run has done; return how many need no more work."""
+        """Load the rows of an earlier run into the table; return how many need no more work."""
         done = self._journal.done()
         ways = np.array(done.how, dtype=object)
         for how in sorted(set(done.how) - {FILLED}):
@@ -45,13 +45,13 @@ class Ledger:
         lengths: Sequence[int] | np.ndarray,
         worker: str = "",
     ) -> None:
-        """Keep rows with their values, (len(rows), classes), in place of those that are there.
+        """Save rows with their values, (len(rows), classes); replaces those that are there.
 
         Args:
-            how: a word of `table.py` on how they were made. lengths: the tokens of each.
+            how: how they were made, a word of `table.py`. lengths: tokens of each row.
 
         Raises:
-            JournalError: they cannot be kept.
+            JournalError: they cannot be saved.
         """
         counts = [int(length) for length in lengths]
         self._journal.add(rows, values, how=how, worker=worker, lengths=counts)

@@ -1,4 +1,7 @@
-"""Answers in any order -> one table in the order of the test set, complete and checked."""
+"""Answers in any order -> one complete, checked table in the order of the test set.
+
+Does not know where the answers come from, nor the journal.
+"""
 
 from collections.abc import Sequence
 
@@ -6,9 +9,9 @@ import numpy as np
 
 from runner.common.errors import MergeError, list_ids
 
-# How a row was made: whole; cut to fewer tokens than it has, or padded to fewer than the model was
-# trained with; in float32 where the run's dtype came to no number; averaged with a prediction of
-# its responses swapped; or not at all, with the fallback in its place.
+# How a row was made. PREDICTED: as configured. SHORTENED: truncated, or with `padded-mean` padded,
+# to fewer tokens than configured. WIDER: in float32, since the run's dtype gave NaN or infinity.
+# SWAPPED: averaged with a prediction for swapped responses. FILLED: with the fallback.
 PREDICTED, SHORTENED, WIDER, SWAPPED, FILLED = (
     "predicted",
     "shortened",
@@ -19,21 +22,21 @@ PREDICTED, SHORTENED, WIDER, SWAPPED, FILLED = (
 
 # Float32 softmax sums to one within a few units in the last place.
 SUM_TOLERANCE = 1e-4
-# What a row gets that has no answer where no other has one either.
+# The value for rows without an answer if no row has one; 1 / classes for other heads.
 KNOWING_NOTHING = {"sigmoid": 0.5, "regression": 0.0, "none": 0.0}
 
 
 class Merger:
-    """Collects a head's numbers by row; says no to what would make a wrong submission.
+    """Collects a head's numbers by row, and rejects what would make a wrong submission.
 
-    They are called probabilities, which those of the contest are.
+    The numbers are called probabilities, as they are in the contest.
 
     Args:
-        classes: numbers a row. head: of `task.HEADS`, what they must be.
+        classes: numbers a row. head: one of `task.HEADS`, which says what they must be.
 
     Attributes:
-        how: a word for each row on how it was made; empty where it has no answer yet.
-        lengths: int64 (rows,), the tokens that each was made from.
+        how: of each row, how it was made; empty if it has no answer yet.
+        lengths: int64 (rows,), tokens of each row.
     """
 
     def __init__(self, ids: Sequence[str], classes: int, head: str = "softmax") -> None:
@@ -52,13 +55,14 @@ class Merger:
         lengths: Sequence[int] | np.ndarray,
         again: bool = False,
     ) -> None:
-        """Take the probabilities of rows, (len(rows), classes).
+        """Add the probabilities of rows, (len(rows), classes).
 
         Args:
-            again: whether they replace those that are there, as better ones do.
+            how: how they were made. lengths: tokens of each row.
+            again: whether they may replace earlier ones.
 
         Raises:
-            MergeError: rows outside the test set or given before, or another shape.
+            MergeError: a row is outside the test set or repeated, or the shape is wrong.
         """
         place = np.asarray(rows, dtype=np.int64)
         expected = (place.size, self._probabilities.shape[1])
@@ -84,28 +88,29 @@ class Merger:
         return [row for row, how in enumerate(self.how) if not how]
 
     def unfinished(self) -> list[int]:
-        """Return the rows that have no answer, or less than one of full length."""
+        """Return the rows that have no answer, or one of fewer tokens than configured."""
         return [row for row, how in enumerate(self.how) if how in ("", SHORTENED, FILLED)]
 
     def probabilities(self, rows: Sequence[int]) -> np.ndarray:
-        """Return what rows have so far, (len(rows), classes)."""
+        """Return the probabilities of rows so far, (len(rows), classes); 0 without an answer."""
         return self._probabilities[list(rows)]
 
     def mean(self) -> np.ndarray:
-        """Return the mean of what was predicted, float64 (classes,), even where nothing was."""
+        """Return the mean of all predictions, float64 (classes,); a constant if there are none."""
         done = [row for row, how in enumerate(self.how) if how not in ("", FILLED)]
         if done:
-            return self._probabilities[done].mean(axis=0, dtype=np.float64)
+            mean: np.ndarray = self._probabilities[done].mean(axis=0, dtype=np.float64)
+            return mean
         classes = self._probabilities.shape[1]
         return np.full(classes, KNOWING_NOTHING.get(self._head, 1 / classes))
 
     def finish(self) -> np.ndarray:
-        """Return the table, (rows, classes): of a softmax float64 rows that sum to one exactly, or
-        as near as float64 can; else float32, as the model said.
+        """Return the complete table, (rows, classes).
+
+        For a softmax it is float64 with rows normalized to sum to one; else float32 as predicted.
 
         Raises:
-            MergeError: rows are missing, not finite, or not what the head's numbers must be; names
-                them.
+            MergeError: rows are missing, not finite or not valid for the head; names them.
         """
         if missing := self.missing():
             raise MergeError(f"{len(missing)} rows have no result: {self._name(missing)}")
@@ -119,7 +124,7 @@ class Merger:
         wrong = np.flatnonzero(unsound(table, self._head))
         if wrong.size:
             raise MergeError(
-                f"This is a bug: {wrong.size} rows are no probabilities: {self._name(wrong)}"
+                f"This is a bug: {wrong.size} rows are not probabilities: {self._name(wrong)}"
             )
         return table / table.sum(axis=1)[:, None] if self._head == "softmax" else table
 
@@ -128,14 +133,16 @@ class Merger:
 
 
 def table_dtype(head: str) -> type[np.floating]:
-    """Return the dtype in which a table of a head's numbers is kept and written: float64 where
-    rows are to sum to one, else that in which the model says them."""
+    """Return the dtype of a head's table, in memory and as written: float64 if rows must sum to
+    one, else the model's float32."""
     return np.float64 if head == "softmax" else np.float32
 
 
 def unsound(table: np.ndarray, head: str) -> np.ndarray:
-    """Say of each row, bool (rows,), whether it is not what a head's numbers must be: finite, of a
-    sigmoid from 0 to 1, of a softmax probabilities that sum to one."""
+    """Return which rows are invalid for a head, bool (rows,).
+
+    Valid rows are finite, for a sigmoid from 0 to 1, for a softmax probabilities that sum to one.
+    """
     sound = np.isfinite(table).all(axis=1)
     if head in ("softmax", "sigmoid"):
         sound &= (table >= 0).all(axis=1) & (table <= 1 + SUM_TOLERANCE).all(axis=1)
@@ -143,4 +150,5 @@ def unsound(table: np.ndarray, head: str) -> np.ndarray:
         with np.errstate(invalid="ignore"):
             sums = table.sum(axis=1, dtype=np.float64)
             sound &= np.abs(sums - 1) <= SUM_TOLERANCE
-    return ~sound
+    wrong: np.ndarray = ~sound
+    return wrong

@@ -1,1 +1,1 @@
-"""What is said while a run goes on: progress, logs, metrics and a timeline."""
+"""What a run reports while it goes on: progress, logs, metrics and a timeline."""

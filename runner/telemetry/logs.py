@@ -1,16 +1,16 @@
-"""What a run says -> lines of text or JSON, and one folder with all that its processes wrote.
+"""Events and output of a run's processes -> lines of text or JSON, in one folder of logs.
 
-The folder, for its owner alone:
+The folder, which only its owner can read:
 
-    driver.log        what the run said, with the time, and the traceback of what ended it
+    driver.log        the run's messages with times, and the traceback of a failure
     driver.err        what libraries wrote to the driver's standard error and output
-    worker-R-M.log    what the processes of member M of replica R wrote, one life after the other
-    ray/              where a run failed: the logs of Ray's own processes
-    previous/         the same, of the run before
+    worker-R-M.log    the output of all processes of member M of replica R
+    ray/              the logs of Ray's own processes, if the run failed
+    previous/         the same files of the previous run
 
-No file grows beyond `MOST_BYTES`, and one older part of it is kept as NAME.1. Texts of rows are
-never logged. Does not know rows, Ray or JAX; workers import it, so it imports the standard library
-alone.
+A file that exceeds `MOST_BYTES` is copied to NAME.1 and emptied. Texts of rows are never logged.
+Does not know rows, Ray or JAX. Workers import it, so it imports only the standard library and
+`common/errors.py`.
 """
 
 import json
@@ -25,25 +25,25 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from runner.common.errors import ArenaRunnerError, ConfigError, DataError, on_one_line
 
 DRIVER_LOG, DRIVER_ERRORS, RAY_FOLDER, PREVIOUS = "driver.log", "driver.err", "ray", "previous"
 MOST_BYTES = 4 << 20
-# Of each log of Ray's own, its end; and how many of them.
+# How many logs of Ray's processes are kept, and how many bytes of the end of each.
 MOST_RAY_BYTES, MOST_RAY_FILES = 256 << 10, 40
-# Seconds between looks at what was written.
+# Seconds between checks for new output.
 LOOK_S = 0.3
 STDOUT, STDERR = 1, 2
 
 
 @dataclass(frozen=True, slots=True)
 class LogEvent:
-    """One thing that a run says. level: info, warning or error.
+    """One message of a run.
 
-    fields: facts for programs; of `traceback` a file of text has the lines too.
+    event: its kind, one word. level: info, warning or error. fields: facts for programs; a text log
+    shows only the lines of `traceback`. time: seconds since the epoch.
     """
 
     event: str
@@ -70,15 +70,15 @@ def _iso(seconds: float) -> str:
 
 
 class RunLogs:
-    """The folder of a run and the way to the terminal. A context manager.
+    """The log folder of a run, and its way to the terminal. A context manager.
 
     Args:
-        takes_streams: whether this process is the command's own: what libraries write to its
-            standard error and output then goes to the folder, and is shown from there.
-        workers_too: whether what workers write is to be echoed.
+        takes_streams: whether the process belongs to the command: what libraries write to standard
+            error and output then goes to the folder and is echoed from there.
+        workers_too: whether to echo the output of workers.
 
     Attributes:
-        terminal: where the run itself speaks to the person.
+        terminal: the stream for the run's own messages.
         folder: None until `open` has made it.
     """
 
@@ -106,12 +106,7 @@ class RunLogs:
     def __enter__(self) -> "RunLogs":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.release()
         if self._takes_streams:
             self.terminal.close()
@@ -129,7 +124,7 @@ class RunLogs:
             error.args = (f"{error}\nLogs: {self.folder / DRIVER_LOG}",)
 
     def check(self) -> None:
-        """Look whether the folder can be made, making nothing.
+        """Check whether the folder can be created, without creating it.
 
         Raises:
             ConfigError: it cannot.
@@ -138,19 +133,19 @@ class RunLogs:
             return
         if os.path.lexists(self._path) or not self._path.resolve().parent.is_dir():
             raise ConfigError(
-                "--log-dir must name a folder, or one to be made in a folder that exists. "
+                "--log-dir must name a folder, or a new one in a folder that exists. "
                 f"Received: {self._path}"
             )
 
     def open(self, echo: Callable[[str], None] | None, *, leaves_stdout: bool = False) -> None:
-        """Make the folder, after the person's files were found to be good.
+        """Create the folder and start logging, once the user's files have been checked.
 
         Args:
-            echo: shows a line that a library wrote; None where nothing else may be on the terminal.
-            leaves_stdout: for a debugger, which asks there.
+            echo: shows a line that a library wrote; None to show none of them.
+            leaves_stdout: whether standard output stays as it is, for a debugger's prompt.
 
         Raises:
-            ConfigError: it cannot be made.
+            ConfigError: it cannot be created.
         """
         try:
             self._path.mkdir(mode=0o700, exist_ok=True)
@@ -162,7 +157,7 @@ class RunLogs:
             errors = _append_to(self._path / DRIVER_ERRORS) if self._takes_streams else None
         except OSError as error:
             raise ConfigError(
-                "--log-dir must name a folder that exists or can be made. Received: "
+                "--log-dir must name a folder that exists or can be created. Received: "
                 f"{self._path} ({error.strerror or error})"
             ) from None
         self.folder, self._echo = self._path, echo
@@ -175,11 +170,11 @@ class RunLogs:
                 self._saved[number] = os.dup(number)
                 os.dup2(errors, number)
             os.close(errors)
-        self._thread = threading.Thread(target=self._look_after, daemon=True, name="logs")
+        self._thread = threading.Thread(target=self._keep_looking, daemon=True, name="logs")
         self._thread.start()
 
     def record(self, event: LogEvent) -> None:
-        """Write an event to driver.log, as soon as there is one. A full disk loses it."""
+        """Write an event to driver.log once that is open. On a full disk the event is lost."""
         with self._lock:
             if self._file is None:
                 if self.folder is None:
@@ -191,7 +186,7 @@ class RunLogs:
                 self._file = None
 
     def release(self) -> None:
-        """Give the streams back, and show what was written until now."""
+        """Restore the streams, and show what was written so far."""
         self._stop.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=5)
@@ -205,20 +200,20 @@ class RunLogs:
             self._look()
             _remove_if_empty(self._path / DRIVER_ERRORS)
 
-    def _look_after(self) -> None:
+    def _keep_looking(self) -> None:
         while not self._stop.wait(LOOK_S):
             self._look()
 
     def _look(self) -> None:
-        """Echo what is new, and keep the files small."""
-        assert self.folder is not None, "this is a bug: a folder is looked after that is not there"
+        """Echo new output, and keep the files small."""
+        assert self.folder is not None, "this is a bug: there is no log folder to look at"
         for path in (self.folder / DRIVER_ERRORS, *sorted(self.folder.glob(worker_log("*", "*")))):
             is_own = path.name == DRIVER_ERRORS
             try:
                 if self._echo is not None and (is_own or self._workers_too):
                     self._show(path, "" if is_own else f"({path.stem}) ", self._echo)
                 if path.stat().st_size > MOST_BYTES:
-                    # Its writers append, so they go on at the new end.
+                    # Its writers append, so they continue at the new end.
                     shutil.copy2(path, path.with_name(path.name + ".1"))
                     os.truncate(path, 0)
                     self._seen[path.name] = 0
@@ -236,26 +231,26 @@ class RunLogs:
             echo(name + line)
 
     def _remove(self) -> None:
-        """Leave nothing of this run: its files were not good."""
-        assert self.folder is not None, "this is a bug: a folder is removed that is not there"
+        """Remove the logs of this run, which ended in a user's error."""
+        assert self.folder is not None, "this is a bug: there is no log folder to remove"
         if self._file is not None:
             self._file.close()
         for path in _files_of_a_run(self.folder):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.folder / RAY_FOLDER, ignore_errors=True)
-        with suppress(OSError):  # other files are in there
+        with suppress(OSError):  # it has other files
             self.folder.rmdir()
 
 
 def worker_log(replica: int | str, member: int | str) -> str:
-    """Return the name of a worker's file."""
+    """Return the name of a worker's log."""
     return f"worker-{replica}-{member}.log"
 
 
 def write_to_folder(folder: str | None, replica: int, member: int) -> None:
-    """Let all that this worker's process writes from now on go to its file in the folder.
+    """Redirect this worker's standard output and error to its file in the log folder.
 
-    Where the folder is not on this machine, Ray's own logs keep it.
+    If the folder is not on this machine, the output stays in Ray's own logs.
     """
     if folder is None or not os.path.isdir(folder):
         return
@@ -267,17 +262,21 @@ def write_to_folder(folder: str | None, replica: int, member: int) -> None:
     for number in (STDOUT, STDERR):
         os.dup2(descriptor, number)
     os.close(descriptor)
-    # Ray's own streams may hold back what is written until a process ends, killed ones never.
+    # Ray's own streams may buffer output until the process ends, and a killed process loses it.
     sys.stdout = open(STDOUT, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
     sys.stderr = open(STDERR, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
     print(f"{_iso(time.time())} worker {replica}, member {member}: process {os.getpid()} starts")
 
 
 def keep_logs_of_ray(session: Path, folder: Path) -> None:
-    """Copy the ends of the logs of Ray's own processes, of a run that failed."""
+    """Copy the ends of the latest logs of Ray's own processes into the folder of a failed run.
+
+    Args:
+        session: Ray's folder of logs. folder: the run's.
+    """
     written = [path for path in session.glob("*.*") if path.is_file() and path.stat().st_size]
     kept = folder / RAY_FOLDER
-    with suppress(OSError):  # the run has failed of something else, which is to be said
+    with suppress(OSError):  # it must not hide the error that ended the run
         kept.mkdir(mode=0o700, exist_ok=True)
         for path in sorted(written, key=lambda path: path.stat().st_mtime)[-MOST_RAY_FILES:]:
             with open(path, "rb") as file:
@@ -298,7 +297,7 @@ def _append_to(path: Path) -> int:
 
 
 def _set_aside(folder: Path) -> None:
-    """Move what an earlier run wrote out of the way; of those before it nothing is kept."""
+    """Move the files of the previous run to `PREVIOUS`, replacing those of the one before."""
     found, previous = _files_of_a_run(folder), folder / PREVIOUS
     shutil.rmtree(previous, ignore_errors=True)
     if not found:
@@ -310,7 +309,7 @@ def _set_aside(folder: Path) -> None:
 
 
 def _files_of_a_run(folder: Path) -> list[Path]:
-    """Return the files in a folder that a run has made, and no other."""
+    """Return the log files in a folder, and no others."""
     names = (DRIVER_LOG, DRIVER_ERRORS, worker_log("*", "*"))
     return sorted(path for name in names for path in folder.glob(f"{name}*"))
 

@@ -1,14 +1,13 @@
-"""A run's figures, as they are when somebody asks -> Prometheus' text on a port of this machine.
+"""The current figures of a run -> Prometheus' text format, on a port of this machine.
 
-The official client serves them, from a registry of their own. Nothing here can fail a run once the
-port is taken: a figure that cannot be had is left out. Does not know how rows are predicted.
+The official client serves them from a registry of their own. Once the port is open nothing here can
+fail the run: if figures cannot be read, the answer is empty. Does not know how rows are predicted.
 docs/observability.md lists the names.
 """
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from runner.common.errors import ConfigError
@@ -24,9 +23,9 @@ HOST = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What is known of a run at one moment.
+    """The state of a run at one moment.
 
-    rows: how many were made in which way (`total`, `done`, `resumed`, `shortened`, `filled`).
+    build: versions and mode. rows: counts by name, the keys of `ROWS`.
     """
 
     build: dict[str, str]
@@ -39,13 +38,13 @@ class Figures:
 
 
 class Metrics:
-    """Serves figures while a run lasts. A context manager; without a port it does nothing.
+    """Serves figures during a run. A context manager, which does nothing without a port.
 
     Args:
-        port: 0 for any that is free, None for none.
+        port: 0 for any free port, None for no metrics.
 
     Attributes:
-        url: where they are, None where they are not served.
+        url: of the metrics, None if they are not served.
     """
 
     def __init__(self, port: int | None) -> None:
@@ -56,10 +55,10 @@ class Metrics:
         self.url: str | None = None
 
     def __enter__(self) -> "Metrics":
-        """Take the port.
+        """Open the port.
 
         Raises:
-            ConfigError: another program has it.
+            ConfigError: another program uses it.
         """
         if self._port is None:
             return self
@@ -71,77 +70,67 @@ class Metrics:
             self._server, self._thread = start_http_server(self._port, HOST, registry)
         except OSError as error:
             raise ConfigError(
-                "--metrics-port must be a port that is free, 0 takes any. Received: --metrics-port "
+                "--metrics-port must be a free port; 0 takes any. Received: --metrics-port "
                 f"{self._port} ({error.strerror or error})"
             ) from None
         self.url = f"http://{HOST}:{self._server.server_port}/metrics"
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._server is not None and self._thread is not None:
             self._server.shutdown()
             self._server.server_close()
             self._thread.join(timeout=5)
 
     def watch(self, find: Callable[[], Figures]) -> None:
-        """Serve what `find` returns, which is called from another thread."""
+        """Serve what `find` returns; it is called from another thread."""
         self._find = find
 
     def collect(self) -> Iterable["Metric"]:
-        """What the client's registry calls for each answer."""
+        """Return the current metrics; the client's registry calls this for each request."""
         if self._find is None:
             return []
         try:
             return list(families(self._find()))
         except Exception:
-            return []  # a figure that changes while it is read; the next answer has it
+            return []  # a figure changed while it was read; the next request will succeed
 
 
 def families(figures: Figures) -> Iterator["Metric"]:
-    """Yield the figures as the client's families of metrics."""
+    """Yield the figures as the client's metric families."""
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 
-    def gauge(name: str, help_text: str, value: float | None) -> Iterator["Metric"]:
+    yield InfoMetricFamily(f"{PREFIX}_build", "Versions and mode of this run.", value=figures.build)
+    now = figures.standing
+    # Names that end in _total are reserved for counters.
+    rows = {"rows" if name == "total" else f"rows_{name}": name for name in ROWS}
+    for name, help_text, value in (
+        *((named, ROWS[name], figures.rows[name]) for named, name in rows.items()),
+        ("rows_per_second", "Rows done, since the first batch.", now.rows_per_s),
+        ("tokens_per_second", "Real tokens done, since the first batch.", now.tokens_per_s),
+        ("elapsed_seconds", "Since the process started.", now.elapsed_s),
+        ("left_seconds", "Forecast of the remaining work.", now.left_s),
+        ("slack_seconds", "Time to the limit minus that; negative if too late.", now.slack_s),
+    ):
         if value is not None:
             yield GaugeMetricFamily(f"{PREFIX}_{name}", help_text, value=value)
-
-    def counter(name: str, help_text: str, value: float) -> "Metric":
-        return CounterMetricFamily(f"{PREFIX}_{name}", help_text, value=value)
-
-    yield InfoMetricFamily(f"{PREFIX}_build", "Versions and mode of this run.", value=figures.build)
-    standing = figures.standing
-    for name, help_text in ROWS.items():
-        # Names that end in _total are kept for counters.
-        named = "rows" if name == "total" else f"rows_{name}"
-        yield from gauge(named, help_text, figures.rows[name])
-    yield counter("tokens_real", "Tokens of rows in finished batches.", figures.real_tokens)
-    yield counter("tokens_padded", "The same with their padding.", figures.padded_tokens)
-    yield from gauge("rows_per_second", "Rows done, since the first batch.", standing.rows_per_s)
-    yield from gauge(
-        "tokens_per_second", "Real tokens done, since the first batch.", standing.tokens_per_s
-    )
-    yield from gauge("elapsed_seconds", "Since the process started.", standing.elapsed_s)
-    yield from gauge("left_seconds", "Forecast of the work that is left.", standing.left_s)
-    yield from gauge(
-        "slack_seconds", "Time to the limit beyond that; negative: too long.", standing.slack_s
-    )
+    for name, help_text, count in (
+        ("tokens_real", "Tokens of rows in finished batches.", figures.real_tokens),
+        ("tokens_padded", "The same with padding.", figures.padded_tokens),
+    ):
+        yield CounterMetricFamily(f"{PREFIX}_{name}", help_text, value=count)
     yield from _of_workers(figures)
     faults = CounterMetricFamily(
-        f"{PREFIX}_faults", "What went wrong and was survived.", labels=["kind"]
+        f"{PREFIX}_faults", "Faults that the run recovered from.", labels=["kind"]
     )
-    for kind, count in asdict(figures.faults).items():
-        faults.add_metric([kind], count)
+    for kind, number in asdict(figures.faults).items():
+        faults.add_metric([kind], number)
     yield faults
     state = GaugeMetricFamily(
-        f"{PREFIX}_replica_state", "1 for what a replica does now.", labels=["replica", "state"]
+        f"{PREFIX}_replica_state", "1 for a replica's current state.", labels=["replica", "state"]
     )
-    for replica, doing in standing.workers.items():
-        # Without how many shapes of how many: each would be a series of its own.
+    for replica, doing in now.workers.items():
+        # Without its count of shapes: each value would become a time series of its own.
         state.add_metric([str(replica), doing.split()[0]], 1)
     yield state
 
@@ -160,16 +149,16 @@ def _of_workers(figures: Figures) -> Iterator["Metric"]:
 ROWS = {
     "total": "Rows of the test set.",
     "done": "Rows that have an answer.",
-    "resumed": "Rows that were in the journal already.",
-    "shortened": "Rows that were made from fewer tokens than asked for.",
+    "resumed": "Rows that were already in the journal.",
+    "shortened": "Rows predicted from fewer tokens than configured.",
     "filled": "Rows that got the fallback.",
 }
-# Field of WorkerStats -> what kind of metric it is, its name, and its help.
+# Field of WorkerStats -> kind, name and help of its metric.
 WORKERS = {
-    "busy_s": ("counter", "busy_seconds", "Spent on batches."),
+    "busy_s": ("counter", "busy_seconds", "Seconds spent on batches."),
     "rows": ("counter", "rows", "Rows of finished batches."),
     "batches": ("counter", "batches", "Finished batches."),
-    "restarts": ("counter", "restarts", "Times that its process was started again."),
-    "peak_rss_bytes": ("gauge", "peak_rss_bytes", "Most resident memory of its process."),
-    "weight_bytes": ("gauge", "weight_bytes", "Weights that it holds."),
+    "restarts": ("counter", "restarts", "How often its process was restarted."),
+    "peak_rss_bytes": ("gauge", "peak_rss_bytes", "Peak resident memory of its process."),
+    "weight_bytes": ("gauge", "weight_bytes", "Bytes of weights that it holds."),
 }

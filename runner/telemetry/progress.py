@@ -1,8 +1,8 @@
-"""What a person watches: one line that says what is waited for, then how far the rows are.
+"""Stages, counts and forecasts of a run -> the status line, and events for the log.
 
-On a terminal a tqdm line; in a notebook a bar in the cell; elsewhere plain lines, or one JSON
-object a line. A thread of its own redraws it, so that it lives while the main thread is inside Ray
-or JAX. All that is said is handed on to be recorded, too.
+The status line shows the current stage, then the progress of the rows. On a terminal it is a tqdm
+line, in a notebook a bar in the cell, elsewhere plain lines or one JSON object a line. A thread
+redraws it while the main thread is inside Ray or JAX. Does not know what the stages do.
 """
 
 import html
@@ -20,25 +20,27 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from runner.common.units import clock
 from runner.telemetry.logs import LogEvent
 
 REDRAW_S = 0.5
-# A notebook keeps each message until its page has drawn it.
+# A notebook queues each message until its page has drawn it.
 NOTEBOOK_REDRAW_S = 1.0
-# Between progress lines as JSON, and between those that are recorded.
+# Seconds between progress lines as JSON, and between those in the log.
 JSON_PROGRESS_S, RECORD_PROGRESS_S = 5.0, 30.0
-# Plain lines: before the first row no silence is longer than this, and after it than that.
+# The longest silence of plain lines, before the first row and after it.
 PLAIN_WAITING_S = 5.0
 PLAIN_RUNNING_S = 30.0
-# With more workers than this their states are counted instead of listed.
+# The states of more workers than this are counted instead of listed.
 LISTED_WORKERS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How far a run is. Rates count from the first finished batch on; None: not known yet.
+    """The progress of a run. Rates are since the first finished batch; None is not known yet.
 
-    workers: what each replica does, by its number.
+    workers: the state of each replica, by its number. left_s: forecast of the remaining work.
+    slack_s: time to the limit minus that, negative if it is too late.
     """
 
     stage: str
@@ -53,11 +55,13 @@ class Standing:
 
 
 class Progress:
-    """A context manager. Every method may be called from any thread.
+    """The status line of a run. A context manager; any thread may call its methods.
 
     Args:
+        started: `time.monotonic()` at the start of the process, None for now.
+        stream: None for standard error.
         log_format: text, or json for one object a line and nothing else.
-        record: is handed every event, and now and then how far the rows are.
+        record: gets every event, and the progress every `RECORD_PROGRESS_S` seconds.
     """
 
     def __init__(
@@ -91,7 +95,7 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if self._is_terminal:
-            # A terminal that does not know its width says 0, and tqdm would then draw nothing.
+            # A terminal of unknown width reports 0, for which tqdm would draw nothing.
             knows_width = os.get_terminal_size(self._stream.fileno()).columns > 0
             self._bar = tqdm(
                 total=1,
@@ -115,22 +119,22 @@ class Progress:
             self._draw_cell(self._cell)
 
     def stage(self, text: str) -> None:
-        """Say what is waited for."""
+        """Show a new stage."""
         with self._lock:
-            # Of a stage that counts its rows only the first count is an event.
+            # If only the counts in its text change, it is the same stage and not an event.
             is_new = re.sub("[0-9,]+", "", text) != re.sub("[0-9,]+", "", self._stage)
             self._stage = text
             if is_new:
                 self._say(LogEvent("stage", text))
 
     def note(self, text: str, *, event: str = "note", **fields: Any) -> None:
-        """Say something that stays on the screen.
+        """Show a message that stays on the screen.
 
         Args:
-            text: begins with `warning: ` or `error: ` where it is one, and with `deadline: ` where
-                it is a decision.
-            event: what kind of thing it is, in a word.
-            fields: facts in it, for programs.
+            text: a warning begins with `warning: `, an error with `error: `, and a decision about
+                the time limit with `deadline: `.
+            event: its kind, one word.
+            fields: its facts, for programs.
         """
         kind, _, rest = text.partition(": ")
         said, level = (rest, kind) if kind in ("warning", "error") else (text, "info")
@@ -142,12 +146,12 @@ class Progress:
             self._say(LogEvent(event, said, level, fields))
 
     def keep(self, error: BaseException) -> None:
-        """Record the traceback of an error that is survived; the person is told in a note."""
+        """Record the traceback of an error that the run recovers from; a note tells the user."""
         trace = "".join(traceback.format_exception(error))
         self._record(LogEvent("fault", type(error).__name__, fields={"traceback": trace}))
 
     def show(self, text: str) -> None:
-        """Put a line on the screen that is not the run's own."""
+        """Show a line that a library or a worker wrote."""
         with self._lock:
             if self._bar is not None:
                 self._bar.write(text, file=self._stream)
@@ -155,7 +159,7 @@ class Progress:
                 self._print(text)
 
     def standing(self) -> Standing:
-        """Return how far the run is."""
+        """Return the progress of the run."""
         with self._lock:
             now = time.monotonic()
             rates: list[float | None] = [None, None]
@@ -177,11 +181,12 @@ class Progress:
             )
 
     def set_worker(self, number: int, state: str) -> None:
+        """Set the state of a replica, such as `busy`."""
         with self._lock:
             self._states[number] = state
 
     def expect(self, *, rows: int, done: int = 0) -> None:
-        """Say how many rows there are to predict, and how many are done already."""
+        """Set how many rows there are in all, and how many of them are already done."""
         with self._lock:
             self._total_rows, self._rows_before = rows, done
 
@@ -189,7 +194,7 @@ class Progress:
         """Count a finished batch."""
         with self._lock:
             if self._first_row_at is None:
-                # Work done before the clock started would flatter the rate.
+                # Rates start here: the time that the first batch took is not known.
                 self._first_row_at = time.monotonic()
             else:
                 self._tokens += tokens
@@ -197,8 +202,8 @@ class Progress:
             self._rows += rows
 
     def forecast(self, *, left_s: float, slack_s: float | None) -> None:
-        """Say how many seconds of work are left, and how much time beyond them, if there is a
-        limit."""
+        """Set the seconds of work that are left, and by how much they end before the limit; None
+        without a limit."""
         with self._lock:
             self._left_s, self._slack_s = left_s, slack_s
             self._forecast_at = time.monotonic()
@@ -224,7 +229,7 @@ class Progress:
     def _say(self, event: LogEvent) -> None:
         self._record(event)
         if self._is_json:
-            # Its silence is broken by progress lines alone.
+            # Not by _print, since JSON progress lines keep their interval.
             print(event.as_json(), file=self._stream, flush=True)
 
     def _progress_event(self) -> LogEvent:
@@ -245,58 +250,51 @@ class Progress:
 
     def _draw_bar(self, bar: tqdm) -> None:
         if self._rows:
-            bar.total, bar.n = self._total_rows, self._rows_before + self._rows
+            now = self.standing()
+            bar.total, bar.n = now.rows_total, now.rows_done
             bar.bar_format = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows, {desc}"
-            bar.set_description_str(f"{self._rates()}; {self._workers()}", refresh=False)
+            bar.set_description_str(f"{_rates(now)}; {_workers(now)}", refresh=False)
         else:
-            text = f"[{_clock(self._elapsed())}] {self._stage}"
-            bar.set_description_str(f"{text}; {self._workers()}".rstrip("; "), refresh=False)
+            bar.set_description_str(self._line(), refresh=False)
         bar.refresh()
 
     def _draw_cell(self, cell: "_Cell") -> None:
-        done = self._rows_before + self._rows
-        cell.show(done / self._total_rows if self._rows else None, self._line())
+        now = self.standing()
+        cell.show(now.rows_done / now.rows_total if self._rows else None, self._line())
 
     def _line(self) -> str:
-        what = self._stage
-        if self._rows:
-            what = f"{self._rows_before + self._rows}/{self._total_rows} rows, {self._rates()}"
-        return f"[{_clock(self._elapsed())}] " + "; ".join(filter(None, [what, self._workers()]))
+        now = self.standing()
+        what = f"{now.rows_done}/{now.rows_total} rows, {_rates(now)}" if self._rows else now.stage
+        return f"[{clock(now.elapsed_s)}] " + "; ".join(filter(None, [what, _workers(now)]))
 
     def _print(self, text: str) -> None:
         self._last_plain = time.monotonic()
         print(text, file=self._stream, flush=True)
 
-    def _elapsed(self) -> float:
-        return time.monotonic() - self._started
 
-    def _rates(self) -> str:
-        if self._left_s is None:
-            return "time left ?"
-        now = time.monotonic()
-        said = f"{_clock(self._left_s - (now - self._forecast_at))} left"
-        if self._tokens and self._first_row_at is not None:
-            said = f"{self._tokens / (now - self._first_row_at):,.0f} tokens/s, {said}"
-        if self._slack_s is not None:
-            short = self._slack_s < 0
-            said += f", {_clock(abs(self._slack_s))} {'too long' if short else 'to spare'}"
-        return said
+def _rates(now: Standing) -> str:
+    if now.left_s is None:
+        return "time left ?"
+    said = f"{clock(now.left_s)} left"
+    if now.tokens_per_s is not None:
+        said = f"{now.tokens_per_s:,.0f} tokens/s, {said}"
+    if now.slack_s is not None:
+        said += f", {clock(abs(now.slack_s))} {'too long' if now.slack_s < 0 else 'to spare'}"
+    return said
 
-    def _workers(self) -> str:
-        states = sorted(self._states.items())
-        if not states:
-            return ""
-        if len(states) <= LISTED_WORKERS:
-            return ", ".join(f"w{number} {state}" for number, state in states)
-        counts = Counter(state.split()[0] for _, state in states)
-        return "workers: " + ", ".join(f"{count} {state}" for state, count in counts.most_common())
+
+def _workers(now: Standing) -> str:
+    if len(now.workers) <= LISTED_WORKERS:
+        return ", ".join(f"w{number} {state}" for number, state in now.workers.items())
+    counts = Counter(state.split()[0] for state in now.workers.values())
+    return "workers: " + ", ".join(f"{count} {state}" for state, count in counts.most_common())
 
 
 class _Cell:
-    """A bar and a line in the output of a notebook's cell, drawn again in its place.
+    """A bar and a line in the output of a notebook's cell, updated in place.
 
-    By IPython's display, which every notebook has: widgets need a package on the notebook's side,
-    and leave nothing to read in a notebook that ran by itself.
+    It uses IPython's display, which every notebook has. Widgets need a package in the notebook's
+    front end, and show nothing in a notebook that was run without one.
     """
 
     def __init__(self) -> None:
@@ -304,7 +302,7 @@ class _Cell:
         self._is_there = False
 
     def show(self, share: float | None, text: str) -> None:
-        from IPython.display import display  # what runs a notebook has it
+        from IPython.display import display  # every notebook kernel has it
 
         bar = "" if share is None else f'<progress max="1" value="{share:.4f}"></progress> '
         line = f"<pre style='display:inline'>{html.escape(text)}</pre>"
@@ -314,13 +312,6 @@ class _Cell:
 
 
 def _is_notebook() -> bool:
-    """Whether this process is the kernel of a notebook."""
+    """Return whether this process is the kernel of a notebook."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return "IPKernelApp" in getattr(shell, "config", {})
-
-
-def _clock(seconds: float) -> str:
-    """73 -> 1:13, 3700 -> 1:01:40."""
-    minutes, second = divmod(round(max(0.0, seconds)), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -1,7 +1,7 @@
-"""What was asked of workers, and when their answers came -> spans of time and events.
+"""Requests to workers and the times of their answers -> spans of time, and events.
 
-The page and the trace are drawn from it. One small record a batch and a shape, none a row. Does
-not know Ray, files, nor what is drawn; it holds no ids.
+The report page and the trace are drawn from it. It has a small record for each batch and shape,
+none for rows, and holds no ids. Does not know Ray, files or drawings.
 """
 
 import time
@@ -22,9 +22,9 @@ STARTING, LOADING, COMPILING, PREDICTING, LOST = (
 class Span:
     """What one worker did from `start_s` to `end_s`, in seconds since the process started.
 
-    what: STARTING, LOADING, COMPILING, PREDICTING, or LOST: work that no answer came of.
-    batch: what it predicted, or lost. is_copy: another replica's answer to it came before.
-    shape: what it compiled. is_cached: its program was read from the cache on disk.
+    what: STARTING, LOADING, COMPILING, PREDICTING, or LOST: work without an answer.
+    batch: which it predicted or lost. is_copy: another replica had answered it before.
+    shape: which it compiled. is_cached: its program was read from the cache on disk.
     """
 
     what: str
@@ -39,12 +39,13 @@ class Span:
 
     @property
     def seconds(self) -> float:
+        """How long it took."""
         return self.end_s - self.start_s
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What the driver itself did from `start_s` to `end_s`."""
+    """What the driver did from `start_s` to `end_s`, in seconds since the process started."""
 
     what: str
     start_s: float
@@ -53,7 +54,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A fault or a decision, in words without ids; replica: None where it is about no one's."""
+    """A fault or a decision, in words without ids; replica: None if it is not about one."""
 
     at_s: float
     what: str
@@ -61,8 +62,10 @@ class Event:
 
 
 class Timeline:
-    """A recorder. What one worker is asked for it does in that order: a span that would begin
-    before the worker's last one ended begins there. Compiling goes on beside predicting.
+    """Records what the driver and the workers do.
+
+    A worker answers requests in their order, so a span begins at the end of the worker's last one
+    or later. Compiling runs beside predicting.
 
     Args:
         started: of the process, by `clock`.
@@ -80,12 +83,12 @@ class Timeline:
         self.events: list[Event] = []
 
     def now(self) -> float:
-        """Seconds since the process started."""
+        """Return the seconds since the process started."""
         return self._clock() - self._started
 
     @contextmanager
     def stage(self, what: str) -> Iterator[None]:
-        """Within, the driver does this; from any thread."""
+        """Record what the driver does within; any thread may call it."""
         began = self.now()
         try:
             yield
@@ -93,6 +96,7 @@ class Timeline:
             self.stages.append(Stage(what, began, self.now()))
 
     def event(self, what: str, replica: int | None = None) -> None:
+        """Record a fault or a decision now."""
         self.events.append(Event(self.now(), what, replica))
 
     def add(
@@ -108,28 +112,29 @@ class Timeline:
         shape: BatchShape | None = None,
         is_cached: bool = False,
     ) -> None:
-        """Keep what a worker was asked for at `asked_s` and has done, or lost, by now.
+        """Record what a worker was asked for at `asked_s` and has done, or lost.
 
         Args:
+            what, batch, is_copy, shape, is_cached: as in `Span`.
             ended_s: None for now.
         """
         lane = (replica, member, what == COMPILING)
         ended = self.now() if ended_s is None else ended_s
         began = max(asked_s, self._free_at.get(lane, 0.0))
         if ended < began:
-            return  # clocks of two machines that differ by more than the work took
+            return  # the clocks of two machines differ by more than the work took
         self._free_at[lane] = ended
         self.spans.append(
             Span(what, replica, member, began, ended, batch, is_copy, shape, is_cached)
         )
 
     def predicted(self, batch: Batch, replica: int, work: Sequence[Work], asked_s: float) -> None:
-        """Keep an answer that has come: of each member what it spent on the batch, and when."""
+        """Record an answer that has just come, with the work of each member on the batch."""
         now, wall = self.now(), time.time()
         is_copy = batch.index in self._answered
         self._answered.add(batch.index)
         for member, entry in enumerate(work):
-            # Between two machines the clocks may differ; no work ended before it was asked for.
+            # Two machines' clocks may differ; no work ended before it was asked for.
             age_s = wall - entry.ended_at if entry.ended_at else 0.0
             ended = now - min(max(0.0, age_s), max(0.0, now - asked_s))
             began = max(asked_s, ended - entry.seconds)

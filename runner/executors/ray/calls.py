@@ -21,7 +21,7 @@ from runner.executors.ray.session import check_ray
 WAIT_S = 0.2
 # A look at the clock that comes so late was late for the workers too: the machine was suspended.
 LONGEST_LOOK_S = 10.0
-# What Ray raises where a worker's process or its machine has ended.
+# What Ray raises if a worker's process or its machine has ended.
 DEATHS = (
     ray.exceptions.RayActorError,
     ray.exceptions.WorkerCrashedError,
@@ -124,7 +124,7 @@ def get_within(asked: ray.ObjectRef, within_s: float) -> Any:
 
 @contextmanager
 def ray_errors() -> Iterator[None]:
-    """Within, what Ray raises of itself becomes a WorkerError."""
+    """Turn what Ray itself raises within into a WorkerError."""
     try:
         yield
     except ray.exceptions.RayError as error:

@@ -17,10 +17,10 @@ from runner.telemetry.logs import worker_log
 
 # A replica is given up after this many replacements that no batch explains.
 MAX_RESTARTS = 3
-# A worker hangs that takes longer for a step than: compile and load as slow as they may be.
+# A worker that takes longer for a step is taken to hang. The slowest compile and load fit.
 STEP_WITHIN_S = {"ping": 300.0, "meet": 120.0, "tokens": 300.0, "load": 600.0, "compile": 1800.0}
 SLOWEST_LOAD_BYTES_PER_S = 20e6
-# A run whose nodes are all gone waits so long for another.
+# Seconds that a run whose nodes are all gone waits for another.
 NODE_COMES_WITHIN_S = 300.0
 
 
@@ -28,7 +28,7 @@ class Failures:
     """What a run does about workers that fail.
 
     Args:
-        go_on: takes a step as done whose failure does not matter.
+        go_on: called with a step whose failure does not matter, as if it were done.
     """
 
     def __init__(self, crew: Crew, go_on: Callable[[Group, Step], None]) -> None:
@@ -56,7 +56,7 @@ class Failures:
         while isinstance(cause, ray.exceptions.RayTaskError):
             cause = cause.cause  # handed on from an earlier stage
         is_ours = isinstance(cause, ArenaRunnerError)
-        if isinstance(cause, DEATHS) or (not is_ours and group.has_lost_a_member()):
+        if isinstance(cause, DEATHS) or (not is_ours and group.actors.has_lost_one()):
             # Those who work with the dead one may hear of it sooner than we do.
             self.died(group, failure)
             return
@@ -117,7 +117,7 @@ class Failures:
                 crew.note_fault(
                     group,
                     f"warning: {group.noun} {group.number} hangs: {now - since:.0f} s in "
-                    f"{doing}, where {limit:.0f} are the most; ended",
+                    f"{doing}, at most {limit:.0f} are expected; ended",
                 )
                 if step.what == "predict":
                     # Those behind it did no harm.

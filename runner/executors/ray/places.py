@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from runner.common.errors import ConfigError
-from runner.common.machine import cores_here, gpu_dtype
+from runner.common.machine import cores_here, device_memory_bytes, gpu_dtype
 from runner.common.records import ModelSpec
+from runner.executors.ray.actors import Ready
 from runner.executors.ray.calls import ray_errors
-from runner.executors.ray.nodes import Ready
 from runner.executors.ray.session import find_devices, start_ray
 from sharding.kinds import auto_dtype
+from sharding.strategies import Strategy
 from sharding.topology import WorkerSlot, place_workers
 
 
@@ -33,8 +34,11 @@ class Places(Protocol):
         """Find the devices; return how many replicas they hold, and what `dtype` means on them,
         `auto` if only a worker can tell."""
 
-    def start(self, spec: ModelSpec) -> None:
-        """Begin to make places ready for a model."""
+    def memory_bytes(self) -> int | None:
+        """Return the memory of the smallest GPU of these places, None if not known."""
+
+    def start(self, spec: ModelSpec, strategy: Strategy | None) -> None:
+        """Begin to make places ready for a model, held in this way."""
 
     def take_ready(self) -> list[Ready]:
         """Return the replicas that became ready to be started since the last call."""
@@ -85,10 +89,13 @@ class Here:
             dtype = auto_dtype(self.kind) or gpu_dtype() or "auto"
         return len(self._slots) // self._group_size, dtype
 
-    def start(self, spec: ModelSpec) -> None:
+    def memory_bytes(self) -> int | None:
+        return device_memory_bytes()
+
+    def start(self, spec: ModelSpec, strategy: Strategy | None) -> None:
         for first in range(0, len(self._slots), self._group_size):
             slots = self._slots[first : first + self._group_size]
-            self._ready.append(Ready(slots, (spec,) * len(slots)))
+            self._ready.append(Ready(slots, (spec,) * len(slots), strategy))
 
     def take_ready(self) -> list[Ready]:
         ready, self._ready = self._ready, []

@@ -1,10 +1,9 @@
 """Replicas fed with batches: a bounded number in flight, results as they come.
 
-Does not know JAX, tables or files, nor how a batch passes through a replica (`group.py`), where one
-may be started (`places.py`), or what becomes of one that failed (`failures.py`).
+Does not know JAX, tables or files, nor how a batch passes through a replica (`actors.py`), where
+one may be started (`places.py`), or what becomes of one that failed (`failures.py`).
 """
 
-import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -15,7 +14,6 @@ import numpy as np
 import ray
 import ray.exceptions
 
-from runner.common.errors import ConfigError, WorkerError, first_line
 from runner.common.records import (
     BatchResult,
     Faults,
@@ -25,21 +23,16 @@ from runner.common.records import (
     WorkerStats,
     seconds_to_compile,
 )
-from runner.executors.ray.calls import (
-    DEATHS,
-    WAIT_S,
-    finished_steps,
-    get_within,
-    ray_errors,
-    store,
-)
-from runner.executors.ray.crew import Crew, Pass
-from runner.executors.ray.failures import MAX_RESTARTS, Failures, load_within_s
+from runner.executors.one_pass import Pass, no_rows
+from runner.executors.ray.calls import WAIT_S, finished_steps, ray_errors, store
+from runner.executors.ray.crew import Crew
+from runner.executors.ray.failures import Failures
 from runner.executors.ray.group import Group, Step
+from runner.executors.ray.in_float import FloatWorker
 from runner.executors.ray.nodes import Nodes
 from runner.executors.ray.places import Here, Places
 from runner.executors.ray.session import join_ray, private_folder, stop_ray
-from runner.executors.ray.shipping import SHIP
+from runner.executors.ray.setup import Setup
 from runner.executors.recovery import Recovery
 from runner.model.injected_faults import patience_s
 from runner.telemetry.logs import keep_logs_of_ray
@@ -59,7 +52,8 @@ class RayReplicas:
     Args:
         num_workers: actors in all, None for as many as the devices suggest.
         group_size: how many of them make one replica.
-        strategy, family, timeline: as for `Group`.
+        is_tensor: whether they hold slices of every weight.
+        family, timeline: as for `Group`.
         left_s: the seconds in which rows can still be predicted, infinite if there is no limit.
         log_folder: where workers write to, None for Ray's own logs.
         address: of a Ray cluster to join, None to start Ray on this machine.
@@ -70,7 +64,7 @@ class RayReplicas:
         *,
         num_workers: int | None,
         group_size: int,
-        strategy: Strategy | None,
+        is_tensor: bool,
         family: str,
         verbose: bool,
         log_folder: Path | None,
@@ -89,8 +83,7 @@ class RayReplicas:
             places = Nodes(
                 num_workers=num_workers,
                 group_size=group_size,
-                is_tensor=strategy is not None and strategy.name == "tensor",
-                even_here=os.environ.get(SHIP) == "always",
+                is_tensor=is_tensor,
                 note=progress.note,
             )
         groups: list[Group] = []
@@ -100,28 +93,24 @@ class RayReplicas:
             progress=progress,
             timeline=timeline,
             left_s=left_s,
-            at_work=_nothing(groups, self.faults),
+            at_work=no_rows(groups, self.faults),
             groups=groups,
             faults=self.faults,
         )
         self._make_group = partial(
             Group,
-            strategy=strategy,
             family=family,
             verbose=verbose,
             log_folder=log_folder,
             timeline=timeline,
             clock=lambda: crew.clock.now,
         )
-        self._failures = Failures(crew, self._take_setup_step)
-        self._created_at = time.monotonic()
-        self._float_actor: ray.actor.ActorHandle | None = None
-        self._said: set[str] = set()
+        self._setup = Setup(crew)
+        self._failures = Failures(crew, self._setup.take_step)
+        self._float_worker = FloatWorker(crew)
         self._copied_before = 0
         self.kind = "cpu"
         self.replicas = 1
-        self.info: WorkerInfo | None = None
-        self.start_workers_s = 0.0
         self.predict_s = 0.0
 
     def __enter__(self) -> "RayReplicas":
@@ -139,6 +128,14 @@ class RayReplicas:
         stop_ray()
 
     @property
+    def info(self) -> WorkerInfo | None:
+        return self._setup.info
+
+    @property
+    def start_workers_s(self) -> float:
+        return self._setup.start_workers_s
+
+    @property
     def copied_batches(self) -> int:
         return self._copied_before + self._crew.at_work.dealer.copied_batches
 
@@ -153,9 +150,12 @@ class RayReplicas:
         self.kind = self._crew.places.kind
         return dtype
 
-    def start(self, spec: ModelSpec) -> None:
+    def memory_bytes(self) -> int | None:
+        return self._crew.places.memory_bytes()
+
+    def start(self, spec: ModelSpec, strategy: Strategy | None) -> None:
         self._crew.stored_bytes = spec.stored_bytes
-        self._crew.places.start(spec)
+        self._crew.places.start(spec, strategy)
         with ray_errors():
             self._add_groups()
 
@@ -163,11 +163,11 @@ class RayReplicas:
         """Start replicas wherever there is a place ready for one."""
         places = self._crew.places
         for ready in places.take_ready():
-            group = self._make_group(ready.slots, specs=ready.specs)
+            group = self._make_group(ready)
             for stats, slot in zip(group.stats, ready.slots, strict=True):
                 stats.node = places.name(slot.node)
             self._crew.groups.append(group)
-            self._crew.spawn(group)
+            self._crew.show(group, "starting")
 
     def _follow_nodes(self) -> None:
         self._add_groups()
@@ -190,7 +190,7 @@ class RayReplicas:
                 if step.what == "predict":
                     group.take_result(step)  # a copy of a batch that another replica ended before
                     continue
-                self._take_setup_step(group, step)
+                self._setup.take_step(group, step)
 
     def run(
         self, backlog: Backlog, tokens: TokenTable, *, rates: Rates, ids: Sequence[str]
@@ -204,17 +204,16 @@ class RayReplicas:
                 rates,
                 Dealer(backlog, rates, crew.groups, patience_s=patience_s()),
                 Recovery(backlog, self.faults, ids, note, crew.timeline.event),
+                crew.groups,
                 store(tokens),
             )
             yield from self._run(backlog)
 
     def _run(self, backlog: Backlog) -> Generator[BatchResult | None, None, None]:
-        first_ready: float | None = None
+        first_ready = 0.0
         crew, dealer = self._crew, self._crew.at_work.dealer
         for group in crew.groups:
-            if group.loaded:
-                self._expect(group)
-                group.hand_tokens(crew.at_work.tokens)
+            self._setup.hand_tokens(group)
         while backlog:
             self._follow_nodes()
             for group in crew.groups:
@@ -222,11 +221,11 @@ class RayReplicas:
                     self._give_work(group, dealer)
             for group, step in self._finished_steps():
                 if step.what != "predict":
-                    self._take_setup_step(group, step)
-                    first_ready = first_ready or group.ready_at
+                    self._setup.take_step(group, step)
+                    first_ready = first_ready or group.is_ready * group.ready_at
                     continue
                 result = self._take_result(group, step)
-                self.predict_s = time.monotonic() - (first_ready or self._created_at)
+                self.predict_s = time.monotonic() - (first_ready or self._setup.created_at)
                 if result is not None:
                     yield result
             self._failures.end_hung()
@@ -235,106 +234,31 @@ class RayReplicas:
             group.stop_clock()
 
     def predict_in_float(self, batch: Batch, *, within_s: float) -> np.ndarray:
-        """In a process of its own: see `Executor`."""
-        crew = self._crew
-        within_s = min(within_s, load_within_s(crew.stored_bytes))
-        group = next((group for group in crew.groups if not group.given_up), crew.groups[0])
-        failure: Exception
-        with ray_errors():
-            for _ in range(MAX_RESTARTS + 1):
-                if self._float_actor is None:
-                    self._float_actor = group.replace_by_one(crew.at_work.tokens)
-                asked = self._float_actor.predict_in_float.remote(group.specs[0], batch)
-                try:
-                    answer: np.ndarray = get_within(asked, within_s)
-                    return answer
-                except DEATHS as death:
-                    # The one that ended may have had nothing to do with these rows.
-                    self.faults.worker_deaths += 1
-                    self._float_actor, failure = None, death
-                except (ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError) as error:
-                    self._float_actor, failure = None, error
-                    break
-        raise WorkerError(
-            f"{group.noun} {group.number}: {type(failure).__name__}: {first_line(failure)}"
-        ) from failure
+        return self._float_worker.predict(batch, within_s=within_s)
 
     def warm(self) -> set[BatchShape]:
         return {shape for group in self._crew.groups for shape in group.warm}
 
     def paces(self, shapes: Iterable[BatchShape] | None = None) -> list[Pace]:
-        is_new, stats = shapes is not None, self.stats
-        return self._crew.at_work.dealer.paces(
-            self._crew.clock.now,
-            shapes=shapes,
-            compile_s=lambda alike: seconds_to_compile(stats, is_new=is_new, replicas=alike),
-        )
+        return self._crew.at_work.paces(self._crew.clock.now, self.stats, shapes)
 
     def is_measured(self) -> bool:
-        rates = self._crew.at_work.rates
-        return any(rates.is_measured(group.number) for group in self._crew.groups)
+        return self._crew.at_work.is_measured()
 
     def compile_s(self) -> float:
         return seconds_to_compile(self.stats, is_new=True)
 
-    def _take_setup_step(self, group: Group, step: Step) -> None:
-        crew = self._crew
-        if step.what == "ping":
-            self.start_workers_s = max(self.start_workers_s, time.monotonic() - self._created_at)
-            crew.show(group, "loading")
-        elif step.what == "load":
-            self._take_load(group, step.answers)
-        elif step.what == "tokens":
-            group.has_tokens = True
-        elif step.what == "compile":
-            group.take_compiled(step)
-            crew.at_work.dealer.compiled(group, step.payload)
-        group.go_on_after(step)
-        if group.warm and group.has_tokens and group.ready_at is None:
-            group.ready_at = time.monotonic()
-            group.start_s = crew.clock.now - group.spawned_at
-
-    def _take_load(self, group: Group, answers: list[WorkerInfo]) -> None:
-        crew = self._crew
-        for info in answers:
-            if self.info is not None and self.info.dtype != info.dtype:
-                raise ConfigError(
-                    "The devices differ in what --dtype auto means; name one dtype. Received: "
-                    f"{self.info.device}: {self.info.dtype}, {info.device}: {info.dtype}"
-                )
-            self.info = info
-            for note in info.notes:
-                if note not in self._said:
-                    self._said.add(note)
-                    crew.progress.note(note)
-        group.take_load(answers)
-        crew.show(group, "loaded")
-        if crew.at_work.tokens is not None:
-            self._expect(group)
-            group.hand_tokens(crew.at_work.tokens)
-
-    def _expect(self, group: Group) -> None:
-        assert self.info is not None, "this is a bug: a loaded worker has said what it is"
-        rate = self.info.matmul_flops_per_s * len(group.slots)
-        self._crew.at_work.rates.expect(group.number, rate)
-
     def _take_result(self, group: Group, step: Step) -> BatchResult | None:
         """Count an answer; None if another replica's came before."""
-        at_work, shape = self._crew.at_work, step.payload.shape
-        was_alone = len(group.in_flight) == 1 and at_work.backlog.is_suspect(step.payload)
-        result, seconds, compiling_s = group.take_result(step)
-        if not (was_alone and len(group.slots) > 1):
-            # Alone in a pipeline, a batch takes as long as all stages together.
-            at_work.rates.learn(
-                group.number,
-                shape,
-                seconds,
-                is_first=shape not in group.used,
-                compiling_s=compiling_s,
-            )
-        group.used.add(shape)
-        at_work.recovery.answered()
-        return result if at_work.backlog.finish(step.payload) else None
+        at_work, batch = self._crew.at_work, step.payload
+        was_alone = len(group.in_flight) == 1 and at_work.backlog.is_suspect(batch)
+        result, began = group.take_result(step)
+        # Alone in a pipeline, a batch takes as long as all stages together.
+        learn = not (was_alone and group.members > 1)
+        is_first = at_work.take_answer(
+            group, batch, began=began, ended=group.finished_at, learn=learn
+        )
+        return result if is_first else None
 
     def _give_work(self, group: Group, dealer: Dealer) -> None:
         """Keep a group busy: shapes until all are compiled, and batches of those that are."""
@@ -351,14 +275,3 @@ class RayReplicas:
             self._crew.show(group, "busy")
         elif group.compiling is None:
             self._crew.show(group, "idle")
-
-
-def _nothing(groups: list[Group], faults: Faults) -> Pass:
-    """Return the pass before the first: no rows, no tokens."""
-    backlog, rates = Backlog((), cost=_costs_nothing), Rates(_costs_nothing)
-    recovery = Recovery(backlog, faults, (), note=lambda said: None)
-    return Pass(backlog, rates, Dealer(backlog, rates, groups), recovery, None)
-
-
-def _costs_nothing(shape: BatchShape) -> float:
-    return 0.0

@@ -158,7 +158,7 @@ def join_ray(address: str, *, verbose: bool) -> None:
 
 
 def _check_address(address: str) -> None:
-    """Raise ConfigError where nothing answers, before Ray tries for minutes."""
+    """Raise ConfigError if nothing answers, before Ray tries for minutes."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
@@ -208,7 +208,7 @@ def _why_not_joined(address: str, error: Exception) -> str:
 def _switch_off_figures() -> None:
     """Start no servers of Ray's own figures: they ask for no token. There is no port 65536.
 
-    They come with `ray[default]`, or where prometheus_client is installed.
+    They come with `ray[default]`, or if prometheus_client is installed.
     """
     os.environ.update(
         RAY_enable_metrics_collection="0",
@@ -254,7 +254,7 @@ def stop_ray() -> None:
 
 
 def private_folder() -> Path | None:
-    """Return the folder of this run on this machine, None where Ray was not started here."""
+    """Return the folder of this run on this machine, None if Ray was not started here."""
     return _folder[0] if _folder else None
 
 
@@ -316,7 +316,7 @@ def _servers_alone(*, log_monitor: bool) -> Iterator[None]:
     """Let Ray start its GCS server and its raylet, and nothing beside them.
 
     There are no machines to start here, so no autoscaler is needed. Ray 2.60 starts the process of
-    its dashboard even where the dashboard is off, and two agents, which import for seconds: the
+    its dashboard even if the dashboard is off, and two agents, which import for seconds: the
     raylet waits 15 s for the files with their ports, ends itself if they come later, as on a busy
     machine, and ends with either agent. No run of ours asks them anything: they serve figures and
     runtime environments. So the files are written before the raylet looks for them, and a process
@@ -366,7 +366,7 @@ def _signals_as_they_are() -> Iterator[None]:
 def find_devices() -> tuple[str, int]:
     """Return the kind of device to use and how many there are, without starting JAX here.
 
-    JAX_PLATFORMS decides the kind where it is set, as it does for JAX itself.
+    JAX_PLATFORMS decides the kind if it is set, as it does for JAX itself.
 
     Raises:
         ConfigError: JAX_PLATFORMS names a kind that is not known here.

@@ -115,7 +115,7 @@ class Receiver:
         self._open: dict[str, Path] = {}
 
     def find(self, parcel: Parcel, *, even_here: bool) -> str | None:
-        """Return the path of a parcel's target on this machine, None where it has to be sent.
+        """Return the path of a parcel's target on this machine, None if it has to be sent.
 
         Args:
             even_here: whether to send what lies at its own path, as on a shared file system.

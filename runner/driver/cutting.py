@@ -1,0 +1,194 @@
+"""Rows that wait and the time that is left -> shorter rows, or the shortest rows first.
+
+Decides how far rows are cut, not when: `steering.py` does. Does not know Ray, JAX or files.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from runner.driver.deadline import (
+    BRIDGE_SHARE,
+    COMPILE_SHARE,
+    FLOOR_SHARE,
+    STEP_BACK,
+    Deadline,
+    longest_that_fits,
+    spread,
+)
+from runner.driver.intake import Lengths
+from runner.executors.executor import Executor
+from sharding.backlog import Backlog
+from sharding.batches import Batch, BatchShape, Plan
+from sharding.forecast import seconds_of, work_of
+from sharding.rates import Rates
+
+
+class Cutter:
+    """Plans the rows that wait anew, cut to another length or in another order.
+
+    Args:
+        has_answer: whether a row has an answer already, cut or whole.
+        replan: (rows, cap, shapes) -> their plan if none is longer than cap tokens; there are
+            programs for these shapes.
+        caps: the lengths that rows may be cut to, ascending, the last for not at all.
+        say: (seconds, sentence) tells the user of a decision.
+
+    Attributes:
+        cap: the length that rows are cut to now, None for none.
+        is_cheapest_first: whether the shortest rows come first.
+    """
+
+    def __init__(
+        self,
+        backlog: Backlog,
+        rates: Rates,
+        executor: Executor,
+        *,
+        deadline: Deadline,
+        lengths: Lengths,
+        has_answer: Callable[[int], bool],
+        replan: Callable[[Sequence[int], int, Iterable[BatchShape]], Plan],
+        caps: Sequence[int],
+        say: Callable[[float, str], None],
+    ) -> None:
+        self._backlog = backlog
+        self._rates = rates
+        self._executor = executor
+        self._deadline = deadline
+        self._lengths = lengths
+        self._has_answer = has_answer
+        self._replan = replan
+        self._caps = list(caps)
+        self._say = say
+        self._is_bridging = False
+        self.cap: int | None = None
+        self.is_cheapest_first = False
+
+    def cut(self, now: float, left: float, available: float) -> bool:
+        """Cut the rows that wait to the longest length at which all still fit; return whether there
+        were any.
+
+        Args:
+            left: seconds of the work as it is planned. available: seconds that it may take.
+        """
+        backlog, rates, executor = self._backlog, self._rates, self._executor
+        waiting = [batch for batch in backlog.waiting() if not backlog.is_suspect(batch)]
+        rows = self._unanswered(waiting)
+        if not rows:
+            return False
+        compile_s = executor.compile_s()
+        compiled = {shape.length for shape in executor.warm()}
+        bridge = self._bridge(waiting, min(compile_s, BRIDGE_SHARE * available))
+        stays = {batch.index for batch in bridge}
+        after_bridge = self._unanswered(batch for batch in waiting if batch.index not in stays)
+        others = [*backlog.under_way(), *filter(backlog.is_suspect, backlog.waiting())]
+
+        def forecast(cap: int) -> float:
+            plan = self._plan(rows if cap in compiled else after_bridge, cap)
+            batches = [*others, *plan.batches, *(() if cap in compiled else bridge)]
+            work = work_of(batches, rates)
+            return seconds_of(work, executor.paces(plan.shapes)) or 0.0
+
+        def worth_going_back_to(cap: int) -> bool:
+            if cap == self._whole or cap in compiled:
+                return True
+            return cap >= now_cut_to * (1 + STEP_BACK) and compile_s <= COMPILE_SHARE * available
+
+        known = [cap for cap in self._caps if cap in compiled or cap == self._whole]
+        new = spread([cap for cap in self._caps if cap not in compiled], compile_s / available)
+        fits = [
+            cap for caps in (known, new)
+            if (cap := longest_that_fits(caps, forecast, available)) is not None
+        ]  # fmt: skip
+        cap, now_cut_to = max(fits, default=self._caps[0]), self.cap or self._whole
+        if not fits and cap not in compiled and compile_s > FLOOR_SHARE * available:
+            cap = min([now_cut_to, *known])  # there is no time to compile the shortest
+        affected = self._lengths.count_longer(
+            rows if cap in compiled else after_bridge, min(cap, now_cut_to)
+        )
+        if cap != now_cut_to and affected and (cap < now_cut_to or worth_going_back_to(cap)):
+            self._cut_to(cap, now, left, bridge if cap not in compiled else ())
+        if not fits:
+            self.order_cheapest_first(now, left)
+        return True
+
+    def order_cheapest_first(self, now: float, left: float) -> None:
+        """Put the shortest rows first: what does not fit is then the fewest rows."""
+        if self.is_cheapest_first:
+            return
+        self.is_cheapest_first = True
+        self._add(self._withdraw(), self.cap or self._whole)
+        self._say(
+            now,
+            f"{work_for(left, self._deadline.left_s(now))}: the shortest rows come first, and "
+            "those that there is no time for get the fallback",
+        )
+
+    def leave_the_bridge(self) -> None:
+        """Cut the rows that were kept as they are until there is a program for the new length."""
+        cap = self.cap or self._whole
+        if self._is_bridging and any(shape.length == cap for shape in self._executor.warm()):
+            self._is_bridging = False
+            self._add(self._withdraw(), cap)
+
+    def plan_whole(self, rows: Sequence[int]) -> Sequence[Batch]:
+        """Return batches of rows at their full length, the shortest first."""
+        return self._plan(rows, self._whole).batches[::-1]
+
+    def _cut_to(self, cap: int, now: float, left: float, bridge: Sequence[Batch]) -> None:
+        withdrawn = self._withdraw(bridge)
+        self._add(withdrawn, cap)
+        self._is_bridging = bool(bridge)
+        self.cap = cap if cap < self._whole else None
+        longer = self._lengths.count_longer(withdrawn, cap)
+        if not self.cap:
+            what = "the rows that are left are no longer cut"
+        elif self._lengths.padded_to is not None:
+            what = f"the {len(withdrawn):,} rows that wait are cut and padded to {cap} tokens"
+        else:
+            what = (
+                f"of the {len(withdrawn):,} rows that wait, the {longer:,} that are longer are cut "
+                f"to {cap} tokens"
+            )
+        self._say(now, f"{work_for(left, self._deadline.left_s(now))}: {what}")
+
+    def _bridge(self, waiting: Iterable[Batch], seconds: float) -> list[Batch]:
+        """Return the batches that go on as they are for so many seconds, while a new length is
+        compiled: without them the replicas would wait for it."""
+        warm, paces = self._executor.warm(), self._executor.paces(())
+        work = seconds * sum(pace.speed for pace in paces)
+        work -= sum(self._rates.work(batch.shape) for batch in self._backlog.under_way())
+        chosen: list[Batch] = []
+        for batch in waiting:
+            if work <= 0:
+                break
+            if batch.shape in warm:
+                chosen.append(batch)
+                work -= self._rates.work(batch.shape)
+        return chosen
+
+    def _withdraw(self, kept: Iterable[Batch] = ()) -> list[int]:
+        """Take back the rows that wait; those that have an answer already keep it."""
+        return [row for row in self._backlog.withdraw(kept) if not self._has_answer(row)]
+
+    def _unanswered(self, batches: Iterable[Batch]) -> list[int]:
+        return [row for batch in batches for row in batch.rows if not self._has_answer(row)]
+
+    def _plan(self, rows: Sequence[int], cap: int) -> Plan:
+        return self._replan(rows, cap, self._executor.warm())
+
+    def _add(self, rows: Sequence[int], cap: int) -> None:
+        """Plan rows and let them wait."""
+        batches = self._plan(rows, cap).batches
+        self._backlog.add(batches[::-1] if self.is_cheapest_first else batches)
+
+    @property
+    def _whole(self) -> int:
+        return self._caps[-1]
+
+
+def work_for(work_s: float, left_s: float) -> str:
+    return f"{seconds_text(work_s)} of work are left for {seconds_text(left_s)} of time"
+
+
+def seconds_text(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:,.0f} s"
