@@ -1,8 +1,8 @@
-# The lines that users, CI and hooks call. `make demo` and `make test` set up all they need.
+# Commands for users, CI and hooks. `make demo` and `make test` set up all they need.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Tests at a time; many of them wait most of their time.
+# Tests to run at a time; many of them mostly wait.
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadscope
 
@@ -12,20 +12,22 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadscope
 demo: $(VENV)/.installed
 	$(BIN)/python run.py --mode data-parallel
 
-# Between two edits: no test that starts a process or compiles a model.
+# For the time between two edits: leaves out tests that start a process or compile a model.
 check: lint types
 	$(PYTEST) -m 'not slow and not browser and not process'
 
+# All that the README promises and CI checks.
 test: lint types
 	$(PYTEST)
 
+# Slow tests too; not those that need Chromium.
 test-all: lint types
 	$(PYTEST) -m 'not browser'
 
 test-browser: lint types
 	$(BIN)/python -m pytest -m browser
 
-# The twenty slowest tests of the last run, whichever it was.
+# Lists the twenty slowest tests of the last run.
 slowest: $(VENV)/.installed-test
 	$(BIN)/python -m tests.slowest
 

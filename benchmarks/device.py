@@ -1,10 +1,10 @@
-"""One device, one process, neither Ray nor TensorFlow: how near to its limit does the engine come?
+"""How close to its limit does the engine come on one device, without Ray and TensorFlow?
 
-Random weights are made on the device. For each sequence length and batch size the whole model is
-timed, and where the time goes: bare matrix products alone, the model without attention (each
-position hands on its own value), and the rest between them. The limit is a large square matmul in
-the same dtype on the same device. Runs on whatever device JAX finds, a CPU too; who imports this
-has called `process.prepare_process` before.
+Random weights are made on the device. For each sequence length and batch size, this times the whole
+model, its matrix products alone, and the model without attention (each position returns its own
+value); the rest is the difference. The limit is a large square matmul in the same dtype on the same
+device. Runs on whatever device JAX finds, also a CPU. Call `process.prepare_process` before you
+import this.
 """
 
 import json
@@ -103,7 +103,7 @@ def build(config: dict[str, Any], dtype: str) -> keras.Model:
 
 
 def hand_on_values(queries: jax.Array, keys: jax.Array, values: jax.Array, **_: Any) -> jax.Array:
-    """Instead of attention: each position's own value."""
+    """Return each position's own value, in place of attention."""
     return jnp.repeat(values, queries.shape[2] // values.shape[2], axis=2)
 
 

@@ -1,13 +1,13 @@
-"""Does a submission stand before the limit, whatever the limit and whatever fails?
+"""Is a submission in place before the limit, whatever the limit and whatever fails?
 
-Runs the demo preset on generated rows with time limits at 25, 50, 75 and 100 % of the time that
-the whole job needs, in data-parallel and pipeline mode, undisturbed, with a worker killed, one
-slowed to a third, and one hung: each drill a process of its own, its faults struck on purpose
-(`runner/model/injected_faults.py`). Workers sleep until a device of a known speed would be done
-with a batch, so that predicting takes its share of the time and the machine's own load counts less.
-Every drill must end with exit code 0 and a complete, sound submission that stood before the limit,
-counted from before the process began; where rows were given up, `shorten` must have used 85 % of
-the time it was given. Ends with one JSON object, and exit code 1 if any drill failed.
+Runs the demo preset on generated rows with time limits at 25, 50, 75 and 100 % of the time that the
+whole job needs, in data-parallel and pipeline mode, without faults, with a worker killed, with one
+slowed to a third, and with one hung. Each drill is a process of its own with injected faults
+(`runner/model/injected_faults.py`). Workers sleep until a device of a known speed would have
+finished a batch, so that predicting takes its share of the time and the machine's load matters
+less. Every drill must end with exit code 0, and with a complete, valid submission before the limit,
+counted from before the process began. If rows were given up, `shorten` must have used 85 % of its
+time. Ends with one JSON object, and with exit code 1 if any drill failed.
 
     python benchmarks/drill.py                                     # all 32, about 12 minutes
     python benchmarks/drill.py --modes pipeline --limits 50 --faults hung --repetitions 20
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def drill_all(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield what came of every drill, and print it."""
+    """Run every drill; print and yield its result."""
     test_set = folder / "test.csv"
     write_test_set(test_set, make_rows(arguments.rows, seed=25))
     common = ["--input", str(test_set), "--pooling", arguments.pooling]

@@ -1,8 +1,7 @@
-"""A run whose replicas compute nothing -> what a batch takes of the driver, all in all.
+"""A run whose replicas compute nothing -> the driver's time per batch.
 
-The ordinary run of the ordinary pipeline, through Ray, with its journal, table, timeline and
-progress; the workers answer at once, so that what is left is the driver's. Does not know the
-simulation.
+An ordinary run through Ray, with journal, table, timeline and progress. The workers answer at once,
+so all remaining time is the driver's. Does not know the simulation.
 """
 
 import tempfile
@@ -26,7 +25,7 @@ LOOKS = 30
 
 
 class Idle:
-    """`runner.model.worker.Replica` that holds no model and answers at once."""
+    """A `runner.model.worker.Replica` without a model, which answers at once."""
 
     def __init__(self, slot: WorkerSlot, *, verbose: bool, log_folder: str | None = None) -> None:
         self._number = slot.replica

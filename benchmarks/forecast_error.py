@@ -1,10 +1,10 @@
-"""How far are the forecasts of `--plan --calibrate`, and of the run itself, from what it takes?
+"""How far off are the forecasts of `--plan --calibrate`, and of the run itself?
 
 Plans, then runs, each in a process of its own and with the same flags; both start with an empty
-compilation cache. The plan's error is of the whole: start, load, compile, predict and end. The
-run's is of the total that it forecast after a tenth of the time in which it predicts, against the
-moment when its submission stood. On a machine whose speed drifts they say how much that drifted;
-the load is named. The last line is one JSON object.
+compilation cache. The plan's error is that of the whole run: start, load, compile, predict and end.
+The run's error compares its forecast of the total, after a tenth of predicting, with the time when
+its submission was in place. If the machine's speed drifts, the errors include that drift; the load
+is printed. The last line is one JSON object.
 
     python benchmarks/forecast_error.py                                # the demo, two rounds
     python benchmarks/forecast_error.py --runs-only --warm -- --mode single --pooling mean

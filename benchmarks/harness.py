@@ -1,4 +1,4 @@
-"""Contenders as processes: started, checked against the reference, timed in alternating rounds.
+"""Starts contenders as processes, checks them against the reference, times them in turns.
 
 Does not know what a contender computes: `rivals/` does.
 """
@@ -42,7 +42,7 @@ class Contender:
 
 @dataclass
 class Measured:
-    """What a contender took, round by round."""
+    """The times of a contender, round by round."""
 
     load_s: float = 0.0
     compile_s: float | None = None

@@ -1,16 +1,16 @@
 """How close to the bound do runs end, and how many workers can one driver feed?
 
-Simulates runs by a clock that jumps (`benchmarks/simulated.py`): the real planner, backlog, dealer
-and steering, on devices that are arithmetic. Two workers of speeds 1.0 and 0.6; and many, of random
-speeds, some of which die, hang or slow down to a third. The makespan is held against a bound that
-no scheduler can beat: all work of the plan, as a fluid over all the speed there is, from when each
-worker has its first program, the time lost with a death left out. The many once more with batches
-eight times as large: each worker has few then, and the last one counts for more.
+Simulates runs (`benchmarks/simulated.py`): the real planner, backlog, dealer and steering, on
+simulated devices and a simulated clock. Two workers of speeds 1.0 and 0.6; and many of random
+speeds, some of which die, hang or slow down to a third. The makespan is compared with a bound that
+no scheduler can beat: all work of the plan, as a fluid over the total speed, from the time when
+each worker has its first program, without the time lost with a death. The many run once more with
+batches eight times as large: each worker then has few, and its last one matters more.
 
-Then the driver (`benchmarks/driver.py`): what a batch takes of it where replicas compute nothing,
-at how many workers that is all of its time, and simulated runs on both sides of that number. Ends
-with one JSON object, and exit code 1 where a makespan that is asked for is more than 3 % above its
-bound, or planning takes more than 30 s.
+Then it measures the driver (`benchmarks/driver.py`): its time per batch if replicas compute
+nothing, the number of workers at which that is all of its time, and simulated runs on both sides of
+that number. Ends with one JSON object, and with exit code 1 if a required makespan is more than 3 %
+above its bound, or if planning takes more than 30 s.
 
     python benchmarks/scheduling.py                     # all, about 3 minutes
     python benchmarks/scheduling.py --rows 60000 --workers 64 --no-driver

@@ -1,8 +1,8 @@
-"""A run on devices that are arithmetic, by a clock that jumps: what is decided, in milliseconds.
+"""A run on simulated devices and a simulated clock: its decisions, in milliseconds.
 
 The planning of batches, the backlog, rates, dealer, steering and deadline are the real ones.
-Replicas start, compile, compute, slow down, die and hang as the executors see it, each at its own
-events. For `benchmarks/scheduling.py` and the tests.
+Replicas start, compile, compute, slow down, die and hang, as the executors would see it. Used by
+`benchmarks/scheduling.py` and the tests.
 """
 
 import heapq

@@ -1,15 +1,15 @@
-"""Is anything lost when workers, Ray and the driver are killed at random, all the time?
+"""Is anything lost if workers, Ray and the driver are killed at random, again and again?
 
-Runs the 905 rows undisturbed once, in one process: the reference. Then starts the same job again
-and again, each time in a mode chosen at random, and strikes it every few seconds: workers and
-members of groups are killed or stopped, Ray's own processes killed, the driver killed, interrupted
-or terminated. A run that ends early is followed by one with `--resume auto`, until the submission
-stands; then the next job begins with an empty journal.
+Runs the 905 rows once without faults, in one process: the reference. Then starts the same job
+repeatedly, each time in a random mode, and strikes it every few seconds: it kills or stops workers
+and members of groups, kills Ray's own processes, and kills, interrupts or terminates the driver. A
+run that ends early is followed by one with `--resume auto`, until the submission is complete; then
+the next job begins with an empty journal.
 
-After every run: all its processes are gone within 30 s; it ended as it may after what was done to
-it, and said how to go on; the journal can be read, and every row that was in it is in it still. At
-the end of every job the submission has each id once and the reference's probabilities. The last
-line is one JSON object; the exit code is 1 if anything was not so.
+After every run, all its processes must be gone within 30 s, its exit code must match what was done
+to it, its message must say how to resume, and the journal must be readable and still hold every row
+it had. At the end of every job, the submission must have each id once and the reference's
+probabilities. The last line is one JSON object. The exit code is 1 if anything was violated.
 
     python benchmarks/soak.py                       # at most 15 minutes
     python benchmarks/soak.py --seed 7 --minutes 3 --pace 1.5
@@ -95,7 +95,7 @@ CLASSES = len(CONTEST.label_columns)
 
 
 class Violation(Exception):
-    """Something that must not be."""
+    """Something that must not happen."""
 
 
 def main() -> None:
@@ -130,7 +130,7 @@ def main() -> None:
 
 
 class Soak:
-    """The jobs of one soak and what became of them."""
+    """The jobs of one soak and their results."""
 
     def __init__(self, folder: Path, rng: random.Random, pace_s: float, modes: list[str]) -> None:
         self._folder, self._rng, self._pace_s, self._modes = folder, rng, pace_s, modes
@@ -155,7 +155,7 @@ class Soak:
             self._flags += ["--" + name.replace("_", "-"), str(path)]
 
     def refer(self) -> None:
-        """Run undisturbed: the answers that all others are to give."""
+        """Run without faults: the answers that all other runs must give."""
         output = self._folder / "reference.csv"
         run = Run([*MODES["single"], *self._flags, "--output", str(output)], self._cache)
         code, said = run.finish(RUN_WITHIN_S)
@@ -165,7 +165,7 @@ class Soak:
         self._by_row = self._reference.astype(np.float32)
 
     def do_job(self, end: float) -> None:
-        """Start with an empty journal and go on until the submission stands."""
+        """Start with an empty journal and resume until the submission is complete."""
         for path in self._folder.glob("submission.csv*"):
             if path.is_file():  # else the folder of logs, in which each run cleans up itself
                 path.unlink()
@@ -181,7 +181,7 @@ class Soak:
             self._violated(str(violation))
 
     def do_run(self, *, strike: bool) -> bool:
-        """One run of a job; return whether the submission stands."""
+        """Do one run of a job; return whether the submission is complete."""
         mode = self._rng.choice(self._modes)
         flags = [*MODES[mode], *self._flags, "--output", str(self._output), "--resume", "auto"]
         run = Run(flags, self._cache, slow=SLOW)
@@ -228,7 +228,7 @@ class Soak:
                 return
 
     def compare(self) -> None:
-        """Compare a submission with the undisturbed one.
+        """Compare a submission with the reference.
 
         Raises:
             Violation: rows are lost, repeated or changed.

@@ -1,4 +1,4 @@
-"""What contenders took -> a table on the terminal, a JSON line, a Markdown report and a plot."""
+"""The times of contenders -> a table on the terminal, a JSON line, a Markdown report and a plot."""
 
 import argparse
 import datetime

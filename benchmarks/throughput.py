@@ -1,11 +1,11 @@
-"""How fast is this runner beside today's ways of doing the job, on the same cores and rows?
+"""How fast is this runner compared with other ways to do the job, on the same cores and rows?
 
 Contenders are the notebook's eager loop, Keras `predict`, transformers on PyTorch, Ray Data, and
-our modes: a file each under `rivals/`. Before any speed is quoted, each one's probabilities are
-compared with the notebook's loop on the same rows. Then rounds alternate all contenders, so that a
-machine whose speed drifts drifts for all. Load, compile and steady state stand apart; the ceiling
-is the fastest large float32 matmul of three libraries on the same cores in the same run. The last
-line is one JSON object; a Markdown report with a plot goes to `results/`.
+our modes: one file each under `rivals/`. Before a speed is reported, each contender's probabilities
+are compared with the notebook's loop on the same rows. Rounds then alternate between contenders, so
+that a drift of the machine's speed affects all alike. Load, compile and steady state are reported
+separately. The ceiling is the fastest large float32 matmul of three libraries on the same cores in
+the same run. The last line is one JSON object; a Markdown report with a plot goes to `results/`.
 
     python benchmarks/throughput.py                    # small, 64 rows, 3 rounds, batch sizes swept
     python benchmarks/throughput.py --quick            # 16 rows, 1 round, sizes as found before
@@ -140,7 +140,7 @@ def main() -> None:
 
 
 def contenders(tuned: dict[str, dict[str, Any]], quick: bool) -> list[Any]:
-    """Return all contenders; `padded-mean` is the notebook's pooling, `mean` lets rows be short."""
+    """Return all contenders: some with the notebook's pooling, some with `mean`."""
     from benchmarks.harness import Contender
 
     def ours(name: str, pooling: str, *flags: str, **named: Any) -> Contender:

@@ -1,8 +1,8 @@
 """Pages in Markdown -> the commands and scripts that a reader would copy from them.
 
-A command stands in a console block on a line that begins with `$ `; it goes on while lines end in a
-backslash, and what stands below it is what it printed. Where no test can run it, the line says so,
-to the reader too: `$ make soak  # not run by the tests: takes eight minutes`.
+A command is a line of a console block that begins with `$ `. It continues while lines end in a
+backslash; the lines below are its output. If no test can run it, the line says so, also to the
+reader: `$ make soak  # not run by the tests: takes eight minutes`.
 """
 
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 
 LANGUAGES = ("console", "text", "python", "toml", "json", "csv")
 NOT_RUN = "# not run by the tests:"
-# What a line begins with that a reader would paste into a terminal.
+# The beginning of a line that a reader would paste into a terminal.
 PROGRAM = r"(python3?|arena-runner|pip3?|ray|apt(-get)?|docker|git|make|export)"
 ARGUMENT = r"(-{1,2}[\w-]+|\S*[./]\S*|install|wheel|download|start|clone|\w+=\S*|\w[\w-]*$)"
 PASTED = re.compile(rf"\s*(\$ |{PROGRAM} +{ARGUMENT})")
@@ -32,7 +32,7 @@ class Block:
 
     @property
     def numbers(self) -> range:
-        """The page's lines that it takes, fences too."""
+        """The numbers of its lines in the page, including its fences."""
         return range(self.line, self.line + len(self.lines) + 2)
 
 
@@ -46,7 +46,7 @@ class Command:
 
     @property
     def is_cheap(self) -> bool:
-        """It starts no model."""
+        """Whether it starts no model."""
         words = self.text.split()
         is_ours = any(word in ("arena-runner", "run.py", "runner") for word in words[:3])
         only_says = "--help" in words or ("--plan" in words and "--calibrate" not in words)
@@ -57,7 +57,7 @@ def read_blocks(page: Path) -> list[Block]:
     """Return the fenced blocks of a page.
 
     Raises:
-        ValueError: one has no end.
+        ValueError: a block has no end.
     """
     blocks: list[Block] = []
     fence, language, begun = "", "", 0
@@ -72,7 +72,7 @@ def read_blocks(page: Path) -> list[Block]:
         elif fence:
             inside.append(line)
     if fence:
-        raise ValueError(f"{page}:{begun}: a block that does not end")
+        raise ValueError(f"{page}:{begun}: a block does not end: expected a closing fence.")
     return blocks
 
 
@@ -90,7 +90,7 @@ def read_commands(block: Block) -> Iterator[Command]:
 
 
 def stray_commands(page: Path) -> list[str]:
-    """Return what a reader would take for a command where no test runs it."""
+    """Return lines that a reader would take for commands but no test runs."""
     blocks = read_blocks(page)
     stray = [
         f"{block}: a block of language '{block.language}'"
@@ -115,10 +115,10 @@ def stray_commands(page: Path) -> list[str]:
 
 
 def inline_code(page: Path) -> list[tuple[int, str]]:
-    """Return what stands between backticks outside blocks, with line numbers."""
+    """Return the text between backticks outside blocks, with line numbers."""
     fenced = {number for block in read_blocks(page) for number in block.numbers}
     lines = enumerate(page.read_text().splitlines(), 1)
-    # A span may go over the end of a line.
+    # A span may continue on the next line.
     text = "\n".join("" if number in fenced else line for number, line in lines)
     return [
         (text.count("\n", 0, found.start()) + 1, " ".join(found[1].split()))
@@ -127,6 +127,6 @@ def inline_code(page: Path) -> list[tuple[int, str]]:
 
 
 def links(page: Path) -> list[str]:
-    """Return the targets of a page's links and pictures."""
+    """Return the targets of a page's links and images."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)

@@ -1,9 +1,9 @@
-"""Every command and script of the pages is run, every name and link in them exists.
+"""Every command and script of the pages runs, and every name and link in them exists.
 
-The folder they run in is what a reader has: this repository and files by the names that the pages
-use. The model is the demo's under the name `gemma2_9b`; for commands that only plan, the real
-config of Gemma 2 9B. Nothing is installed or fetched: pip builds and installs this project alone,
-into a folder aside, and `make` finds its virtual environment made.
+They run in a folder like a reader's: this repository, and files with the names that the pages use.
+The model is the demo's under the name `gemma2_9b`; for commands that only plan, it is the real
+config of Gemma 2 9B. Nothing is fetched: pip builds and installs only this project, into a separate
+folder, and `make` finds a virtual environment in place.
 """
 
 import json
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import chart
 from benchmarks.shapes import SHAPES
 from runner.config.run_config import make_config
 from runner.demo import ensure_demo, make_rows, train_tokenizer, write_test_set
@@ -36,7 +37,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("example
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 ROWS = 12
 LONGEST_S = 600
-# Commands that no test runs, with the reason beside each in its page.
+# How many commands of a page no test runs; the page gives the reason beside each.
 NOT_RUN = {
     "CONTRIBUTING.md": 3,
     "docs/clusters.md": 3,
@@ -50,7 +51,7 @@ FOLDERS = "runner|sharding|tests|benchmarks|docs|examples"
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory, cache):
-    """Make a folder as a reader has it and return how to run a shell line in it."""
+    """Make a folder like a reader's; return it and a function that runs a shell line in it."""
 
     def make(*, model: bool):
         folder = copy_project(tmp_path_factory.mktemp("reader") / "arena-runner")
@@ -62,7 +63,7 @@ def reader(tmp_path_factory, cache):
         env = environment(
             cache,
             PATH=f"{programs}{os.pathsep}{os.environ['PATH']}",
-            # `make test` is run, but for the tests themselves.
+            # `make test` runs everything except the tests themselves.
             PYTEST_ADDOPTS="--collect-only -p no:cacheprovider",
             PIP_NO_INDEX="1",
             PIP_NO_DEPS="1",
@@ -79,7 +80,7 @@ def reader(tmp_path_factory, cache):
                 try:
                     printed, _ = shell.communicate(timeout=LONGEST_S)
                 except BaseException:
-                    os.killpg(shell.pid, signal.SIGKILL)  # what the shell has started too
+                    os.killpg(shell.pid, signal.SIGKILL)  # and all that the shell has started
                     raise
             assert shell.returncode == 0, f"{where}: {line}\n{printed}"
             return printed
@@ -90,7 +91,7 @@ def reader(tmp_path_factory, cache):
 
 
 def _save_config(folder: Path) -> None:
-    """What a plan needs of Gemma 2 9B: its config and a tokenizer; the head costs nothing."""
+    """Write what a plan needs of Gemma 2 9B: its config and a tokenizer, and a head of zeros."""
     preset = folder / "gemma2_9b"
     (preset / "assets" / "tokenizer").mkdir(parents=True)
     texts = [text for row in make_rows(60, seed=5) for text in row[1:]]
@@ -139,7 +140,7 @@ def test_plans_and_help_run(plans, command):
 
 
 def names_with(*languages: str) -> list[str]:
-    """Pages that have blocks of these languages."""
+    """Return the pages that have blocks of these languages."""
     found = {name: {block.language for block in read_blocks(ROOT / name)} for name in NAMES}
     return [name for name in NAMES if found[name] & set(languages)]
 
@@ -148,7 +149,7 @@ def names_with(*languages: str) -> list[str]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", names_with("console", "python"))
 def test_every_command_and_script_runs(reader, name):
-    """In the order of the page, in one folder; a TOML block with a name is written to that file."""
+    """In the order of the page, in one folder. A TOML block with a name is written to that file."""
     folder, run = reader(model=True)
     for block in read_blocks(ROOT / name):
         if block.language == "console":
@@ -167,7 +168,7 @@ def test_toml_is_what_the_config_takes(name, tmp_path):
     for block in read_blocks(ROOT / name):
         if block.language == "toml":
             (tmp_path / "run.toml").write_text("\n".join(block.lines))
-            # A plan needs no head; what is named is not the demo's.
+            # A plan needs no head. Preset and input are named, so that they are not the demo's.
             named = {"preset": tmp_path, "input": tmp_path / "rows.csv"}
             make_config({"plan": True, **named}, tmp_path / "run.toml")
 
@@ -213,8 +214,12 @@ def test_links_lead_somewhere(name):
             assert anchor in slugs, target
 
 
+def test_the_chart_is_drawn_from_its_result():
+    assert chart.CHART.read_text() == chart.draw(json.loads(chart.RESULT.read_text()))
+
+
 def test_the_tree_of_the_architecture_is_that_of_the_folders():
-    """Each room once, with a phrase."""
+    """Each room of runner/ has one phrase."""
     page = ROOT / "docs" / "architecture.md"
     tree = next(block for block in read_blocks(page) if "runner/" in block.lines)
     rooms = [re.match(r"  ((?:\w+(?:/|\.py) +)+)\S", line) for line in tree.lines]
@@ -228,7 +233,7 @@ def test_the_tree_of_the_architecture_is_that_of_the_folders():
 
 
 class TestReading:
-    """What this file rests on: pages of mistakes, each of which must show."""
+    """The reading itself: each mistake in a page must be found."""
 
     @pytest.fixture
     def page(self, tmp_path):

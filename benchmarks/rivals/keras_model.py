@@ -1,4 +1,4 @@
-"""The classifier as its users write it: backbone with LoRA enabled, pooling layer, Dense head."""
+"""The classifier as Keras users write it: backbone with LoRA enabled, pooling layer, Dense head."""
 
 from typing import Any
 

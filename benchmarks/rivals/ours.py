@@ -1,9 +1,9 @@
 """This runner, by its command line: each round is a run of its own, from start to submission.
 
-A run starts its workers anew, and works while they compile. Rivals that stay loaded did that, and
-their first batch of each shape, before their first round. So a run gets the rows several times
-over, and its steady state is the pace of the batches that come after: the time of a copy at that
-pace. All copies must give the same answers. Options: flags.
+A run starts its workers anew and works while they compile. Rivals stay loaded: they compile, and
+run a first batch of each shape, before their first round. So a run gets several copies of the rows,
+and its steady state is the time of one copy at the pace of the later batches. All copies must give
+the same answers. Options: flags.
 """
 
 import json

@@ -1,9 +1,9 @@
 """A contender as a process: it loads once, then predicts whenever it is told to.
 
-One JSON object of the job comes as the argument, one line on standard input starts a round, one
-JSON line on standard output ends it. So contenders can alternate, and what loading and compiling
-cost stands beside what predicting costs. Rivals share this file and `tokens.py`, and nothing with
-the runner.
+The argument is a JSON object with the job. A line on standard input starts a round, a JSON line on
+standard output ends it. So contenders can alternate, and the costs of loading and compiling are
+separate from that of predicting. Rivals share this file and `tokens.py`, and nothing with the
+runner.
 """
 
 import json

@@ -2,7 +2,7 @@
 
 `Gemma2Model` with the same weights (LoRA merged), rows sorted by length, batches under a token
 budget padded to their own longest row, inference mode, all cores. Attention is `eager`, the one
-implementation that honours Gemma 2's soft cap without a compiler. Options: dtype, tokens.
+implementation that applies Gemma 2's soft cap without a compiler. Options: dtype, tokens.
 """
 
 import math
