@@ -11,7 +11,7 @@ from benchmarks.harness import Contender, Measured, ratio
 from benchmarks.rivals.ours import steady_seconds
 from benchmarks.shapes import SHAPES
 from benchmarks.tables import as_table, describe_lengths, model_flops, summarize
-from benchmarks.throughput import TUNED, contenders, parse_arguments, write_rows
+from benchmarks.throughput import TUNED, contenders, write_rows
 from tests.conftest import ROOT, environment
 
 
@@ -36,7 +36,6 @@ def test_flops_and_mfu_count_real_tokens(monkeypatch):
         {"one core": 1e6, "all cores": 2e6},
         flops=1e6,
         lengths=lengths,
-        options=parse_arguments(),
     )
     assert row["mfu"] == 0.5
     assert row["real_tokens_per_s"] == 200
