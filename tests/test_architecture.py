@@ -64,7 +64,7 @@ def copy(tmp_path, monkeypatch):
     """A copy that is imported instead of the code, until the test ends."""
 
     def is_ours(name: str) -> bool:
-        return name.split(".")[0] in ("runner", "sharding") or name in BOUND
+        return name.split(".", maxsplit=1)[0] in ("runner", "sharding") or name in BOUND
 
     folder = tmp_path / "copy"
     for name in ("runner", "sharding"):
@@ -310,7 +310,7 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in (CPU, GPU, TPU, NPU)}
     assert max(shape["rows"] * shape["length"] for shape in shapes) <= 4096
     # A worker asks Ray for one, and tells JAX to use it.
     slot = copy.load("sharding.topology").WorkerSlot(0, "npu")
-    assert copy.load("runner.executors.ray.group")._devices(slot) == {"NPU": 1}
+    assert copy.load("runner.executors.ray.actors")._devices(slot) == {"NPU": 1}
     process = copy.load("runner.model.process")
     monkeypatch.setattr(process, "cpu_allocator", SimpleNamespace(use_one_heap=lambda: None))
     monkeypatch.setattr(process, "os", SimpleNamespace(environ={}))
@@ -347,8 +347,8 @@ def csv_text(''',
     )
     copy.change(
         "runner/config/flags.py",
-        ".csv, .parquet or .jsonl (default",
-        ".csv, .tsv, .parquet or .jsonl (default",
+        ".csv, .parquet or .jsonl",
+        ".csv, .tsv, .parquet or .jsonl",
     )
     assert copy.changed == files_named("Add an output format", tmp_path)
     command, output = simulate(), tmp_path / "out.tsv"
