@@ -64,7 +64,7 @@ def copy(tmp_path, monkeypatch):
     """A copy that is imported instead of the code, until the test ends."""
 
     def is_ours(name: str) -> bool:
-        return name.split(".")[0] in ("runner", "sharding") or name in BOUND
+        return name.split(".", maxsplit=1)[0] in ("runner", "sharding") or name in BOUND
 
     folder = tmp_path / "copy"
     for name in ("runner", "sharding"):
