@@ -315,13 +315,13 @@ def long_job(models, arena_rows, tmp_path):
 
 
 @pytest.fixture
-def begin(cache, tmp_path, nodes, long_job):
+def begin(cache, warm, tmp_path, nodes, long_job):
     """Start that run on the cluster, and return it once rows have come."""
     runs = []
 
     def start(*flags):
         files, env = long_job
-        run = Started(cache, *files, "--address", nodes.address, *flags,
+        run = Started(cache, warm, *files, "--address", nodes.address, *flags,
                       "--output", tmp_path / "s.csv", **env)  # fmt: skip
         runs.append(run)
         wal = tmp_path / "s.csv.journal-wal"
