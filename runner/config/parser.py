@@ -56,7 +56,10 @@ def parse_prepare_arguments(argv: Sequence[str]) -> PrepareConfig:
     )
     flags, config_file = parser.read(argv)
     if missing := [
-        flag(row.name) for row in PREPARE_FLAGS if row.required and row.name not in flags
+        # What it reads before what it writes.
+        flag(row.name)
+        for row in reversed(PREPARE_FLAGS)
+        if row.required and row.name not in flags
     ]:
         raise ConfigError(f"prepare needs {' and '.join(missing)}; --help lists the flags")
     if config_file is not None:
