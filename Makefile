@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # Tests to run at a time; many of them mostly wait.
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadscope
+# Else each of the many processes that tests start compiles every file anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo check test test-all test-browser slowest lint format types
 .PHONY: bench bench-quick soak drill build clean

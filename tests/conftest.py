@@ -21,6 +21,10 @@ import pandas as pd
 import psutil
 import pytest
 
+# Tests' own process is like a worker's: Keras without TensorFlow, which takes seconds to import.
+os.environ.setdefault("KERAS_BACKEND", "jax")
+sys.modules.update(dict.fromkeys(("tensorflow", "tensorflow_text")))
+
 from runner.demo import make_rows, write_test_set
 from tests.models import SHARED, Model, Models
 from tests.odd_texts import odd_texts
@@ -434,6 +438,14 @@ OF_PROCESSES = frozenset(
         *("subprocess"),
     )
 )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not even import a file of processes alone if they are left out."""
+    is_left_out = "not process" in config.option.markexpr and collection_path.suffix == ".py"
+    if is_left_out and "\npytestmark = pytest.mark.process" in collection_path.read_text():
+        return True
+    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,7 +14,6 @@ import pytest
 
 from runner.common.errors import ConfigError
 from runner.config.run_config import PrepareConfig
-from runner.model.predictor import resolve_dtype
 from tests.conftest import LENGTH, ROOT, TOLERANCE, environment
 
 
@@ -24,6 +23,8 @@ def hidden_states(backbone):
 
 
 def test_int8_is_never_beside_float16():
+    from runner.model.predictor import resolve_dtype  # imports Keras
+
     for platform, capability, found in (
         *(("gpu", "7.5", "float32"), ("gpu", "8.0", "bfloat16")),
         *(("tpu", None, "bfloat16"), ("cpu", None, "float32")),
