@@ -21,16 +21,16 @@ import pandas as pd
 import psutil
 import pytest
 
-# Tests' own process is like a worker's: Keras without TensorFlow, which takes seconds to import.
-os.environ.setdefault("KERAS_BACKEND", "jax")
-sys.modules.update(dict.fromkeys(("tensorflow", "tensorflow_text")))
-
 from runner.demo import make_rows, write_test_set
 from tests.models import SHARED, Model, Models
 from tests.odd_texts import odd_texts
 from tests.slowest import keep_durations, read_durations
 from tests.stored import made_once, stored_folder
 from tests.warm import MARK, WarmProcess, WarmPython
+
+# Tests' own process is like a worker's: Keras without TensorFlow, which takes seconds to import.
+os.environ.setdefault("KERAS_BACKEND", "jax")
+sys.modules.update(dict.fromkeys(("tensorflow", "tensorflow_text")))
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-5
