@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.common.errors import ConfigError
-from runner.common.files import whole_folder
+from runner.common.files import compilation_cache, whole_folder
 from runner.common.records import Examples, ModelSpec
 from runner.common.units import mb
 from runner.config.run_config import PrepareConfig
@@ -51,7 +51,7 @@ def prepare(config: PrepareConfig, *, started: float | None = None) -> Preset:
         pooling=config.pooling,
         dtype="float32" if config.dtype == "auto" else config.dtype,
         quantization=None if config.quantization == "none" else config.quantization,
-        compilation_cache=None,
+        compilation_cache=compilation_cache(),
         head=config.task.head,
     )
     named = config.head_kernel or preset.classifier
@@ -141,10 +141,12 @@ def _check(config: PrepareConfig) -> Preset:
 
 
 def _start_keras() -> None:
-    from runner.model.process import prepare_process
+    """Start Keras on the CPU, with the programs that earlier runs compiled."""
+    from runner.model.process import prepare_process, start_jax
     from sharding.topology import WorkerSlot
 
     prepare_process(WorkerSlot(0, "cpu"), verbose=False)
+    start_jax("cpu", compilation_cache())
 
 
 def _measure(

@@ -31,6 +31,10 @@ from tests.warm import MARK, WarmProcess, WarmPython
 # Tests' own process is like a worker's: Keras without TensorFlow, which takes seconds to import.
 os.environ.setdefault("KERAS_BACKEND", "jax")
 sys.modules.update(dict.fromkeys(("tensorflow", "tensorflow_text")))
+# It keeps what it compiles from one session to the next, as runs do.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(stored_folder() / "programs")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-5

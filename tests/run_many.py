@@ -1,7 +1,7 @@
-"""python run_many.py < lines: the command with each line's flags, a JSON list, in this one process.
+"""python run_many.py FILE: the command with each line's flags, a JSON list, in this one process.
 
-So Keras is imported once. A line that is an object names a script and its arguments instead.
-Answers each with a line: exit code and what it said on standard error.
+A line that is an object names a script and its arguments instead. Answers each with a line: exit
+code and what it said on standard error.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from runner.cli import main
 if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
     sys.stdout = sys.stderr
-    for line in sys.stdin:
+    for line in Path(sys.argv[1]).read_text().splitlines():
         asked = json.loads(line)
         with contextlib.redirect_stderr(io.StringIO()) as said:
             if isinstance(asked, list):

@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +22,7 @@ from runner.model.accuracy import compare, describe
 from runner.results.fingerprint import Fingerprint
 from runner.results.journal import Journal
 from runner.results.table import Merger
-from tests.conftest import LENGTH, ROOT, TOLERANCE, environment
+from tests.conftest import LENGTH, LONGEST_RUN_S, ROOT, TOLERANCE, environment
 
 OWN = {"id-column": "key", "text-columns": ["title", "body"], "label-columns": ["no", "yes"]}
 EXAMPLES = ROOT / "examples"
@@ -436,7 +434,7 @@ def numbers(path):
 
 
 @pytest.fixture(scope="module")
-def done(models, renamed_rows, cache, tmp_path_factory):
+def done(models, renamed_rows, cache, warm, tmp_path_factory):
     """What several runs in one process left: folder, and exit code and words of each."""
     folder = tmp_path_factory.mktemp("tasks")
     model = models["gemma2"]
@@ -463,18 +461,17 @@ def done(models, renamed_rows, cache, tmp_path_factory):
         *("--config", EXAMPLES / "embeddings" / "config.toml", "--preset", model.preset),
         *("--output", folder / "embeddings.parquet"),
     ]
-    lines = [json.dumps(one, default=str) for one in asked.values()]
     lines = [
-        json.dumps([str(part) for part in one]) if isinstance(one, list) else line
-        for one, line in zip(asked.values(), lines, strict=True)
+        json.dumps([*map(str, one)] if isinstance(one, list) else one, default=str)
+        for one in asked.values()
     ]
-    process = subprocess.run(
-        [sys.executable, ROOT / "tests" / "run_many.py"],
-        input="\n".join(lines),
-        capture_output=True,
-        text=True,
+    (folder / "asked.txt").write_text("\n".join(lines))
+    process = warm.run(
+        [folder / "asked.txt"],
+        environment(cache),
+        script=ROOT / "tests" / "run_many.py",
         cwd=ROOT,
-        env=environment(cache),
+        timeout=LONGEST_RUN_S,
     )
     answers = [json.loads(line) for line in process.stdout.splitlines()]
     assert len(answers) == len(asked), process.stderr

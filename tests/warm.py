@@ -276,7 +276,20 @@ def import_all(what: str) -> None:
         ),
     ):
         importlib.import_module(module)
+    _draw_once()
     assert "ray" not in sys.modules
+
+
+def _draw_once() -> None:
+    """Draw a chart: matplotlib's first takes half a second more, for its fonts and styles."""
+    from runner.report.canvas import draw
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.plot([0, 1], label="a line")
+        axes.legend()
+
+    draw("warm", "", 2.0, paint)
 
 
 class Server:
