@@ -28,6 +28,7 @@ SCRIPTS = (
         "models.py",
         "odd_texts.py",
         "plain_answers.py",
+        "preprocess.py",
         "reference.py",
     ),
     "../runner/demo.py",

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import zlib
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,7 @@ from runner.preset.tokenizer_files import BytePairOptions, TokenizerFiles
 from runner.results.table import Merger
 from runner.telemetry.progress import Progress
 from tests.conftest import LENGTH, SHARED, wait_until
+from tests.stored import made_once
 
 COLUMNS = ["id", "prompt", "response_a", "response_b"]
 cells = st.text(st.characters(codec="utf-8"), max_size=12)
@@ -124,7 +126,7 @@ class TestTokens:
         ],
     )
     def test_as_the_presets_preprocessor(
-        self, models, run_script, arena_rows, tmp_path, name, length, every
+        self, models, run_script, arena_rows, stored, name, length, every
     ):
         """Token for token, on real rows with the real vocabulary where they are here."""
         examples = read_examples(arena_rows)
@@ -132,11 +134,14 @@ class TestTokens:
         texts += ["<|begin_of_text|>x<|im_end|> <|endoftext|><|eot_id|>y", "<|im_start|><|im_end"]
         texts += ["it's I'LL 1234567 3.14\r\n\n\n\t x\u00a0y\u3000 ", "<|endoftext|>", "?" * 300]
         texts += render_prompts(examples, text_format="turns")[::every]
-        (tmp_path / "texts.json").write_text(json.dumps(texts))
-        model = models[name]
-        out = tmp_path / "tokens.npz"
-        run_script("preprocess.py", model.preset, tmp_path / "texts.json", length, out)
-        expected = np.load(out)
+        asked, model = json.dumps(texts), models[name]
+        made = stored / f"tokens-{name}-{length}-{zlib.crc32(asked.encode())}"
+        with made_once(made) as target:
+            if target is not None:
+                (target / "texts.json").write_text(asked)
+                arguments = (target / "texts.json", length, target / "tokens.npz")
+                run_script("preprocess.py", model.preset, *arguments)
+        expected = np.load(made / "tokens.npz")
         table = tokenize(texts, read_preset(model.preset).tokenizer, sequence_length=length)
         tokens, lengths = table.batch_arrays(tuple(range(len(texts))), len(texts), length)
         assert np.array_equal(lengths, expected["padding_mask"].sum(axis=1))
