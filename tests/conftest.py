@@ -161,6 +161,28 @@ def cli(cache: Path, warm: WarmPython):
 
 
 @pytest.fixture(scope="session")
+def cache_without_shapes(stored: Path, cli) -> Callable[[Model, Path], Path]:
+    """Make a user's cache with all that runs of a model compile, but for their batches."""
+
+    def make(model: Model, folder: Path) -> Path:
+        kept = stored / f"cache-{model.folder.name}"
+        with made_once(kept) as target:
+            if target is not None:
+                rows = target / "rows.csv"
+                write_test_set(rows, make_rows(2, seed=1))
+                # No test has a batch of this length.
+                flags = (
+                    *(*model.flags(), "--input", rows, "--sequence-length", "7"),
+                    *("--num-workers", "2", "--output", target / "s.csv"),
+                )
+                done = cli(*map(str, flags), XDG_CACHE_HOME=str(target))
+                assert done.returncode == 0, done.stderr
+        return Path(shutil.copytree(kept, folder))
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def flags_there_are(cli) -> set[str]:
     """Every flag that the command and `prepare` know."""
     # So wide that no flag is broken over two lines.

@@ -89,10 +89,10 @@ def test_one_long_row_and_three_workers(models, predict, tmp_path):
     assert answer.report["tokens"] == {"real": LENGTH, "padded": LENGTH}
 
 
-def test_report_holds_the_contract(models, test_set, predict, tmp_path):
+def test_report_holds_the_contract(models, test_set, predict, cache_without_shapes, tmp_path):
     flags = (*models["gemma2"].flags(), "--input", str(test_set), "--pooling", "mean",
              "--sequence-length", "64", "--max-tokens-per-batch", "256")  # fmt: skip
-    fresh = str(tmp_path / "cache")
+    fresh = str(cache_without_shapes(models["gemma2"], tmp_path / "cache"))
     first = predict("--num-workers", "2", *flags, XDG_CACHE_HOME=fresh)
     report = first.report
     keys = "schema config versions fingerprint mode strategy rows tokens seconds rates workers"
@@ -234,13 +234,14 @@ def test_a_log_gets_plain_lines_and_no_chatter(cli, models, tmp_path):
 
 
 @pytest.mark.parametrize("columns", [120, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_terminal_gets_one_line(columns, warm, real_job, tmp_path):
+def test_a_terminal_gets_one_line(columns, warm, models, real_job, cache_without_shapes, tmp_path):
     """Through a pseudo-terminal: first what is waited for, then rows, tokens/s, time left."""
+    cache = cache_without_shapes(models["arena"], tmp_path / "cache")
     controller, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (40, columns))
     process = warm.start(
         [*real_job, "--num-workers", "2", "--output", str(tmp_path / "s.csv")],
-        environment(tmp_path / "cache", TERM="xterm", **{VARIABLE: json.dumps([SLOW])}),
+        environment(cache, TERM="xterm", **{VARIABLE: json.dumps([SLOW])}),
         stderr=terminal,
     )
     os.close(terminal)
@@ -259,7 +260,7 @@ def test_a_terminal_gets_one_line(columns, warm, real_job, tmp_path):
     text = shown.decode()
     assert process.returncode == 0, text
     assert redrawn > took_s / 5, "a line is redrawn far more often than every five seconds"
-    # Nothing is compiled yet in its cache, so each shape is long enough in the making to be seen.
+    # None of its shapes is in the cache yet, so each shape is long enough in the making to be seen.
     for stage in ("starting, loading and compiling", "w[01] loading", "w[01] compiling"):
         assert re.search(stage, text)
     assert re.search(r"\d+%\|.*\d+/96 rows, [\d,]+ tokens/s, \d+:\d\d left; w0 busy", text)
