@@ -249,7 +249,9 @@ def test_nobody_at_the_address(cli, models, test_set, tmp_path):
         done = cli(*models["gemma2"].flags(), "--input", str(test_set), "--address", address,
                    "--output", str(tmp_path / "s.csv"))  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: No Ray cluster answers there: ")
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: No Ray cluster answers at this address: "
+    )
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -410,7 +412,7 @@ def test_who_has_no_token_stays_out(nodes, cli, models, test_set, tmp_path):
     flags = [*job(models["gemma2"], test_set), "--output", str(tmp_path / "s.csv")]
     done = cli(*flags, "--address", nodes.address, **AUTH | {"RAY_AUTH_TOKEN": "0" * 64})
     assert done.returncode == 2, done.stderr
-    assert "asks for its token" in done.stderr
+    assert "requires a token" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "s.csv").exists()
     many = cli(*flags, "--address", nodes.address, "--num-workers", "3", **AUTH)

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from runner.common.records import BatchResult
-from runner.driver.cutting import Cutter, seconds_text, work_for
+from runner.common.units import duration
+from runner.driver.cutting import Cutter, work_for
 from runner.driver.deadline import LAST_BATCH_SHARE, PATIENCE, Deadline
 from runner.driver.intake import Intake, Lengths
 from runner.executors.executor import Executor
@@ -154,7 +155,7 @@ class Steering:
             self._improving = True
             self._say(
                 now,
-                f"{seconds_text(self._deadline.left_s(now))} are left over: rows that were cut are "
+                f"{duration(self._deadline.left_s(now))} are left over: rows that were cut are "
                 "predicted again at their full length, the shortest first, while there is time",
             )
 

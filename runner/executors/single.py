@@ -17,6 +17,7 @@ from runner.common.errors import (
     WorkerError,
     first_line,
 )
+from runner.common.files import compilation_cache
 from runner.common.machine import device_memory_bytes
 from runner.common.records import (
     BatchResult,
@@ -73,14 +74,14 @@ class InProcess:
         self._threads.end()
         cpu_allocator.let_go()
 
-    def open(self, dtype: str, compilation_cache: str) -> str:
-        self.kind, dtype = self._replica.find_device(dtype, compilation_cache)
+    def open(self, dtype: str) -> str:
+        self.kind, dtype = self._replica.find_device(dtype, compilation_cache())
         return dtype
 
     def memory_bytes(self) -> int | None:
         return device_memory_bytes()
 
-    def start(self, spec: ModelSpec, strategy: Strategy | None = None) -> None:
+    def start(self, spec: ModelSpec, strategy: Strategy | None) -> None:  # noqa: ARG002 - one holds all
         self._progress.set_worker(0, "loading")
         self._spec = spec
         self._threads.compile(self._replica.load, spec)

@@ -1,5 +1,5 @@
-"""Ray itself: started for one run alone and closed to others, or joined where it runs already;
-asked what devices it found; ended, or left as it was.
+"""Starts Ray for one run, closed to others, or joins a running cluster; counts the devices that Ray
+found; stops Ray, or leaves the cluster as it was.
 
 Does not know what runs on it. docs/security.md says what listens where.
 """
@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,65 +32,79 @@ from runner.common.errors import ConfigError, WorkerError, first_line
 from runner.model.cpu_allocator import ENVIRONMENT
 from sharding.kinds import KINDS, named_by_jax
 
-# What Ray adds to its folder's path for a socket, and the longest path that a socket may have.
+# What Ray appends to its folder's path for a socket, and the longest path of a socket.
 LONGEST_SOCKET = "/session_2026-11-24_12-00-00_123456_4194304/sockets/plasma_store"
 MAX_SOCKET_PATH_BYTES = 103
-# In the folder of a run, locked for as long as its driver lives.
+# A file in the folder of a run, locked while its driver lives.
 LOCK = "arena-runner.lock"
-# Of Ray's processes, those without which no worker can be reached or started.
+# The Ray processes without which no worker can be started or reached.
 NEEDED = (ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER)
-# Files in a session's folder from which a raylet knows where its agents listen.
+# Files in a session's folder that tell the raylet the ports of its agents.
 PORTS_OF_AGENTS = (
     *("metrics_agent_port", "metrics_export_port"),
     *("dashboard_agent_listen_port", "runtime_env_agent_port"),
 )
-# Stands for an agent: does nothing until the raylet ends, by the kernel's word (see prctl(2)).
+# Replaces an agent: does nothing, and the kernel ends it with the raylet (see prctl(2)).
 IDLE_AGENT = (
     "import ctypes, os, time\n"
     "ctypes.CDLL(None).prctl(1, 9)\n"
     "while str(os.getppid()) == os.environ['RAY_RAYLET_PID']: time.sleep(1)"
 )
-# Seconds in which a cluster must take a connection: Ray itself would try for minutes.
+# Seconds in which a cluster must accept a connection; Ray itself would try for minutes.
 ANSWERS_WITHIN_S = 5.0
-# Of the driver's environment, what reaches the workers on the nodes of a cluster too.
+# Prefixes of the driver's environment variables that workers on a cluster's nodes get too.
 HANDED_ON = ("XLA_", "JAX_", "NCCL_", "ARENA_", "MALLOC_")
 
-_folder: tuple[Path, int] | None = None
-_has_joined = False
+
+@dataclass
+class _Session:
+    """This process' Ray.
+
+    Attributes:
+        folder, lock: the private folder of the Ray that this process started, and its open lock.
+        has_joined: whether this process has joined a cluster.
+    """
+
+    folder: Path | None = None
+    lock: int = -1
+    has_joined: bool = False
+
+
+_session = _Session()
 _print_of_ray = ray._private.worker.print_to_stdstream
 
 
 def start_ray(num_cpus: int, *, verbose: bool) -> None:
-    """Start Ray on this machine for this run alone; `stop_ray` ends it.
+    """Start a Ray on this machine that serves only this run; `stop_ray` stops it.
 
-    Its servers listen on loopback, want a token that only this run's processes know, and keep
-    their files where only the owner looks. Must run in the main thread: the kernel ends Ray's
-    processes with the thread that started them.
+    Its servers listen on loopback, require a token that only this run's processes know, and keep
+    their files in a folder that only the owner can read. Call this in the main thread: the kernel
+    ends Ray's processes with the thread that started them.
 
     Raises:
         WorkerError: Ray does not start, or would listen to other machines.
     """
-    global _folder
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    # Both were read when ray was imported.
+    # Ray read both when it was imported.
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray starts its workers at the lowest priority but one; ours are the work itself.
+    # By default, Ray starts workers at a low priority.
     os.environ.setdefault("RAY_worker_niceness", "0")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    _switch_off_figures()
-    if _folder is None:
+    _turn_off_metrics()
+    if _session.folder is None:
         atexit.register(stop_ray)
-        _folder = make_private_folder()
+        _session.folder, _session.lock = make_private_folder()
+    folder = _session.folder
     try:
         with (
             _loopback_as_address(),
             _signals_as_they_are(),
-            _servers_alone(log_monitor=verbose),
+            _without_agents(log_monitor=verbose),
         ):
             ray.init(
                 address="local",
@@ -98,39 +113,39 @@ def start_ray(num_cpus: int, *, verbose: bool) -> None:
                 log_to_driver=verbose,
                 logging_level=logging.INFO if verbose else logging.CRITICAL,
                 configure_logging=verbose,
-                # Ray opens its own folder to all users (0777); they do not get past the one above.
-                _temp_dir=str(_folder[0] / "r"),
+                # Ray opens this folder to all users (0777), but they cannot enter its parent.
+                _temp_dir=str(folder / "r"),
             )
     except Exception as error:
-        # What it raises has no common class; nothing but Ray ran in there.
+        # Ray's errors have no common class.
         raise WorkerError(
-            f"Ray did not start: {type(error).__name__}: {first_line(error)}. Is there memory and "
-            f"room in {_folder[0].parent}? Its logs lie in ray/, in the folder of logs."
+            f"Ray did not start: {type(error).__name__}: {first_line(error)}. Check that there is "
+            f"free memory, and free space in {folder.parent}. Ray's logs are in ray/ in the folder "
+            "of logs."
         ) from error
     address = ray.util.get_node_ip_address()
     if not ipaddress.ip_address(address).is_loopback:
         stop_ray()
         raise WorkerError(
-            f"Ray {ray.__version__} would listen to other machines: expected that it takes a "
-            f"loopback address for its own. Received: {address}. This is a bug; Ray 2.60 does it."
+            f"Ray {ray.__version__} would listen to other machines. Expected: a loopback address, "
+            f"as with Ray 2.60. Received: {address}. This is a bug."
         )
 
 
 def join_ray(address: str, *, verbose: bool) -> None:
-    """Become a driver of a Ray cluster that runs already; `stop_ray` leaves it as it was.
+    """Become a driver of a running Ray cluster; `stop_ray` leaves the cluster as it was.
 
-    The code of `runner` and `sharding` goes with the run: nodes need what pyproject.toml depends
-    on, and nothing of ours. Tokens are Ray's own matter: RAY_AUTH_MODE and its token file.
+    Ray ships the code of `runner` and `sharding` to the nodes, which need only the dependencies in
+    pyproject.toml. Ray itself finds the cluster's token: RAY_AUTH_MODE and its token file.
 
     Raises:
-        ConfigError: there is no cluster, it lets nobody in without its token, its versions are
-            others, or this machine is not one of its nodes.
+        ConfigError: there is no cluster, it requires a token, it has other versions, or this
+            machine is not one of its nodes.
     """
-    global _has_joined
     _check_address(address)
     code = Path(runner.__file__).resolve().parent
     if not verbose:
-        # Ray shows the last words of a lost node's raylet, whatever it was told of logs.
+        # Ray prints the last log lines of a lost node's raylet, even if logging is off.
         ray._private.worker.print_to_stdstream = lambda *said, **how: None
     try:
         with _signals_as_they_are():
@@ -150,53 +165,54 @@ def join_ray(address: str, *, verbose: bool) -> None:
                 },
             )
     except Exception as error:
-        # What it raises has no common class, and none of it is about what we asked for.
+        # Ray's errors have no common class.
         ray.shutdown()
         raise ConfigError(_why_not_joined(address, error)) from error
-    _has_joined = True
+    _session.has_joined = True
     atexit.register(stop_ray)
 
 
 def _check_address(address: str) -> None:
-    """Raise ConfigError if nothing answers, before Ray tries for minutes."""
+    """Raise ConfigError if nothing answers; Ray would try for minutes first."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
     if "/" in address or not host or not port.isdecimal() or int(port) > 65535:
         raise ConfigError(
             "--address must be HOST:PORT of a Ray cluster (`ray start --head` prints it), or auto "
-            f"for the one that this machine is a node of. Received: --address {address}"
+            f"for the cluster that this machine is in. Received: --address {address}"
         )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWERS_WITHIN_S).close()
-        # As a driver Ray would say no more than that there is no cluster.
+        # A driver would only learn that there is no cluster.
         GcsClient(address=address).internal_kv_keys(b"", None)
     except ray.exceptions.AuthenticationError as error:
         raise ConfigError(_why_not_joined(address, error)) from None
     except ray.exceptions.RayError as error:
         raise ConfigError(
-            f"What answers there is no Ray cluster: {first_line(error).rstrip('.')}. Received: "
-            f"--address {address}"
+            f"The server at this address is not a Ray cluster: {first_line(error).rstrip('.')}. "
+            f"Received: --address {address}"
         ) from None
     except OSError as error:
         raise ConfigError(
-            f"No Ray cluster answers there: {error.strerror or error}. Expected: the address that "
-            f"`ray status` or `ray start --head` prints. Received: --address {address}"
+            f"No Ray cluster answers at this address: {error.strerror or error}. Expected: the "
+            "address that `ray status` or `ray start --head` prints. Received: --address "
+            f"{address}"
         ) from None
 
 
 def _why_not_joined(address: str, error: Exception) -> str:
-    """Return what Ray's error means, in a line."""
+    """Return what Ray's error means, in one line."""
     said = " ".join(str(error).split())
     if "ersion mismatch" in said or "The cluster was started with" in said:
         return (
-            "The cluster and this process must have the same Ray and Python; install the cluster's "
-            f"here, or these there. Received: {said}"
+            "The cluster and this process must have the same Ray and Python versions; install "
+            f"the cluster's here, or these there. Received: {said}"
         )
     if isinstance(error, ray.exceptions.AuthenticationError) or "nauthenticated" in said:
         return (
-            f"The cluster at {address} asks for its token: set RAY_AUTH_MODE=token, and "
-            "RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN, as on its nodes; a cluster without one wants "
+            f"The cluster at {address} requires a token: set RAY_AUTH_MODE=token, and "
+            "RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN, as on its nodes. If the cluster has none, set "
             f"RAY_AUTH_MODE=disabled. Received: {first_line(error).partition('. ')[0]}"
         )
     return (
@@ -205,10 +221,10 @@ def _why_not_joined(address: str, error: Exception) -> str:
     )
 
 
-def _switch_off_figures() -> None:
-    """Start no servers of Ray's own figures: they ask for no token. There is no port 65536.
+def _turn_off_metrics() -> None:
+    """Prevent Ray's metrics servers, which require no token; port 65536 does not exist.
 
-    They come with `ray[default]`, or if prometheus_client is installed.
+    Ray starts them if `ray[default]` or prometheus_client is installed.
     """
     os.environ.update(
         RAY_enable_metrics_collection="0",
@@ -218,50 +234,50 @@ def _switch_off_figures() -> None:
 
 
 def check_ray() -> None:
-    """Look whether the processes of the Ray that `start_ray` started still live.
+    """Check that the servers that `start_ray` started still run.
 
-    To be asked before anything else is made of a failure: with them go all workers, and after a
-    while Ray ends the driver too, wherever it is.
+    Call this before a failure is blamed on a worker: all workers end with the servers, and a little
+    later Ray ends the driver as well.
 
     Raises:
-        WorkerError: one has ended.
+        WorkerError: a server has ended.
     """
-    node = ray._private.worker._global_node if _folder is not None else None
+    node = ray._private.worker._global_node if _session.folder is not None else None
     for name, process in node.dead_processes() if node is not None else ():
         if name in NEEDED:
             raise WorkerError(
-                f"Ray's {name} ended (exit status {process.returncode}), and all workers with it: "
-                "was it killed, or is the machine out of memory?"
+                f"Ray's {name} ended (exit status {process.returncode}), and all workers with it. "
+                "Was it killed, or is the machine out of memory?"
             )
 
 
 def stop_ray() -> None:
-    """End the Ray that `start_ray` started, if it did, and remove what it left on disk; or leave
-    the cluster that `join_ray` joined, which ends this run's actors there and nothing else."""
-    global _folder, _has_joined
-    if _has_joined:
-        _has_joined = False
+    """Stop the Ray that `start_ray` started and remove its files, or leave the joined cluster.
+
+    Leaving a cluster ends this run's actors there and nothing else.
+    """
+    if _session.has_joined:
+        _session.has_joined = False
         ray.shutdown()
         ray._private.worker.print_to_stdstream = _print_of_ray
-    if _folder is None:
+    if _session.folder is None:
         return
-    # Its processes write logs to their end.
+    # Its processes write logs until they end.
     ray.shutdown(wait_for_processes=True)
-    folder, lock = _folder
-    _folder = None
+    folder, _session.folder = _session.folder, None
     shutil.rmtree(folder, ignore_errors=True)
-    os.close(lock)
+    os.close(_session.lock)
 
 
 def private_folder() -> Path | None:
     """Return the folder of this run on this machine, None if Ray was not started here."""
-    return _folder[0] if _folder else None
+    return _session.folder
 
 
 def make_private_folder() -> tuple[Path, int]:
-    """Return a new folder that only the owner can enter, and the open lock that keeps it.
+    """Return a new folder that only the owner can enter, and its open lock.
 
-    Folders whose driver was killed are removed: nobody holds their lock.
+    Removes folders whose driver was killed: nobody holds their lock.
     """
     base = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()).absolute()
     if len(os.fsencode(base / "arena-12345678" / "r")) + len(LONGEST_SOCKET) > (
@@ -270,7 +286,7 @@ def make_private_folder() -> tuple[Path, int]:
         base = Path("/tmp")
     for stale in base.glob(f"arena-*/{LOCK}"):
         _remove_if_stale(stale)
-    # Locked before it has a name that is looked for.
+    # Take the lock before the folder gets a name that the loop above would find.
     fresh = Path(tempfile.mkdtemp(prefix=".arena-", dir=base))
     lock = os.open(fresh / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -296,12 +312,12 @@ def _remove_if_stale(path: Path) -> None:
 
 @contextmanager
 def _loopback_as_address() -> Iterator[None]:
-    """Make Ray take 127.0.0.1 for this machine's address, as it does on macOS and Windows.
+    """Make Ray use 127.0.0.1 as this machine's address, as it does on macOS and Windows.
 
-    Ray 2.60 binds its servers to every interface unless the address of their node is a loopback
-    one, and resolves `_node_ip_address="127.0.0.1"` back to the machine's own unless this constant
-    says that there is no cluster. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER sets it too, but is read when
-    ray is imported, and would hold for a cluster that is joined.
+    Ray 2.60 binds its servers to every interface unless their node's address is a loopback
+    address. It resolves `_node_ip_address="127.0.0.1"` to the machine's address unless this
+    constant says that there is no cluster. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER sets the constant as
+    well, but only while ray is imported, and it would apply to joined clusters too.
     """
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -312,18 +328,18 @@ def _loopback_as_address() -> Iterator[None]:
 
 
 @contextmanager
-def _servers_alone(*, log_monitor: bool) -> Iterator[None]:
-    """Let Ray start its GCS server and its raylet, and nothing beside them.
+def _without_agents(*, log_monitor: bool) -> Iterator[None]:
+    """Let Ray start only its GCS server and its raylet.
 
-    There are no machines to start here, so no autoscaler is needed. Ray 2.60 starts the process of
-    its dashboard even if the dashboard is off, and two agents, which import for seconds: the
-    raylet waits 15 s for the files with their ports, ends itself if they come later, as on a busy
-    machine, and ends with either agent. No run of ours asks them anything: they serve figures and
-    runtime environments. So the files are written before the raylet looks for them, and a process
-    that does nothing stands for each agent, which the raylet insists on.
+    Ray 2.60 also starts an autoscaler, a dashboard process (even if the dashboard is off) and two
+    agents, which take seconds to import. The raylet waits 15 s for files with the agents' ports and
+    exits if they come later, as on a busy machine; it also exits if either agent ends. A run needs
+    none of them: they serve metrics and runtime environments. So this writes the port files before
+    the raylet looks for them, and gives the raylet idle processes in place of its agents, which it
+    insists on.
 
     Args:
-        log_monitor: also start the process that hands on to the driver what workers log.
+        log_monitor: whether to start the process that forwards workers' logs to the driver.
     """
     node, services = ray._private.node.Node, ray._private.services
     before = {name: getattr(node, name) for name in ("start_monitor", "start_api_server")}
@@ -354,7 +370,7 @@ def _servers_alone(*, log_monitor: bool) -> Iterator[None]:
 
 @contextmanager
 def _signals_as_they_are() -> Iterator[None]:
-    """Keep Ray from taking SIGTERM: its handler ends the process in the midst of what it does."""
+    """Keep Ray from handling SIGTERM: its handler would end the process at once."""
     before = ray._private.utils.set_sigterm_handler
     ray._private.utils.set_sigterm_handler = lambda handler: None
     try:
@@ -364,12 +380,12 @@ def _signals_as_they_are() -> Iterator[None]:
 
 
 def find_devices() -> tuple[str, int]:
-    """Return the kind of device to use and how many there are, without starting JAX here.
+    """Return the kind of device to use and the number of devices, without starting JAX here.
 
-    JAX_PLATFORMS decides the kind if it is set, as it does for JAX itself.
+    JAX_PLATFORMS selects the kind if it is set, as it does for JAX itself.
 
     Raises:
-        ConfigError: JAX_PLATFORMS names a kind that is not known here.
+        ConfigError: JAX_PLATFORMS names an unknown kind.
     """
     resources = ray.cluster_resources()
     found = {
@@ -381,7 +397,9 @@ def find_devices() -> tuple[str, int]:
     if not kind:
         kind = next((name for name, count in found.items() if count), "cpu")
     if kind not in KINDS:
+        *others, last = (known.platform for known in KINDS.values())
         raise ConfigError(
-            f"Devices are cpu, cuda or tpu. Received: JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}"
+            f"JAX_PLATFORMS must be {', '.join(others)} or {last}. Received: "
+            f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}"
         )
     return kind, found.get(kind, 0)
