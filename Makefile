@@ -31,7 +31,7 @@ test-browser: lint types
 
 # Lists the twenty slowest tests of the last run.
 slowest: $(VENV)/.installed-test
-	$(BIN)/python -m tests.slowest
+	$(BIN)/python -m tests.support.slowest
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -22,11 +22,11 @@ import psutil
 import pytest
 
 from runner.demo import make_rows, write_test_set
-from tests.models import SHARED, Model, Models
-from tests.odd_texts import odd_texts
-from tests.slowest import keep_durations, read_durations
-from tests.stored import made_once, stored_folder
-from tests.warm import MARK, WarmProcess, WarmPython
+from tests.support.models import SHARED, Model, Models
+from tests.support.odd_texts import odd_texts
+from tests.support.slowest import keep_durations, read_durations
+from tests.support.stored import made_once, stored_folder
+from tests.support.warm import MARK, WarmProcess, WarmPython
 
 # Tests' own process is like a worker's: Keras without TensorFlow, which takes seconds to import.
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -101,7 +101,7 @@ def make_programs(folder: Path, project: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def stored() -> Path:
-    """What tests make once for all sessions with these versions: see `tests/stored.py`."""
+    """What tests make once for all sessions with these versions: see `tests/support/stored.py`."""
     return stored_folder()
 
 
@@ -127,7 +127,7 @@ def run_script(cache: Path) -> Iterator[Callable[..., None]]:
 
     def run(name: str, *arguments: object) -> None:
         env = environment(cache, KERAS_BACKEND="jax", TF_CPP_MIN_LOG_LEVEL="3")
-        script, flags = ROOT / "tests" / name, [*map(str, arguments)]
+        script, flags = ROOT / "tests" / "support" / name, [*map(str, arguments)]
         done = python.run(flags, env, script=script, timeout=LONGEST_RUN_S)
         assert done.returncode == 0, done.stderr
 

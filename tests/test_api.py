@@ -28,7 +28,7 @@ from runner.config.parser import parse_arguments
 from runner.config.run_config import PrepareConfig
 from runner.telemetry.progress import Progress
 from tests.conftest import ROOT, environment
-from tests.fakes import FakeReplica, write_fake_job
+from tests.support.fakes import FakeReplica, write_fake_job
 
 # Values as on the command line, or as Python has them.
 EXAMPLES = {
@@ -354,7 +354,7 @@ class TestNotebook:
         monkeypatch.setenv("PYTHONPATH", str(ROOT))
         settings = {name: str(value) for name, value in job.items()}
         code = (
-            "import runner.executors.single; from tests.fakes import FakeReplica\n"
+            "import runner.executors.single; from tests.support.fakes import FakeReplica\n"
             "runner.executors.single.Replica = FakeReplica\n"
             "from runner import RunConfig, run\n"
             f"run(RunConfig(**{settings!r}, output='s.csv'))['rows']['total']"

@@ -19,12 +19,12 @@ import pandas as pd
 import pytest
 
 from tests.conftest import ROOT, TOLERANCE
-from tests.pages import inline_code
+from tests.support.pages import inline_code
 
 PAGE = ROOT / "docs" / "architecture.md"
 MOST_LINES = 6
 # Modules of the tests that import the code by name, so they must be imported again.
-BOUND = ("tests.fakes", "tests.simulated_ray")
+BOUND = ("tests.support.fakes", "tests.support.simulated_ray")
 MODES = {
     "single": ("--mode", "single"),
     "data-parallel": ("--mode", "data-parallel", "--num-workers", "2"),
@@ -69,10 +69,10 @@ def copy(tmp_path, monkeypatch):
     folder = tmp_path / "copy"
     for name in ("runner", "sharding"):
         shutil.copytree(ROOT / name, folder / name)
-    tests = sys.modules["tests"]
-    names = [name.removeprefix("tests.") for name in BOUND]
+    support = sys.modules["tests.support"]
+    names = [name.removeprefix("tests.support.") for name in BOUND]
     modules = {name: module for name, module in sys.modules.items() if is_ours(name)}
-    attributes = {name: vars(tests)[name] for name in names if name in vars(tests)}
+    attributes = {name: vars(support)[name] for name in names if name in vars(support)}
     for name in modules:
         del sys.modules[name]
     monkeypatch.syspath_prepend(folder)
@@ -82,9 +82,9 @@ def copy(tmp_path, monkeypatch):
     for name in [name for name in sys.modules if is_ours(name)]:
         del sys.modules[name]
     for name in names:
-        vars(tests).pop(name, None)
+        vars(support).pop(name, None)
     sys.modules.update(modules)
-    vars(tests).update(attributes)
+    vars(support).update(attributes)
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def simulate(copy, tmp_path, monkeypatch, capsys):
     """Return the copy's command on a simulated Ray; its model is arithmetic on token ids."""
 
     def start(change_preset=lambda job: None):
-        simulated = copy.load("tests.simulated_ray")
+        simulated = copy.load("tests.support.simulated_ray")
         folder = tmp_path / "run"
         (tmp_path / "job").mkdir()
         folder.mkdir()

@@ -24,7 +24,7 @@ from runner.config.run_config import make_config
 from runner.demo import ensure_demo, make_rows, train_tokenizer, write_test_set
 from runner.telemetry.progress import Progress
 from tests.conftest import ROOT, copy_project, environment, make_programs
-from tests.pages import (
+from tests.support.pages import (
     Command,
     inline_code,
     links,

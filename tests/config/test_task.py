@@ -469,7 +469,7 @@ def done(models, renamed_rows, cache, warm, tmp_path_factory):
     process = warm.run(
         [folder / "asked.txt"],
         environment(cache),
-        script=ROOT / "tests" / "run_many.py",
+        script=ROOT / "tests" / "support" / "run_many.py",
         cwd=ROOT,
         timeout=LONGEST_RUN_S,
     )

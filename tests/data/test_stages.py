@@ -27,7 +27,7 @@ from runner.preset.tokenizer_files import BytePairOptions, TokenizerFiles
 from runner.results.table import Merger
 from runner.telemetry.progress import Progress
 from tests.conftest import LENGTH, SHARED, wait_until
-from tests.stored import made_once
+from tests.support.stored import made_once
 
 COLUMNS = ["id", "prompt", "response_a", "response_b"]
 cells = st.text(st.characters(codec="utf-8"), max_size=12)

@@ -21,7 +21,7 @@ from runner.preset import auto
 from runner.preset.reader import read_preset
 from sharding.dealing import COMPILE_WITHIN_S
 from tests.conftest import TOLERANCE
-from tests.simulated_ray import Command, Job, Server
+from tests.support.simulated_ray import Command, Job, Server
 
 MODES = {
     "data-parallel": ("--mode", "data-parallel", "--num-workers", "2"),

@@ -11,7 +11,7 @@ import pytest
 
 from runner.common.errors import WorkerError
 from tests.conftest import TOLERANCE
-from tests.simulated_ray import Command, Job, SimulatedReplica
+from tests.support.simulated_ray import Command, Job, SimulatedReplica
 
 MODES = {
     "single": ("--mode", "single"),

@@ -168,7 +168,7 @@ def test_what_cannot_be_quantized_is_said_at_once(models, cli, test_set, prepare
 def test_float_weights_pass_through_memory_a_layer_at_a_time(heavy, cache):
     """At most 1.3 times the int8 bytes and the two largest float tensors, beyond the imports."""
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "load_quantized.py", heavy.preset, "int8"],
+        [sys.executable, ROOT / "tests" / "support" / "load_quantized.py", heavy.preset, "int8"],
         env=environment(cache),
         capture_output=True,
         text=True,

@@ -10,7 +10,7 @@ from runner.common.records import Faults, Tally, WorkerInfo, WorkerStats
 from runner.config.run_config import RunConfig
 from runner.report.facts import describe_devices, make_report, say_summary, what_happened
 from sharding.strategies import Strategy
-from tests import stories
+from tests.support import stories
 
 INFO = WorkerInfo("cpu", "cpu, cores 0", "float32", 9_000_000, 400_000_000, 5.0, 1e11, "chunked")
 NO_PREDICTION = "The fallback fills 10 rows without a prediction."

@@ -50,7 +50,7 @@ from runner.telemetry.timeline import (
     Timeline,
 )
 from sharding.batches import Batch, BatchShape
-from tests.stories import LABELS, make_report, make_spans, make_story
+from tests.support.stories import LABELS, make_report, make_spans, make_story
 
 SHAPE = BatchShape(2, 8)
 

@@ -63,7 +63,9 @@ def files_of(folder):
 
 def start(function, *arguments):
     """Run a function of this file in a process of its own."""
-    code = f"import sys; from tests.test_journal import *; {function.__name__}(*sys.argv[1:])"
+    code = (
+        f"import sys; from tests.results.test_journal import *; {function.__name__}(*sys.argv[1:])"
+    )
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 

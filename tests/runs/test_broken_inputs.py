@@ -1,7 +1,7 @@
 """Files and flags of every broken kind: a clean exit 2, or a submission that is right.
 
-`runner.cli.main` runs whole in a process of its own with a fake model (`tests/fakes.py`). What is
-expected is worked out here without the runner: its own CSV parser, its own prompt, its own
+`runner.cli.main` runs whole in a process of its own with a fake model (`tests/support/fakes.py`).
+What is expected is worked out here without the runner: its own CSV parser, its own prompt, its own
 probabilities. Each family of cases is a hypothesis strategy and a check; `make test` runs a few
 cases of each, always the same, `make test-all` more than 2,000, new ones every time.
 """
@@ -28,7 +28,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import Model, environment
-from tests.fakes import Ended, FakeRunner, answer
+from tests.support.fakes import Ended, FakeRunner, answer
 
 COLUMNS = ("id", "prompt", "response_a", "response_b")
 LENGTH = 48

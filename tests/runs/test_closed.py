@@ -196,7 +196,7 @@ def test_a_ray_that_would_listen_to_others_is_refused(monkeypatch):
     monkeypatch.setattr(ray, "init", lambda **flags: folders.append(Path(flags["_temp_dir"])))
     monkeypatch.setattr(ray, "shutdown", lambda **_: None)
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "192.0.2.7")
-    with pytest.raises(WorkerError, match=r"expected .* loopback .* Received: 192\.0\.2\.7"):
+    with pytest.raises(WorkerError, match=r"Expected: .* loopback .* Received: 192\.0\.2\.7"):
         session.start_ray(1, verbose=False)
     assert not folders[0].parent.exists()
 

@@ -1,6 +1,6 @@
 """Runs on a Ray cluster that is there already: placement, files, nodes that come and go.
 
-Nodes are raylets on this machine (`tests/nodes.py`), each with a cache folder of its own.
+Nodes are raylets on this machine (`tests/support/nodes.py`), each with a cache folder of its own.
 """
 
 import json
@@ -27,7 +27,7 @@ from runner.executors.ray.keepers import Facts, Keepers, versions_here
 from runner.executors.ray.shipping import Receiver, at, parcels, pieces
 from sharding.topology import Node, place_on_nodes
 from tests.conftest import LENGTH, TOLERANCE, Started, environment
-from tests.nodes import Cluster
+from tests.support.nodes import Cluster
 
 # ---- placement
 

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.conftest import LENGTH, TOLERANCE
-from tests.test_equalities import FLAGS, difference, ids_of
+from tests.runs.test_equalities import FLAGS, difference, ids_of
 
 MODEL_PARALLEL = ("--mode", "model-parallel")
 

@@ -20,7 +20,7 @@ from runner.model.injected_faults import VARIABLE
 from sharding.backlog import MOST_SETBACKS_OF_A_ROW, Backlog
 from sharding.batches import Batch, BatchShape
 from tests.conftest import LONGEST_RUN_S, ROOT, SLOW, assert_calm, environment
-from tests.test_faults import MODES
+from tests.runs.test_faults import MODES
 
 # How Ray names the actors of a mode, and the method in which the first of a group gets a batch.
 ACTORS = {
@@ -218,7 +218,7 @@ class TestFullDisk:
         done = warm.run(
             [way, folder, kept, *flags],
             environment(cache),
-            script=ROOT / "tests" / "full_disk.py",
+            script=ROOT / "tests" / "support" / "full_disk.py",
             timeout=LONGEST_RUN_S,
         )
         assert done.returncode == 0, done.stderr

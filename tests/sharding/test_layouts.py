@@ -7,7 +7,7 @@ import pytest
 
 from runner.preset.families import FAMILIES, model_shape
 from sharding.layouts import NORM, RULES, TOO_SMALL, Rule, Weight, lay_out, replicated_reasons
-from tests.stored import made_once
+from tests.support.stored import made_once
 
 # Path, shape, and the dim that a group of two splits. `*` stands for the number of each layer.
 GEMMA = [

@@ -1,8 +1,8 @@
 """A runner whose model is arithmetic on token ids, in a process that outlives what it is fed.
 
-`python -m tests.fakes` is that process: it calls `runner.cli.main` for each line it reads. Native
-code (HDF5, Arrow, SentencePiece) may crash or hang on a damaged file: then the process is gone,
-the caller hears of it, and the next case gets a new one.
+`python -m tests.support.fakes` is that process: it calls `runner.cli.main` for each line it reads.
+Native code (HDF5, Arrow, SentencePiece) may crash or hang on a damaged file: then the process is
+gone, the caller hears of it, and the next case gets a new one.
 """
 
 import json
@@ -23,7 +23,7 @@ from runner.model.process import prepare_process
 from sharding.batches import Batch, BatchShape
 from sharding.topology import WorkerSlot
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CLASSES = 3
 # What a file claims and does not hold must not be allocated.
 MOST_ADDRESS_BYTES = 16 << 30
@@ -167,7 +167,7 @@ class FakeRunner:
 
     def _start(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fakes"],
+            [sys.executable, "-m", "tests.support.fakes"],
             cwd=self._folder,
             env=self._env | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
             stdin=subprocess.PIPE,

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
 ROOM = 300_000  # bytes: enough for a journal that is begun

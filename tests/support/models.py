@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.demo import make_rows, train_tokenizer
-from tests.stored import made_once
+from tests.support.stored import made_once
 
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 MODEL_NAMES = (
     *("gemma1", "gemma2", "thirds", "gemma3", "llama", "llama3", "mistral", "qwen", "qwen3"),
     *("sharded", "kaggle", "arena", "heavy"),

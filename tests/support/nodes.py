@@ -1,4 +1,4 @@
-"""`python -m tests.nodes FOLDER`: a Ray cluster whose nodes come and go as lines of JSON ask.
+"""`python -m tests.support.nodes FOLDER`: a Ray cluster whose nodes come and go as JSON lines ask.
 
     {"do": "add", "name": N, "cpus": C, "env": {...}}  ->  {"address": HOST:PORT, "id": ...}
     {"do": "kill", "name": N}                          ->  {}
@@ -15,7 +15,7 @@ from pathlib import Path
 
 # Seconds; Ray itself gives up after 30.
 STARTS_WITHIN_S = 120
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Cluster:
@@ -29,7 +29,7 @@ class Cluster:
     def __init__(self, folder: Path, env: dict[str, str]) -> None:
         self.address = ""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.nodes", str(folder)],
+            [sys.executable, "-m", "tests.support.nodes", str(folder)],
             cwd=ROOT,
             env=env | {"RAY_raylet_start_wait_time_s": str(STARTS_WITHIN_S)},
             stdin=subprocess.PIPE,

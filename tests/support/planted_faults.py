@@ -1,5 +1,6 @@
-"""python -m tests.planted_faults: put faults into a copy of the code, one after another, and show
-that the default tests catch each.
+"""python -m tests.support.planted_faults: show that the default tests catch faults.
+
+Puts them into a copy of the code, one after another.
 
 A fault is a line of the code and what stands in its place. The tests that should see it are run
 first; a fault that they do not catch is said, and ends the command with exit code 1.
@@ -32,91 +33,91 @@ FAULTS = (
         "runner/common/poolings.py",
         "None, :, None] < lengths[:, None, None]",
         "None, :, None] <= lengths[:, None, None]",
-        ("tests/test_equalities.py",),
+        ("tests/runs/test_equalities.py",),
     ),
     Fault(
         "the last token is the one before it",
         "runner/common/poolings.py",
         "xp.maximum(lengths - 1, 0)]",
         "xp.maximum(lengths - 2, 0)]",
-        ("tests/test_equalities.py",),
+        ("tests/runs/test_equalities.py",),
     ),
     Fault(
         "ids in another order than their rows",
         "runner/data/submission.py",
         "{task.id_column: keys, **copied}",
         "{task.id_column: keys[::-1], **copied}",
-        ("tests/test_task.py", "tests/test_stages.py"),
+        ("tests/config/test_task.py", "tests/data/test_stages.py"),
     ),
     Fault(
         "an answer that goes to the row before",
         "runner/results/table.py",
         "self._probabilities[place] = probabilities",
         "self._probabilities[np.asarray(place) - 1] = probabilities",
-        ("tests/test_stages.py", "tests/test_dispatch.py"),
+        ("tests/data/test_stages.py", "tests/executors/test_dispatch.py"),
     ),
     Fault(
         "a deadline without a margin",
         "runner/driver/deadline.py",
         "self.margin_s = MARGIN_S + share + MARGIN_FACTOR * seconds",
         "self.margin_s = 0.0",
-        ("tests/test_deadline.py",),
+        ("tests/driver/test_deadline.py",),
     ),
     Fault(
         "a journal that is not brought to the disk",
         "runner/results/journal_file.py",
         "PRAGMA synchronous = FULL",
         "PRAGMA synchronous = OFF",
-        ("tests/test_journal.py",),
+        ("tests/results/test_journal.py",),
     ),
     Fault(
         "a copy of a lost journal that is not brought to the disk",
         "runner/results/journal.py",
         "os.fsync(descriptor)",
         "pass",
-        ("tests/test_journal.py",),
+        ("tests/results/test_journal.py",),
     ),
     Fault(
         "quantization scales of the wrong channels",
         "runner/model/quantization.py",
         "np.concatenate(scales, axis=along)",
         "np.concatenate(scales[::-1], axis=along)",
-        ("tests/test_quantization.py",),
+        ("tests/model/test_quantization.py",),
     ),
     Fault(
         "the end token of a row that was cut is lost",
         "runner/common/records.py",
         "tokens[: len(rows)][whole > length, -1] = self.end_id",
         "pass",
-        ("tests/test_stages.py", "tests/test_text_classifier.py"),
+        ("tests/data/test_stages.py", "tests/preset/test_text_classifier.py"),
     ),
     Fault(
         "responses swapped in the texts and not in the answers",
         "runner/driver/passes.py",
         "labels=task.swapped_labels,",
         "labels=list(range(len(task.swapped_labels))),",
-        ("tests/test_extra_passes.py", "tests/test_dispatch.py"),
+        ("tests/runs/test_extra_passes.py", "tests/executors/test_dispatch.py"),
     ),
     Fault(
         "a row that kills every worker is never given up",
         "sharding/backlog.py",
         "MOST_SETBACKS_OF_A_ROW if is_one else MOST_SETBACKS",
         "10**9 if is_one else MOST_SETBACKS",
-        ("tests/test_recovery_in_modes.py",),
+        ("tests/executors/test_recovery_in_modes.py",),
     ),
     Fault(
         "attention that forgets its window",
         "runner/model/attention.py",
         "window=window",
         "window=None",
-        ("tests/test_attention.py", "tests/test_equalities.py"),
+        ("tests/model/test_attention.py", "tests/runs/test_equalities.py"),
     ),
     Fault(
         "LoRA merged with half its strength",
         "runner/model/weights.py",
         "update += values",
         "update = update / 2 + values",
-        ("tests/test_equalities.py",),
+        ("tests/runs/test_equalities.py",),
     ),
 )
 

@@ -2,9 +2,9 @@
 
 `SimulatedRay` stands in for the module `ray` where the driver uses it. The driver, its dispatcher,
 the actor shells of `runner/model/` and the faults of `runner/model/injected_faults.py` are the real
-ones. In the place of a model is arithmetic on token ids (`tests.fakes.answer`), and in the place of
-processes are calls that take simulated seconds, in the order of events. A worker dies, hangs, fails
-or is slow when a test says so. Time passes only while the driver waits.
+ones. In the place of a model is arithmetic on token ids (`tests.support.fakes.answer`), and in the
+place of processes are calls that take simulated seconds, in the order of events. A worker dies,
+hangs, fails or is slow when a test says so. Time passes only while the driver waits.
 """
 
 import functools
@@ -75,7 +75,7 @@ from sharding.batches import BatchShape
 from sharding.stages import StageLayers
 from sharding.topology import WorkerSlot
 from tests.conftest import TOLERANCE
-from tests.fakes import answer, write_fake_job
+from tests.support.fakes import answer, write_fake_job
 
 FOREVER = float("inf")
 # By `time.monotonic()` and `time.time()` when a simulation begins.

@@ -1,4 +1,4 @@
-"""python -m tests.slowest: the twenty slowest tests of the last run, with their seconds.
+"""python -m tests.support.slowest: the twenty slowest tests of the last run, with their seconds.
 
 `conftest.py` keeps what each test took, its fixtures included, from one session to the next.
 """
@@ -6,7 +6,7 @@
 import json
 from pathlib import Path
 
-from tests.stored import stored_folder
+from tests.support.stored import stored_folder
 
 MOST = 20
 

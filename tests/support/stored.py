@@ -31,7 +31,7 @@ SCRIPTS = (
         "preprocess.py",
         "reference.py",
     ),
-    "../runner/demo.py",
+    "../../runner/demo.py",
 )
 UNUSED_S = 14 * 24 * 3600.0
 MOST_BYTES = 4 << 30

@@ -1,9 +1,9 @@
 """Processes that begin with Keras, JAX, Ray and this project imported.
 
 `python run.py` spends seconds of a core on imports before it does anything. `WarmPython` pays them
-once: `python -m tests.warm` imports all of it, starts no thread and no JAX backend, and forks a
-child for each command that it is asked to run. A child is a process of its own, with its own
-environment, streams, folder, signals and exit code; what it shares is what it imported.
+once: `python -m tests.support.warm` imports all of it, starts no thread and no JAX backend, and
+forks a child for each command that it is asked to run. A child is a process of its own, with its
+own environment, streams, folder, signals and exit code; what it shares is what it imported.
 
 Ray's workers of such a command begin in the same way: instead of Python, Ray starts
 `warm_worker.py`, which asks this server for a child and lives as long as it does.
@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # A command whose environment names one of these starts cold: libraries read them on import.
 NEEDS_COLD = ("JAX_", "KERAS_", "PYTHON", "RAY_", "TF_", "MPL")
 STARTS_WITHIN_S = 300.0
@@ -228,7 +228,7 @@ class WarmPython:
                 [
                     sys.executable,
                     "-m",
-                    "tests.warm",
+                    "tests.support.warm",
                     str(its.fileno()),
                     self._workers_at,
                     self._imports,
@@ -418,7 +418,7 @@ def _start_workers_warm() -> None:
     from ray._private import services
 
     start_process = services.start_ray_process
-    shim = f"{sys.executable} -I -S {ROOT / 'tests' / 'warm_worker.py'}"
+    shim = f"{sys.executable} -I -S {ROOT / 'tests' / 'support' / 'warm_worker.py'}"
 
     def start(command: list[str], *rest: Any, **options: Any) -> Any:
         command = [

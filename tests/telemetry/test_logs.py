@@ -16,14 +16,14 @@ from runner.telemetry import logs
 from runner.telemetry.logs import DRIVER_ERRORS, DRIVER_LOG, LogEvent, RunLogs, keep_logs_of_ray
 from runner.telemetry.progress import Progress
 from tests.conftest import ROOT, environment, wait_until
-from tests.fakes import write_fake_job
+from tests.support.fakes import write_fake_job
 
 # Runs a command line with a replica that writes to the process' own streams, past Python's.
 NOISY = """
 import json, os, sys
 import runner.executors.single
 from runner.cli import main
-from tests.fakes import FakeReplica
+from tests.support.fakes import FakeReplica
 
 class Noisy(FakeReplica):
     def load(self, spec):

@@ -19,7 +19,7 @@ from runner.config.flags import flag
 from runner.telemetry.metrics import Figures, Metrics
 from runner.telemetry.progress import Progress, Standing
 from tests.conftest import ROOT
-from tests.fakes import FakeReplica, write_fake_job
+from tests.support.fakes import FakeReplica, write_fake_job
 
 FIGURES = Figures(
     build={"arena-runner": "1", "mode": "single"},
