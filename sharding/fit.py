@@ -53,9 +53,13 @@ class Room:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """How workers hold a model. strategy: None if each holds a whole replica. quantizes: whether
-    they make quantized weights of float ones while they load."""
+    """A way to run a model: in which mode, and how workers hold it.
 
+    strategy: None if each worker holds a whole replica. quantizes: whether workers quantize float
+    weights while they load them.
+    """
+
+    mode: str
     strategy: str | None
     dtype: str
     quantization: str
@@ -66,6 +70,11 @@ class Way:
     @property
     def replicas(self) -> int:
         return max(1, self.workers // self.members)
+
+    @property
+    def name(self) -> tuple[str, str | None, str, str]:
+        """Mode, strategy, dtype and quantization."""
+        return self.mode, self.strategy, self.dtype, self.quantization
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,17 +181,6 @@ def _fit_weights(shape: ModelShape, room: Room, way: Way) -> Fit:
     return found
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Before:
-    """Seconds of a run before its batches, and of compiling beside them."""
-
-    read: float
-    tokenize: float
-    start: float
-    load: float
-    compile: float
-
-
 def bytes_per_token(shape: ModelShape, way: Way) -> float:
     """Return what one member sends for a token."""
     item_bytes = ITEM_BYTES[way.dtype]
@@ -200,7 +198,7 @@ def forecast(
     shape: ModelShape,
     plan: Plan,
     way: Way,
-    before: Before,
+    before: Seconds,
     *,
     rate: float,
     share: float,
@@ -209,22 +207,20 @@ def forecast(
     """Return the seconds of a run, stage by stage.
 
     Args:
+        before: its stages but predicting; `tokenize` is all of tokenizing.
         rate: FLOP/s of one worker on the model.
         share: the part of a replica's FLOPs that its busiest member computes.
     """
-    return Seconds(
-        read=before.read,
-        # While workers start and load.
+    return replace(
+        before,
+        # Workers start and load meanwhile.
         tokenize=max(0.0, before.tokenize - before.start - before.load),
-        start=before.start,
-        load=before.load,
-        compile=before.compile,
         predict=predict_seconds(
             flops=plan_flops(shape, plan),
             padded_tokens=plan.padded_tokens,
             batches=len(plan.batches),
             rate=rate,
-            replicas=way.workers // way.members,
+            replicas=way.replicas,
             members=way.members,
             strategy=way.strategy,
             slowest_share=share,

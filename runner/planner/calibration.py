@@ -74,7 +74,7 @@ def _evaluate(
     first, last = runs[0], runs[-1]
     flops = plan_flops(job.preset.shape, plan) * _busiest_share(job, option)
     flops_per_s = flops / _busy_s(last["workers"])
-    peak = job.peak(option.mode, option.dtype, option.quantization, option.workers)
+    peak = job.peak(option)
     before_predict_s = first["seconds"]["total"] - first["seconds"]["predict"]
     one_shape_s = compile_seconds(
         job.preset.shape,
