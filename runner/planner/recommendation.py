@@ -109,6 +109,7 @@ def command_of(job: PlanInput, best: Option) -> list[str]:
     is_group = best.mode == "model-parallel"
     keeps_count = config.num_workers is not None and best.mode != "single"
     changes: dict[str, object] = {
+        "plan": None,
         "mode": best.mode,
         "strategy": best.strategy if best.strategy == "tensor" else None,
         "group_size": best.group_size if is_group and best.group_size != 2 else None,
