@@ -24,6 +24,7 @@ from runner.config.readers import (
     read_text,
     refused,
 )
+from runner.config.suffixes import USUAL_SUFFIXES, either
 
 DATA_PARALLEL, MODEL_PARALLEL, SINGLE = MODES = ("data-parallel", "model-parallel", "single")
 # What may take a flag: a run, and --plan.
@@ -117,7 +118,7 @@ FLAGS: tuple[Flag, ...] = (
         name="output",
         group="data",
         read=read_path,
-        help="the submission to write: .csv, .parquet or .jsonl",
+        help=f"the submission to write: {either(USUAL_SUFFIXES)}",
         default=Path("submission.csv"),
         prepare={
             "help": "directory to create: a KerasHub preset, for --preset of a run",
