@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from runner.common.errors import ConfigError
-from runner.common.units import duration, flops_text, gb, parameters_text
+from runner.common.units import duration, flops_text, gb, kb, parameters_text
 from runner.config.flags import DEFAULT_GROUP_SIZE
 from runner.planner.records import Option, PlanInput
 from runner.preset.families import strategies
@@ -276,8 +276,8 @@ def _time(
         traffic = bytes_per_token(shape, way)
         exchange = plan.padded_tokens / way.replicas * traffic / devices.link_bytes_per_s
         link = (
-            f", of it {duration(exchange)} exchanging {traffic / 1e3:,.4g} kB a token at "
-            f"{devices.link_bytes_per_s / 1e9:g} GB/s"
+            f", of it {duration(exchange)} exchanging {kb(traffic)} a token at "
+            f"{gb(devices.link_bytes_per_s)}/s"
         )
     flops = plan_flops(shape, plan)
     if way.strategy == "pipeline":
