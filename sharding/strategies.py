@@ -91,10 +91,7 @@ def choose(
     if name != "pipeline":
         return Strategy(name, why, traffic[name])
     weight_bytes = QUANTIZED_BYTES.get(quantization, float(item_bytes))
-    try:
-        stages = cut_layers(shape, members, weight_bytes, memory_bytes)
-    except ValueError as error:
-        raise ValueError(f"--strategy pipeline: {error}") from None
+    stages = cut_layers(shape, members, weight_bytes, memory_bytes)
     held = (f"{s.start}-{s.stop - 1}: {s.weight_bytes / 1e6:,.0f} MB" for s in stages)
     return Strategy(name, f"{why}; layers {', '.join(held)}", traffic[name], stages)
 
@@ -126,16 +123,13 @@ def batch_tokens(
         return default
     item_bytes = ITEM_BYTES.get(dtype, 2)
     is_cut = 1 < members <= shape.num_layers and strategy != "tensor"
-    try:
-        held = fullest_bytes(
-            shape,
-            members=members,
-            strategy="pipeline" if is_cut else None,
-            item_bytes=QUANTIZED_BYTES.get(quantization, float(item_bytes)),
-            memory_bytes=memory_bytes,
-        )
-    except ValueError as error:
-        raise ValueError(f"--strategy pipeline: {error}") from None
+    held = fullest_bytes(
+        shape,
+        members=members,
+        strategy="pipeline" if is_cut else None,
+        item_bytes=QUANTIZED_BYTES.get(quantization, float(item_bytes)),
+        memory_bytes=memory_bytes,
+    )
     return batch_budget(
         shape,
         memory_bytes=memory_bytes,
