@@ -110,6 +110,7 @@ def _make(folder: Path, progress: Progress) -> None:
         env=python_environment(),
         capture_output=True,
         text=True,
+        check=False,
     )
     if done.returncode:
         last_line = (done.stderr.strip().splitlines() or [""])[-1]

@@ -17,7 +17,7 @@ from typing import Any
 from runner.common.errors import ConfigError
 from runner.common.files import compilation_cache, whole_folder
 from runner.common.records import Examples, ModelSpec
-from runner.common.units import mb
+from runner.common.units import mb, tenths
 from runner.config.run_config import PrepareConfig
 from runner.config.task import Task
 from runner.model.accuracy import compare, describe, reference_batch
@@ -81,7 +81,7 @@ def prepare(config: PrepareConfig, *, started: float | None = None) -> Preset:
     print(
         f"{config.output}: {mb(made.stored_bytes)} of weights from {mb(preset.stored_bytes)}, "
         f"{'LoRA merged, ' if config.lora_weights else ''}{made.quantization or 'not quantized'}, "
-        f"the rest in {spec.dtype}; {time.monotonic() - started:.1f} s",
+        f"the rest in {spec.dtype}; {tenths(time.monotonic() - started)}",
         flush=True,
     )
     if made.quantization:
@@ -108,7 +108,7 @@ def _convert(config: PrepareConfig, started: float) -> Preset:
         preset = read_preset(made)
         print(
             f"{made}: {mb(preset.stored_bytes)} of weights of a {preset.class_name} in {dtype}; "
-            f"{time.monotonic() - started:.1f} s",
+            f"{tenths(time.monotonic() - started)}",
             flush=True,
         )
         return preset

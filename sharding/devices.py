@@ -1,23 +1,24 @@
-"""Names of accelerators -> what one of them holds and computes: a table, with its sources.
+"""The name of an accelerator -> its memory and speed, from a table with sources.
 
-Figures of one device that one worker has to itself, dense matmuls, no sparsity. `nominal` is the
-data sheet's. `measured` is what large matmuls were seen to sustain, by others: nothing in this
-table was measured by this project. Does not know models, nor which devices are here.
+The figures are for one device with one worker, and for dense matmuls without sparsity. `nominal` is
+from the data sheet. `measured` is what others saw large matmuls sustain; this project measured none
+of it. Does not know models, nor which devices are here.
 """
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 TERA, GIGA = 1e12, 1e9
 
-# Of the nominal rate, if nobody's measurement is at hand: A100, H100 and H200 sustain 0.78 to
-# 0.80 of theirs.
+# The share of its nominal rate that a device is assumed to sustain if nobody measured it. A100,
+# H100 and H200 sustain 0.78 to 0.80.
 SUSTAINED_SHARE = 0.78
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Matmul FLOP/s of one dtype; `measured` is None if no figure is known."""
+    """Matmul FLOP/s in one dtype; `measured` is None if no measurement is known."""
 
     nominal: float
     measured: float | None = None
@@ -31,10 +32,10 @@ class Rate:
 class DeviceModel:
     """One kind of accelerator.
 
-    rates: dtype -> Rate, of the dtypes it computes in; int8 products are summed in 32 bits.
-    link, link_bytes_per_s: between two of them, one way.
-    usual_count: how many of them one machine commonly has, if the user does not say.
-    pattern: of the name that the driver reports.
+    rates: dtype -> Rate, for each dtype that it supports; int8 products are summed in 32 bits.
+    link, link_bytes_per_s: the connection between two of them, and its speed in one direction.
+    usual_count: how many a machine has if the user does not say.
+    pattern: a regex that matches the name that the driver reports.
     """
 
     name: str
@@ -52,7 +53,7 @@ class DeviceModel:
 
     @property
     def native_dtype(self) -> str:
-        """What --dtype auto is on it."""
+        """The dtype that --dtype auto uses on it."""
         half = self.rates.get("float16")
         emulated = half is not None and self.rates["bfloat16"].sustained < half.sustained
         return "float16" if emulated else "bfloat16"
@@ -70,7 +71,8 @@ def _rates(
 
 
 def _tpu_rates(bfloat16: float, int8: float) -> dict[str, Rate]:
-    # The matrix unit multiplies bfloat16; JAX makes a float32 product of highest precision of six.
+    # The matrix unit multiplies bfloat16. With highest precision, JAX computes a float32 product as
+    # six bfloat16 ones.
     return {
         "float32": Rate(bfloat16 / 6 * TERA),
         "bfloat16": Rate(bfloat16 * TERA),
@@ -78,12 +80,16 @@ def _tpu_rates(bfloat16: float, int8: float) -> dict[str, Rate]:
     }
 
 
-_A100 = {
+# Common to NVIDIA's large cards.
+_LARGE: dict[str, Any] = {
     "kind": "gpu",
-    "rates": _rates(half=Rate(312 * TERA, 250 * TERA), single=19.5, int8=624),
     "link": "NVLink; without it divide by ten",
-    "link_bytes_per_s": 200 * GIGA,
     "usual_count": 1,
+}
+_A100: dict[str, Any] = {
+    **_LARGE,
+    "rates": _rates(half=Rate(312 * TERA, 250 * TERA), single=19.5, int8=624),
+    "link_bytes_per_s": 200 * GIGA,
     "sources": (
         "NVIDIA A100 data sheet: 312 TFLOP/s float16 and bfloat16, 19.5 float32, 624 TOPS int8",
         "250 TFLOP/s: large matmuls, measured by others",
@@ -137,7 +143,7 @@ DEVICES: dict[str, DeviceModel] = {
             memory_bytes=40 * GIGA,
             bandwidth_bytes_per_s=1.555e12,
             pattern=r"\bA100\b.*40GB",
-            **_A100,  # type: ignore[arg-type]
+            **_A100,
         ),
         DeviceModel(
             name="a100-80gb",
@@ -145,40 +151,36 @@ DEVICES: dict[str, DeviceModel] = {
             memory_bytes=80 * GIGA,
             bandwidth_bytes_per_s=2.039e12,
             pattern=r"\bA100\b",
-            **_A100,  # type: ignore[arg-type]
+            **_A100,
         ),
         DeviceModel(
             name="h100",
             title="NVIDIA H100",
-            kind="gpu",
             memory_bytes=80 * GIGA,
             bandwidth_bytes_per_s=3.35e12,
             rates=_rates(half=Rate(990 * TERA, 770 * TERA), single=67, int8=1979),
-            link="NVLink; without it divide by ten",
             link_bytes_per_s=300 * GIGA,
-            usual_count=1,
             pattern=r"\bH100\b",
             sources=(
                 "NVIDIA H100 SXM data sheet, without sparsity: 990 TFLOP/s float16 and bfloat16, "
                 "67 float32, 1,979 TOPS int8",
                 "770 TFLOP/s: large matmuls, measured by others",
             ),
+            **_LARGE,
         ),
         DeviceModel(
             name="h200",
             title="NVIDIA H200",
-            kind="gpu",
             memory_bytes=141 * GIGA,
             bandwidth_bytes_per_s=4.8e12,
             rates=_rates(half=Rate(990 * TERA, 790 * TERA), single=67, int8=1979),
-            link="NVLink; without it divide by ten",
             link_bytes_per_s=300 * GIGA,
-            usual_count=1,
             pattern=r"\bH200\b",
             sources=(
                 "NVIDIA H200 data sheet: as H100, with 141 GB at 4.8 TB/s",
                 "790 TFLOP/s bfloat16: large matmuls, measured by others",
             ),
+            **_LARGE,
         ),
         DeviceModel(
             name="v5e",
@@ -202,7 +204,7 @@ DEVICES: dict[str, DeviceModel] = {
             kind="tpu",
             memory_bytes=16 * GIGA,
             bandwidth_bytes_per_s=450 * GIGA,
-            # Its matrix unit has no int8: whole numbers are multiplied as bfloat16.
+            # Its matrix unit has no int8 and multiplies integers as bfloat16.
             rates=_tpu_rates(61.5, 61.5),
             link="inter-chip links",
             link_bytes_per_s=50 * GIGA,
@@ -213,8 +215,8 @@ DEVICES: dict[str, DeviceModel] = {
                 "cores; a v3-8 board has 8 cores, 420 TFLOP/s by its older data sheet; no "
                 "measurement known",
             ),
-            note="One worker a core is counted. Ray hands out chips of two cores, and a worker "
-            "computes on the first: where that holds, it takes twice as long.",
+            note="This assumes one worker per core. If Ray assigns whole chips of two cores, each "
+            "worker uses only the first, and the run takes twice as long.",
         ),
     )
 }
@@ -222,10 +224,10 @@ ALIASES = {"v5e-8": "v5e", "a100-40gb": "a100", "v3": "v3-8", "tpu-v5e": "v5e", 
 
 
 def find_model(name: str) -> DeviceModel:
-    """Return the entry of a name that a user gave.
+    """Return the device that a user named.
 
     Raises:
-        ValueError: the table has no such device.
+        ValueError: the table has no device of that name.
     """
     key = name.lower()
     key = ALIASES.get(key, key)
@@ -235,7 +237,7 @@ def find_model(name: str) -> DeviceModel:
 
 
 def recognize(reported: str, memory_bytes: float | None = None) -> DeviceModel | None:
-    """Return the entry of a name as its driver reports it, None if the table has none."""
+    """Return the device whose driver reports this name, None if it is not in the table."""
     for device in DEVICES.values():
         if re.search(device.pattern, reported, re.IGNORECASE):
             if device.name == "a100-80gb" and memory_bytes and memory_bytes < 60 * GIGA:

@@ -1,6 +1,6 @@
-"""A model, a way to hold it and a device -> whether it fits, and how long a plan would take.
+"""A model, a way to run it and a device -> whether it fits, and how long a plan would take.
 
-Numbers alone: `runner/planner/ways.py` says in words how they come about.
+Returns numbers only. `runner/planner/ways.py` explains them in words.
 """
 
 from collections.abc import Callable
@@ -24,15 +24,15 @@ from sharding.memory import (
 from sharding.strategies import tensor_bytes_per_token
 from sharding.times import Seconds, predict_seconds
 
-# What does not fit: a stage within the share for weights, the weights within a device, weights and
-# batches within a device, all workers within the machine.
+# What may not fit: a pipeline stage into a device's share for weights, the weights into a device,
+# weights and batches into a device, or all workers into the machine's memory.
 STAGE, WEIGHTS, DEVICE, HOST = "stage", "weights", "device", "host"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """Where a worker computes. memory_bytes: of its device, or of the machine if that is a CPU.
-    host_bytes: of the machine, None if not known."""
+    """The memory that a worker may use. memory_bytes: its device's; on a CPU, the machine's.
+    host_bytes: the machine's, None if not known."""
 
     kind: str
     memory_bytes: float
@@ -40,7 +40,7 @@ class Room:
 
     @property
     def limit_bytes(self) -> float | None:
-        """What one worker must stay within. On a CPU, none: the memory is the machine's."""
+        """The limit for one worker; None on a CPU, where all workers share the machine's memory."""
         return None if KINDS[self.kind].is_host else self.memory_bytes
 
     def per_worker_bytes(self, workers: int) -> float:
@@ -53,9 +53,13 @@ class Room:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """How workers hold a model. strategy: None if each holds a whole replica. quantizes: whether
-    they make quantized weights of float ones while they load."""
+    """A way to run a model: in which mode, and how workers hold it.
 
+    strategy: None if each worker holds a whole replica. quantizes: whether workers quantize float
+    weights while they load them.
+    """
+
+    mode: str
     strategy: str | None
     dtype: str
     quantization: str
@@ -67,14 +71,20 @@ class Way:
     def replicas(self) -> int:
         return max(1, self.workers // self.members)
 
+    @property
+    def name(self) -> tuple[str, str | None, str, str]:
+        """Mode, strategy, dtype and quantization."""
+        return self.mode, self.strategy, self.dtype, self.quantization
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """What the fullest device needs. The later fields are None if what comes before is too much.
+    """What the fullest device needs. If the weights do not fit, there is no plan.
 
-    exceeds: what does not fit, one of the names above; None if all does.
-    item_bytes, whole_bytes: of a weight, and of all. held_bytes, share: the fullest member's
-    weights, and its part of a replica's FLOPs. budget: the most padded tokens of a batch.
+    exceeds: what does not fit, one of the names above; None if everything fits.
+    item_bytes, whole_bytes: the size of one weight, and of all of them. held_bytes, share: the
+    weights of the fullest member, and its share of a replica's FLOPs. budget: the most padded
+    tokens of a batch.
     """
 
     exceeds: str | None
@@ -97,43 +107,27 @@ def fit(
     asked_budget: int | None,
     plan: Callable[[int], Plan],
 ) -> Fit:
-    """Return whether a model fits where it is to be held in a way.
+    """Return whether a model fits, with the batches that it would run.
 
     Args:
         asked_budget: padded tokens of a batch, None to choose.
         plan: padded tokens of a batch -> the batches.
     """
-    weights, limit = _fit_weights(shape, room, way), room.limit_bytes
+    weights = _fit_weights(shape, room, way)
     if weights.exceeds is not None:
         return weights
-    held, value_bytes = weights.held_bytes, value_item_bytes(way.dtype, way.quantization)
     budget = asked_budget or KINDS[room.kind].tokens_per_batch
     if asked_budget is None and KINDS[room.kind].fits_batches:
         budget = batch_budget(
             shape,
             memory_bytes=room.memory_bytes,
-            held_bytes=held,
-            value_bytes=value_bytes,
+            held_bytes=weights.held_bytes,
+            value_bytes=value_item_bytes(way.dtype, way.quantization),
             sequence_length=sequence_length,
             most=budget,
         )
     batches = plan(budget)
-    largest = max(shape.vocabulary_size, shape.intermediate_dim) * shape.hidden_dim
-    needs = max(
-        (
-            need(
-                shape,
-                held_bytes=held,
-                tokens=batch.tokens,
-                length=batch.length,
-                value_bytes=value_bytes,
-                loading_bytes=largest * ITEM_BYTES[way.dtype] if way.quantizes else 0.0,
-            )
-            for batch in batches.shapes
-        ),
-        key=lambda one: one.total_bytes,
-        default=Need(held, 0.0, 0.0),
-    )
+    largest = _largest_need(shape, way, batches, weights.held_bytes)
     host = host_bytes(
         shape,
         kind=room.kind,
@@ -141,15 +135,35 @@ def fit(
         members=way.members,
         strategy=way.strategy,
         item_bytes=ITEM_BYTES[way.dtype],
-        device_bytes=needs.total_bytes * way.workers,
+        device_bytes=largest.total_bytes * way.workers,
     )
     exceeds = None
-    if limit is not None and needs.total_bytes > limit * SHARE_IN_USE:
+    if room.limit_bytes is not None and largest.total_bytes > room.limit_bytes * SHARE_IN_USE:
         exceeds = DEVICE
     elif room.host_bytes is not None and host > room.host_bytes:
         exceeds = HOST
     return replace(
-        weights, exceeds=exceeds, budget=budget, plan=batches, need=needs, host_bytes=host
+        weights, exceeds=exceeds, budget=budget, plan=batches, need=largest, host_bytes=host
+    )
+
+
+def _largest_need(shape: ModelShape, way: Way, batches: Plan, held_bytes: float) -> Need:
+    """Return what the fullest device needs for the batches that need the most."""
+    largest_weight = max(shape.vocabulary_size, shape.intermediate_dim) * shape.hidden_dim
+    return max(
+        (
+            need(
+                shape,
+                held_bytes=held_bytes,
+                tokens=batch.tokens,
+                length=batch.length,
+                value_bytes=value_item_bytes(way.dtype, way.quantization),
+                loading_bytes=largest_weight * ITEM_BYTES[way.dtype] if way.quantizes else 0.0,
+            )
+            for batch in batches.shapes
+        ),
+        key=lambda one: one.total_bytes,
+        default=Need(held_bytes, 0.0, 0.0),
     )
 
 
@@ -172,17 +186,6 @@ def _fit_weights(shape: ModelShape, room: Room, way: Way) -> Fit:
     return found
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Before:
-    """Seconds of a run before its batches, and of compiling beside them."""
-
-    read: float
-    tokenize: float
-    start: float
-    load: float
-    compile: float
-
-
 def bytes_per_token(shape: ModelShape, way: Way) -> float:
     """Return what one member sends for a token."""
     item_bytes = ITEM_BYTES[way.dtype]
@@ -200,7 +203,7 @@ def forecast(
     shape: ModelShape,
     plan: Plan,
     way: Way,
-    before: Before,
+    before: Seconds,
     *,
     rate: float,
     share: float,
@@ -209,22 +212,20 @@ def forecast(
     """Return the seconds of a run, stage by stage.
 
     Args:
+        before: its stages but predicting; `tokenize` is all of tokenizing.
         rate: FLOP/s of one worker on the model.
         share: the part of a replica's FLOPs that its busiest member computes.
     """
-    return Seconds(
-        read=before.read,
-        # While workers start and load.
+    return replace(
+        before,
+        # Workers start and load meanwhile.
         tokenize=max(0.0, before.tokenize - before.start - before.load),
-        start=before.start,
-        load=before.load,
-        compile=before.compile,
         predict=predict_seconds(
             flops=plan_flops(shape, plan),
             padded_tokens=plan.padded_tokens,
             batches=len(plan.batches),
             rate=rate,
-            replicas=way.workers // way.members,
+            replicas=way.replicas,
             members=way.members,
             strategy=way.strategy,
             slowest_share=share,

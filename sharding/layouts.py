@@ -1,13 +1,13 @@
-"""A backbone's weights -> how each lies over the one-dimensional mesh of a tensor-parallel group.
+"""A backbone's weights -> how each is split over the devices of a tensor-parallel group.
 
-The mesh has axes ("batch", "model") of shape (1, group size), so a layout only says which dim of a
-weight is split over "model". Pure: knows paths and shapes, and nothing of Keras or JAX.
+The mesh has the axes ("batch", "model") and the shape (1, group size), so a layout only says which
+dim of a weight is split over "model". Pure: knows paths and shapes, but not Keras or JAX.
 
-Heads and feed-forward columns are split (Megatron-LM, Shoeybi et al. 2019, section 3): a block
-then adds up partial results twice, after attention_output and after the last feed-forward matmul.
-The choices for Gemma are those of KerasHub's `GemmaBackbone.get_layout_map`. Its maps for Llama
-and Qwen split the hidden dim of the query, key and value kernels, which needs a sum for each of
-the three, and leave `reverse_embeddings` whole; here both are split as for Gemma.
+Attention heads and feed-forward columns are split (Megatron-LM, Shoeybi et al. 2019, section 3), so
+each block sums partial results twice: after attention_output and after the last feed-forward
+matmul. For Gemma, the rules follow KerasHub's `GemmaBackbone.get_layout_map`. KerasHub's maps for
+Llama and Qwen instead split the hidden dim of the query, key and value kernels, which needs a sum
+for each of the three, and do not split `reverse_embeddings`. Here both are split as for Gemma.
 """
 
 import math
@@ -16,14 +16,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 SPLIT_AXIS = "model"
-# From this many dims on, a weight that no rule claims is an error; below, it is replicated. By
-# dims and not by elements, so that small models are held to what large ones are.
+# A weight with at least this many dims must match a rule; one with fewer may match none and is then
+# replicated. Dims are counted, not elements, so that small test models follow the same rules.
 MIN_CLAIMED_DIMS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A variable of a backbone: its path as Keras spells it, and its shape."""
+    """A variable of a backbone: its path in Keras, and its shape."""
 
     path: str
     shape: tuple[int, ...]
@@ -31,11 +31,11 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class WeightLayout:
-    """How one weight lies over its group.
+    """How one weight is split over a group.
 
-    axes: one mesh axis or None for each dim; ("model", None, None) splits dim 0.
-    rule: the pattern that claimed the weight, "" if none did and it is replicated by size.
-    reason: "" if it is split, else why it is replicated on purpose.
+    axes: for each dim, a mesh axis or None; ("model", None, None) splits dim 0.
+    rule: the pattern that matched the weight; "" if none did and it is small.
+    reason: why it is replicated; "" if it is split.
     """
 
     path: str
@@ -46,12 +46,12 @@ class WeightLayout:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One line of a family's table.
+    """A rule of a family, for all weights whose paths match a pattern.
 
     pattern: a regex that must match the whole path.
-    reason: why every device holds the weight whole; "" if a dim is split.
-    if_uneven: why it is whole if its dim does not divide by the group size; "" if that is an
-    error. `{size}` and `{group_size}` are filled in.
+    reason: why the weight is replicated; "" if a dim is split.
+    if_uneven: why the weight is replicated if the group size does not divide its dim; "" if that is
+    an error. `{size}` and `{group_size}` are filled in.
     """
 
     pattern: str
@@ -60,12 +60,17 @@ class Rule:
     if_uneven: str = ""
 
 
-TOO_SMALL = "a weight of one dim is too small to be worth splitting"
-NORM = "a norm needs its whole scale on every device, and that is a few kilobytes"
+TOO_SMALL = "a weight with one dim is too small to be worth splitting"
+NORM = "a norm needs its whole scale on every device, which is a few kilobytes"
 FEW_HEADS = (
-    "the number of key/value heads, {size}, does not divide by the {group_size} devices, so each "
+    "the number of key/value heads ({size}) is not divisible by the {group_size} devices, so each "
     "computes all of them"
 )
+
+
+def _norm(pattern: str) -> Rule:
+    return Rule(pattern, (None,), reason=NORM)
+
 
 # Gemma 2 9B; 16 query heads, 8 key/value heads, hidden 3584, head dim 256.
 #
@@ -93,21 +98,21 @@ _GEMMA = (
     Rule(r"decoder_block_\d+/attention/attention_output/kernel", (SPLIT_AXIS, None, None)),
     Rule(r"decoder_block_\d+/ffw_gating(_2)?/kernel", (None, SPLIT_AXIS)),
     Rule(r"decoder_block_\d+/ffw_linear/kernel", (SPLIT_AXIS, None)),
-    Rule(r"decoder_block_\d+/(pre|post)_(attention|ffw)_norm/scale", (None,), reason=NORM),
-    Rule(r"final_normalization/scale", (None,), reason=NORM),
+    _norm(r"decoder_block_\d+/(pre|post)_(attention|ffw)_norm/scale"),
+    _norm(r"final_normalization/scale"),
 )
 
-# Gemma 3: the paths of Gemma, and one scale of the head dim for all query and all key heads.
+# Gemma 3 adds one scale for all query heads and one for all key heads, each of the head dim.
 #
 # decoder_block_0/attention/query_norm/scale              (256,)
 # decoder_block_0/attention/key_norm/scale                (256,)
 _GEMMA_3 = (
     *_GEMMA,
-    Rule(r"decoder_block_\d+/attention/(query|key)_norm/scale", (None,), reason=NORM),
+    _norm(r"decoder_block_\d+/attention/(query|key)_norm/scale"),
 )
 
-# Llama 3 8B; 32 query heads, 8 key/value heads, hidden 4096, head dim 128. Kernels of query, key
-# and value have the hidden dim first, unlike Gemma's.
+# Llama 3 8B; 32 query heads, 8 key/value heads, hidden 4096, head dim 128. Unlike Gemma's, kernels
+# of query, key and value have the hidden dim first.
 #
 # token_embedding/embeddings                              (128256, 4096)
 # token_embedding/reverse_embeddings                      (4096, 128256)   untied models only
@@ -130,25 +135,15 @@ _LLAMA = (
         (None, SPLIT_AXIS, None),
         if_uneven=FEW_HEADS,
     ),
-    Rule(
-        r"transformer_layer_\d+/self_attention/attention_output/kernel",
-        (SPLIT_AXIS, None, None),
-    ),
-    Rule(
-        r"transformer_layer_\d+/feedforward_(intermediate|gate)_dense/kernel",
-        (None, SPLIT_AXIS),
-    ),
+    Rule(r"transformer_layer_\d+/self_attention/attention_output/kernel", (SPLIT_AXIS, None, None)),
+    Rule(r"transformer_layer_\d+/feedforward_(intermediate|gate)_dense/kernel", (None, SPLIT_AXIS)),
     Rule(r"transformer_layer_\d+/feedforward_output_dense/kernel", (SPLIT_AXIS, None)),
-    Rule(
-        r"transformer_layer_\d+/(self_attention|feedforward)_layernorm/scale",
-        (None,),
-        reason=NORM,
-    ),
-    Rule(r"sequence_output_layernorm/scale", (None,), reason=NORM),
+    _norm(r"transformer_layer_\d+/(self_attention|feedforward)_layernorm/scale"),
+    _norm(r"sequence_output_layernorm/scale"),
 )
 
-# Qwen 2 and 2.5 (7B: 28 query heads, 4 key/value heads, head dim 128): the paths of Llama, and
-# biases that lie with the heads of their kernels.
+# Qwen 2 and 2.5 (7B: 28 query heads, 4 key/value heads, head dim 128) have Llama's paths, and
+# biases that are split like the heads of their kernels.
 #
 # transformer_layer_0/self_attention/query/bias           (28, 128)
 # transformer_layer_0/self_attention/key/bias             (4, 128)
@@ -163,20 +158,16 @@ _QWEN = (
     ),
 )
 
-# Qwen 3: the paths of Llama, and one scale of the head dim for all query and all key heads.
+# Qwen 3 has Llama's paths, and one scale for all query heads and one for all key heads.
 #
 # transformer_layer_0/self_attention/query_dense_layernorm/scale  (128,)
 # transformer_layer_0/self_attention/key_dense_layernorm/scale    (128,)
 _QWEN_3 = (
     *_LLAMA,
-    Rule(
-        r"transformer_layer_\d+/self_attention/(query|key)_dense_layernorm/scale",
-        (None,),
-        reason=NORM,
-    ),
+    _norm(r"transformer_layer_\d+/self_attention/(query|key)_dense_layernorm/scale"),
 )
 
-# KerasHub class name -> its rules. Each weight is claimed by exactly one.
+# KerasHub class name -> its rules. Exactly one must match each weight.
 RULES: dict[str, tuple[Rule, ...]] = {
     "GemmaBackbone": _GEMMA,
     "Gemma3Backbone": _GEMMA_3,
@@ -193,13 +184,12 @@ def lay_out(family: str, weights: Sequence[Weight], group_size: int) -> tuple[We
 
     Args:
         family: the KerasHub class name of the backbone, a key of `RULES`.
-        group_size: devices that hold one replica together.
+        group_size: the number of devices that hold one replica together.
 
     Raises:
-        ValueError: the family is unknown, the group has no device, a weight of
-            `MIN_CLAIMED_DIMS` or more dims is claimed by no rule, any weight is claimed by several
-            or has another number of dims than its rule, or a dim that must be split does not
-            divide by the group size.
+        ValueError: the family is unknown, the group has no device, several rules match a weight, no
+            rule matches one with `MIN_CLAIMED_DIMS` or more dims, a weight and its rule have
+            different numbers of dims, or the group size does not divide a dim that must be split.
     """
     if family not in RULES:
         raise ValueError(
@@ -207,7 +197,7 @@ def lay_out(family: str, weights: Sequence[Weight], group_size: int) -> tuple[We
             f"{', '.join(sorted(RULES))}. Received: family={family!r}"
         )
     if group_size < 1:
-        raise ValueError(f"A group needs a device or more. Received: group_size={group_size}")
+        raise ValueError(f"A group needs at least one device. Received: group_size={group_size}")
     layouts = []
     for weight in weights:
         rule = _find_rule(family, weight)
@@ -227,26 +217,25 @@ def lay_out(family: str, weights: Sequence[Weight], group_size: int) -> tuple[We
 
 
 def replicated_reasons(layouts: Sequence[WeightLayout]) -> tuple[str, ...]:
-    """Return a sentence for each distinct reason why weights lie whole on every device."""
+    """Return a sentence for each distinct reason why weights are replicated."""
     paths: dict[str, list[str]] = {}
     for layout in layouts:
         if layout.reason:
             paths.setdefault(layout.reason, []).append(layout.path)
     return tuple(
-        f"On every device lies a whole copy of {_name(claimed)}: {reason}."
+        f"Every device holds a whole copy of {_name(claimed)}: {reason}."
         for reason, claimed in paths.items()
     )
 
 
 def _find_rule(family: str, weight: Weight) -> Rule | None:
-    """Return the one rule that claims a weight, None for a small weight that none claims."""
+    """Return the rule that matches a weight, None for a small weight that none matches."""
     rules = [rule for rule in RULES[family] if re.fullmatch(rule.pattern, weight.path)]
     if len(rules) > 1 or (not rules and len(weight.shape) >= MIN_CLAIMED_DIMS):
-        claimants = ", ".join(repr(rule.pattern) for rule in rules) or "none"
+        matching = ", ".join(repr(rule.pattern) for rule in rules) or "none"
         raise ValueError(
-            f"Layout rules of {family} that claim {weight.path}: {claimants}. Expected exactly "
-            f"one, or the weight would lie whole on every device unasked. "
-            f"Received: shape={weight.shape}"
+            f"Layout rules of {family} that match {weight.path}: {matching}. Expected exactly one; "
+            f"without one, every device would hold the whole weight. Received: shape={weight.shape}"
         )
     if rules and len(rules[0].axes) != len(weight.shape):
         raise ValueError(
@@ -263,13 +252,13 @@ def _split_size(rule: Rule, weight: Weight) -> int:
 def _uneven(
     family: str, weights: Sequence[Weight], weight: Weight, rule: Rule, group_size: int
 ) -> str:
-    """Say which dim does not divide, and which group sizes divide all of the backbone's."""
+    """Return a message that names the uneven dim and the group sizes that would work."""
     common = math.gcd(*_sizes_to_divide(family, weights))
     fitting = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
     return (
-        f"Dim {rule.axes.index(SPLIT_AXIS)} of {weight.path} is split over the group and does not "
-        f"divide by its size. Expected one of the group sizes that divide every weight of this "
-        f"{family}: {fitting}. Received: group_size={group_size}, shape={weight.shape}"
+        f"Dim {rule.axes.index(SPLIT_AXIS)} of {weight.path} cannot be split evenly over a group. "
+        f"Expected a group size that divides every weight of this {family}: {fitting}. "
+        f"Received: group_size={group_size}, shape={weight.shape}"
     )
 
 

@@ -1,6 +1,6 @@
-"""Layers -> pipeline stages: runs of neighbouring layers, one run a device.
+"""Layers -> pipeline stages: runs of consecutive layers, one run for each device.
 
-Cost and memory are two things: a 256,000-row embedding weighs much and computes nothing.
+Time and memory are separate: an embedding of 256,000 rows is large but takes no time.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,9 +10,9 @@ from itertools import pairwise
 
 @dataclass(frozen=True, slots=True)
 class StageLayers:
-    """Decoder layers `start` up to, not including, `stop`, and the bytes of weights they hold.
+    """Decoder layers from `start` up to but not including `stop`, and the size of their weights.
 
-    The first stage also holds the token embedding, the last the final norm and the head.
+    The first stage also holds the token embedding; the last holds the final norm and the head.
     """
 
     start: int
@@ -29,16 +29,16 @@ def cut_stages(
     last_bytes: int = 0,
     max_bytes: int | None = None,
 ) -> tuple[StageLayers, ...]:
-    """Cut layers into `num_stages` runs so that the slowest stage is as fast as it can be.
+    """Cut layers into `num_stages` runs so that the slowest stage is as fast as possible.
 
-    Among cuts equally fast the one whose heaviest stage is lightest is taken, and the same one
-    every time. Found by dynamic programming in O(num_stages * layers^2), once for each aim.
+    Of equally fast cuts, return the one whose largest stage is smallest; the result is always the
+    same. Dynamic programming finds it in O(num_stages * layers^2), once for time and once for size.
 
     Args:
         costs: time of each layer, any unit.
         weight_bytes: bytes of each layer's weights.
-        first_bytes, last_bytes: what the first and the last stage hold besides layers.
-        max_bytes: what a device can hold of weights; None for no limit.
+        first_bytes, last_bytes: of other weights in the first and the last stage.
+        max_bytes: the most weights that a device can hold; None for no limit.
 
     Raises:
         ValueError: fewer layers than stages, or no cut keeps every stage under `max_bytes`.
@@ -46,7 +46,8 @@ def cut_stages(
     layers = len(costs)
     if not 1 <= num_stages <= layers:
         raise ValueError(
-            f"Each stage needs a layer and there are {layers}. Received: --group-size {num_stages}"
+            f"--strategy pipeline: Each stage needs a layer and there are {layers}. "
+            f"Received: --group-size {num_stages}"
         )
 
     def held(start: int, stop: int) -> int:
@@ -63,8 +64,9 @@ def cut_stages(
     if fastest is None:
         total = sum(weight_bytes) + first_bytes + last_bytes
         raise ValueError(
-            f"{total / 1e9:.1f} GB of weights cannot be cut into {num_stages} stages of at most "
-            f"{(max_bytes or 0) / 1e9:.1f} GB. Use a larger --group-size or a smaller --dtype."
+            f"--strategy pipeline: {total / 1e9:.1f} GB of weights cannot be cut into {num_stages} "
+            f"stages of at most {(max_bytes or 0) / 1e9:.1f} GB. Use a larger --group-size or a "
+            "smaller --dtype."
         )
     slowest = max(cost(start, stop) for start, stop in pairwise(fastest))
     edges = _least_largest(
@@ -83,7 +85,7 @@ def _least_largest(
     measure: Callable[[int, int], float],
     allowed: Callable[[int, int], bool],
 ) -> tuple[int, ...] | None:
-    """Return the edges of the cut whose largest stage is least, None if no cut is allowed."""
+    """Return the edges of the cut whose largest stage is smallest, None if no cut is allowed."""
     # best[stop]: (largest so far, edges) of the stages up to `stop`.
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
     for number in range(1, num_stages + 1):

@@ -1,7 +1,7 @@
-"""A model's dimensions and a group's size -> how the group holds one replica, and why; and how many
-tokens a batch may have beside it.
+"""A model's dimensions and a group's size -> how the group holds one replica and why, and how many
+tokens a batch may have.
 
-Arithmetic on dimensions. Knows neither devices nor processes.
+Arithmetic on dimensions. Does not know devices or processes.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from sharding.stages import StageLayers
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """tensor or pipeline, a sentence that says why, and what travels between two members."""
+    """A strategy (tensor or pipeline), the reason for it, and what a member sends for a token."""
 
     name: str
     why: str
@@ -26,12 +26,12 @@ class Strategy:
 def auto_strategy(known: Sequence[str], members: int, num_layers: int) -> str:
     """Return what --strategy auto means.
 
-    A pipeline if there is a layer for each member: it moves one hidden state a token over each cut,
-    where tensor parallelism moves two all-reduced ones a layer. That wins on any link as long as
-    there are more batches than members, and a large test set has those.
+    A pipeline, if there is a layer for each member. For each token it sends one hidden state over
+    each cut; tensor parallelism all-reduces two in every layer. So a pipeline is faster on any
+    link, provided that there are more batches than members, as in any large test set.
 
     Args:
-        known: the strategies that the family has.
+        known: the strategies that the family supports.
     """
     return "pipeline" if members <= num_layers or "tensor" not in known else "tensor"
 
@@ -50,20 +50,14 @@ def choose(
     """Return how a group of `members` holds one replica.
 
     Args:
-        class_name, known: the family, and the strategies that it has.
+        class_name, known: the family, and the strategies that it supports.
         asked: one of them, or auto.
         memory_bytes: of a device, None if not known.
 
     Raises:
-        ValueError: more members than layers, a stage that no device can hold, or a family that
-            is not held in this way; says so in the words of the flags.
+        ValueError: more members than layers, a stage that is too large for any device, or a
+            family that does not support the strategy. The message names the flags.
     """
-    # What auto will be is the devices' to say: 16 bits on GPUs.
-    item_bytes = ITEM_BYTES.get(dtype, 2 if memory_bytes else 4)
-    traffic = {
-        "tensor": tensor_bytes_per_token(shape, members, item_bytes),
-        "pipeline": shape.hidden_dim * item_bytes * (members - 1),
-    }
     name, reason = asked, "as asked for"
     if asked == "auto":
         name = auto_strategy(known, members, shape.num_layers)
@@ -72,19 +66,24 @@ def choose(
             if name == "pipeline"
             else f"{shape.num_layers} layers cannot be cut into {members} stages"
         )
+    received = f"Received: --mode model-parallel --strategy {asked} --group-size {members}"
     if name not in known:
+        others = f"--strategy {' or '.join(known)} or " if known else ""
         raise ValueError(
-            f"{class_name} goes with "
-            + (f"--strategy {' or '.join(known)} or " if known else "")
-            + "--mode data-parallel or single, a whole replica a device. "
-            f"Received: --mode model-parallel --strategy {asked}"
+            f"{class_name} goes with {others}--mode data-parallel or single, a whole replica a "
+            f"device. {received}"
         )
     if name == "tensor" and quantization != "none":
         raise ValueError(
             f"--quantization {quantization} goes with --strategy pipeline: {reason}, and a scale "
-            "that belongs to a whole kernel is not cut into slices. Received: --strategy "
-            f"{asked} --group-size {members}"
+            f"that belongs to a whole kernel cannot be cut into slices. {received}"
         )
+    # The devices decide what dtype auto is; GPUs have 16 bits.
+    item_bytes = ITEM_BYTES.get(dtype, 2 if memory_bytes else 4)
+    traffic = {
+        "tensor": tensor_bytes_per_token(shape, members, item_bytes),
+        "pipeline": shape.hidden_dim * item_bytes * (members - 1),
+    }
     why = (
         f"strategy {name}: {reason} (a token moves {traffic['pipeline'] / 1e3:,.1f} kB between "
         f"members in a pipeline, {traffic['tensor'] / 1e3:,.1f} kB with tensor)"
@@ -92,10 +91,7 @@ def choose(
     if name != "pipeline":
         return Strategy(name, why, traffic[name])
     weight_bytes = QUANTIZED_BYTES.get(quantization, float(item_bytes))
-    try:
-        stages = cut_layers(shape, members, weight_bytes, memory_bytes)
-    except ValueError as error:
-        raise ValueError(f"--strategy pipeline: {error}") from None
+    stages = cut_layers(shape, members, weight_bytes, memory_bytes)
     held = (f"{s.start}-{s.stop - 1}: {s.weight_bytes / 1e6:,.0f} MB" for s in stages)
     return Strategy(name, f"{why}; layers {', '.join(held)}", traffic[name], stages)
 
@@ -111,45 +107,42 @@ def batch_tokens(
     memory_bytes: int | None,
     sequence_length: int,
 ) -> int:
-    """Return the padded tokens of a batch: what keeps the device busy, less if memory is short.
+    """Return the padded tokens of a batch: the default of the kind, less if memory is short.
 
-    More than the default is not faster: its matmuls have long been large enough.
+    More would not be faster, since the matmuls are already large enough.
 
     Args:
-        strategy: as asked for, of a group of more than one.
+        strategy: as asked for; it matters if `members` is more than one.
         memory_bytes: of a device, None if not known.
 
     Raises:
-        ValueError: a stage that no device can hold.
+        ValueError: a stage that is too large for any device.
     """
     default = KINDS[kind].tokens_per_batch
     if memory_bytes is None or not KINDS[kind].fits_batches:
         return default
     item_bytes = ITEM_BYTES.get(dtype, 2)
     is_cut = 1 < members <= shape.num_layers and strategy != "tensor"
-    try:
-        held = fullest_bytes(
-            shape,
-            members=members,
-            strategy="pipeline" if is_cut else None,
-            item_bytes=QUANTIZED_BYTES.get(quantization, float(item_bytes)),
-            memory_bytes=memory_bytes,
-        )
-    except ValueError as error:
-        raise ValueError(f"--strategy pipeline: {error}") from None
+    held = fullest_bytes(
+        shape,
+        members=members,
+        strategy="pipeline" if is_cut else None,
+        item_bytes=QUANTIZED_BYTES.get(quantization, float(item_bytes)),
+        memory_bytes=memory_bytes,
+    )
     return batch_budget(
         shape,
         memory_bytes=memory_bytes,
         held_bytes=held,
-        # What is quantized comes out of a product in 32 bits.
-        value_bytes=4 if quantization != "none" else item_bytes,
+        value_bytes=4 if quantization != "none" else item_bytes,  # as `value_item_bytes`
         sequence_length=sequence_length,
         most=default,
     )
 
 
 def tensor_bytes_per_token(shape: ModelShape, members: int, item_bytes: int) -> int:
-    """Bytes each member sends for one token: two ring all-reduces of a hidden state a layer.
+    """Return the bytes that each member sends for one token: in each layer, two ring all-reduces of
+    a hidden state.
 
     A ring all-reduce sends 2 (n - 1) / n times the array (Patarasuk and Yuan, 2009).
     """

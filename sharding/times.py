@@ -28,20 +28,20 @@ QUANTIZED_PER_S = 43e6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seconds:
-    """Of a run. `tokenize` is what of it is left over when the workers have started and loaded."""
+    """The seconds of each stage of a run. tokenize: the part that is left when the workers have
+    started and loaded."""
 
     read: float
     tokenize: float
     start: float
     load: float
     compile: float
-    predict: float
+    predict: float = 0.0
 
     @property
     def total(self) -> float:
-        return (
-            self.read + self.tokenize + self.start + self.load + self.compile + self.predict
-        )  # fmt: skip
+        before = self.read + self.tokenize + self.start + self.load + self.compile
+        return before + self.predict
 
 
 def load_seconds(

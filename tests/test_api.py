@@ -23,7 +23,7 @@ from runner.api import _process_restored
 from runner.cli import main
 from runner.config import readers
 from runner.config.command import command_flags
-from runner.config.flags import CALIBRATION, FLAGS, MODES, PLAN, PREPARE_FLAGS, RUN, flag
+from runner.config.flags import FLAGS, MODES, PLAN, PREPARE_FLAGS, RUN, flag
 from runner.config.parser import parse_arguments
 from runner.config.run_config import PrepareConfig
 from runner.telemetry.progress import Progress
@@ -130,7 +130,7 @@ class TestConfig:
             RunConfig(**settings)
 
     def test_a_command_makes_the_same_run(self):
-        """Every flag that a plan passes on, each with another value than its default."""
+        """Every flag of a run, each with another value than its default."""
         head = {"head_kernel": "k.npy", "head_bias": "b.npy", "preset": "p", "lora_weights": "l.h5"}
         config = RunConfig(
             mode="model-parallel", strategy="tensor", group_size=4, num_workers=8, dtype="float32",
@@ -138,18 +138,29 @@ class TestConfig:
             max_tokens_per_batch=512, time_limit="1h0.5s", on_deadline="fill",
             min_sequence_length=9, fallback_probabilities=[0.5, 0.25, 0.25], resume="require",
             journal="j", input="a.csv", output="s.csv", report="r.json",
+            extra_passes="swap", log_dir="logs", log_format="json", metrics_port=9, verbose=True,
+            address="auto",
         )  # fmt: skip
         flags = command_flags(config)
         assert parse_arguments(flags) == config
         assert flags[:2] == ["--mode", "model-parallel"]
         named = {name for name in flags if name.startswith("--")}
-        assert named == {flag(row.name) for row in FLAGS if row.passed_on}
-        short = command_flags(config, CALIBRATION, pooling=None, input="b.csv")
+        assert named == {flag(row.name) for row in FLAGS if RUN in row.commands} - {"--plan"}
+        short = command_flags(config, calibrates=True, pooling=None, input="b.csv")
         without = {"journal", "resume", "report", "on_deadline", "time_limit", "pooling"}
-        without |= {"fallback_probabilities", "min_sequence_length"}
+        without |= {"fallback_probabilities", "min_sequence_length", "extra_passes"}
+        without |= {"log_dir", "log_format", "metrics_port", "verbose"}
         assert {name for name in short if name.startswith("--")} == named - set(map(flag, without))
         assert short[short.index("--input") + 1] == "b.csv"
         assert command_flags(RunConfig()) == ["--mode", "data-parallel"]
+
+    def test_a_command_keeps_what_the_user_named(self):
+        """The default length, which a preset may replace, and every digit of a number."""
+        thirds = RunConfig(fallback_probabilities=[1 / 3] * 3, time_limit=1234567.5)
+        made = parse_arguments(command_flags(thirds))
+        assert made.fallback_probabilities == pytest.approx([1 / 3] * 3, abs=1e-14)
+        assert made.time_limit == 1234567.5
+        assert command_flags(RunConfig(sequence_length=512))[2:] == ["--sequence-length", "512"]
 
 
 class TestRun:

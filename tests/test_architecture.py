@@ -342,18 +342,20 @@ def csv_text(''',
     )
     copy.change(
         "runner/data/formats.py",
-        '".jsonl": json_lines}',
-        '".jsonl": json_lines, ".tsv": tab_separated}',
+        '"JSON lines": json_lines}',
+        '"JSON lines": json_lines, "tab-separated": tab_separated}',
     )
     copy.change(
-        "runner/config/flags.py",
-        ".csv, .parquet or .jsonl",
-        ".csv, .tsv, .parquet or .jsonl",
+        "runner/config/suffixes.py",
+        '    "JSON lines": (".jsonl",),\n',
+        '    "JSON lines": (".jsonl",),\n    "tab-separated": (".tsv",),\n',
     )
     assert copy.changed == files_named("Add an output format", tmp_path)
     command, output = simulate(), tmp_path / "out.tsv"
     main = copy.load("runner.cli").main
     assert main([*command.job.flags(output), "--mode", "data-parallel"]) == 0
+    flags = {row.name: row for row in copy.load("runner.config.flags").FLAGS}
+    assert ".tsv" in flags["output"].help
     table = pd.read_csv(output, sep="\t", dtype={"id": str}, keep_default_na=False)
     assert table["id"].tolist() == command.job.ids
     assert np.abs(table.iloc[:, 1:].to_numpy() - command.job.answers).max() < TOLERANCE

@@ -17,6 +17,18 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
+def stopwatch(seconds: float) -> str:
+    """Return seconds as on a stopwatch: 7.25 -> 7.2 s, 73 -> 1:13, 3700 -> 1:01:40."""
+    if seconds < 60:
+        return f"{seconds:.1f}".removesuffix(".0") + " s"
+    return clock(seconds)
+
+
+def tenths(seconds: float) -> str:
+    """Return seconds with one decimal: 123.4 s."""
+    return f"{seconds:.1f} s"
+
+
 def flops_text(count: float) -> str:
     """Return FLOPs with three digits: 262 PFLOP."""
     units = {"E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6}
@@ -37,3 +49,8 @@ def gb(count: float) -> str:
 def mb(count: float) -> str:
     """Return bytes in whole MB: 18,480 MB."""
     return f"{count / 1e6:,.0f} MB"
+
+
+def kb(count: float) -> str:
+    """Return bytes in kB with four digits: 18.43 kB."""
+    return f"{count / 1e3:,.4g} kB"

@@ -2,25 +2,31 @@
 
 from typing import Any
 
-from runner.config.flags import FLAGS, PRINTED, flag
+from runner.config.flags import FLAGS, RUN, flag
 from runner.config.run_config import RunConfig
 
 
-def command_flags(config: RunConfig, passed_on_to: str = PRINTED, /, **changes: Any) -> list[str]:
-    """Return the flags that make a config's run.
+def command_flags(config: RunConfig, *, calibrates: bool = False, **changes: Any) -> list[str]:
+    """Return the flags that make a config's run, the mode first.
 
     Args:
-        passed_on_to: PRINTED or CALIBRATION, which take different flags.
+        calibrates: leave out the flags that the run of --calibrate does not take.
         changes: setting -> another value than the config's; None leaves the flag out.
     """
     flags: list[str] = []
-    # The mode is always named, and first.
     for row in sorted(FLAGS, key=lambda row: row.group != "devices"):
         value = changes.get(row.name, getattr(config, row.name))
-        is_default = value is None or (row.name != "mode" and value == row.default)
-        if is_default or passed_on_to not in row.passed_on:
+        # A default that the user named is not `DefaultLength`: a preset may bring another.
+        is_default = value == row.default and type(value) is type(row.default)
+        if value is None or (is_default and row.name != "mode"):
             continue
-        if isinstance(value, tuple):
-            value = ",".join(f"{part:g}" for part in value)
-        flags += [flag(row.name), f"{value:g}" if isinstance(value, float) else str(value)]
+        if RUN not in row.commands or (calibrates and not row.calibrates):
+            continue
+        flags += [flag(row.name), *([] if value is True else [_as_typed(value)])]
     return flags
+
+
+def _as_typed(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_as_typed, value))
+    return f"{value:.15g}" if isinstance(value, float) else str(value)

@@ -24,12 +24,11 @@ from runner.config.readers import (
     read_text,
     refused,
 )
+from runner.config.suffixes import USUAL_SUFFIXES, either
 
 DATA_PARALLEL, MODEL_PARALLEL, SINGLE = MODES = ("data-parallel", "model-parallel", "single")
 # What may take a flag: a run, and --plan.
 RUN, PLAN = "a run", "--plan"
-# What a flag is passed on to: the command that --plan prints, and the run of --calibrate.
-PRINTED, CALIBRATION = "printed", "calibration"
 DEFAULT_GROUP_SIZE = 2
 
 
@@ -54,7 +53,8 @@ class Flag:
     choices: the only values; empty for any.
     read: turns a given value into the setting's, or raises ConfigError.
     modes, commands: where it applies; elsewhere only the default is accepted.
-    passed_on: what a plan passes it on to.
+    calibrates: whether the run of --calibrate takes it too. The command that --plan prints takes
+    every flag of a run.
     prepare: what of this row differs in `run.py prepare`; None if that does not take the flag.
     """
 
@@ -69,7 +69,7 @@ class Flag:
     required: bool = False
     modes: tuple[str, ...] = MODES
     commands: tuple[str, ...] = (RUN, PLAN)
-    passed_on: tuple[str, ...] = (PRINTED, CALIBRATION)
+    calibrates: bool = True
     prepare: Mapping[str, Any] | None = None
 
     def value(self, given: Any) -> Any:
@@ -118,7 +118,7 @@ FLAGS: tuple[Flag, ...] = (
         name="output",
         group="data",
         read=read_path,
-        help="the submission to write: .csv, .parquet or .jsonl",
+        help=f"the submission to write: {either(USUAL_SUFFIXES)}",
         default=Path("submission.csv"),
         prepare={
             "help": "directory to create: a KerasHub preset, for --preset of a run",
@@ -210,7 +210,6 @@ FLAGS: tuple[Flag, ...] = (
         default_note="start Ray here for this run",
         modes=(DATA_PARALLEL, MODEL_PARALLEL),
         commands=(RUN,),
-        passed_on=(),
     ),
     Flag(
         name="num_workers",
@@ -276,7 +275,7 @@ FLAGS: tuple[Flag, ...] = (
         help="8h45m, 90m, 30s: write a submission within this time, counted from the start of the "
         "process, loading and writing included",
         default_note="none",
-        passed_on=(PRINTED,),
+        calibrates=False,
     ),
     Flag(
         name="on_deadline",
@@ -286,7 +285,7 @@ FLAGS: tuple[Flag, ...] = (
         "which all fit; fill predicts whole rows while there is time and uses the fallback for "
         "the others; fail ends with exit code 3 and keeps the journal",
         default="shorten",
-        passed_on=(PRINTED,),
+        calibrates=False,
     ),
     Flag(
         name="min_sequence_length",
@@ -295,7 +294,7 @@ FLAGS: tuple[Flag, ...] = (
         metavar="TOKENS",
         help="never truncate a row below this many tokens for lack of time",
         default_note="a quarter of --sequence-length",
-        passed_on=(PRINTED,),
+        calibrates=False,
     ),
     Flag(
         name="fallback_probabilities",
@@ -304,7 +303,7 @@ FLAGS: tuple[Flag, ...] = (
         metavar="A,B,C",
         help="one number per label, for rows that the model does not answer",
         default_note="the mean of the rows that it does",
-        passed_on=(PRINTED,),
+        calibrates=False,
     ),
     Flag(
         name="extra_passes",
@@ -313,7 +312,7 @@ FLAGS: tuple[Flag, ...] = (
         help="swap: if time is left, predict rows again with their two responses swapped, most "
         "uncertain rows first, and average the answers",
         default="none",
-        passed_on=(),
+        calibrates=False,
     ),
     Flag(
         name="resume",
@@ -322,7 +321,7 @@ FLAGS: tuple[Flag, ...] = (
         help="auto: resume from the journal if it is of the same test set, model and settings, "
         "else start again; require: resume or end with exit code 2; never: start again",
         default="auto",
-        passed_on=(PRINTED,),
+        calibrates=False,
     ),
     Flag(
         name="journal",
@@ -330,7 +329,7 @@ FLAGS: tuple[Flag, ...] = (
         read=read_path,
         help="where finished rows are kept during the run",
         default_note="OUTPUT.journal",
-        passed_on=(PRINTED,),
+        calibrates=False,
     ),
     Flag(
         name="plan",
@@ -339,7 +338,7 @@ FLAGS: tuple[Flag, ...] = (
         help="print what fits these devices, how long it should take and why, write it as JSON to "
         "OUTPUT.plan.json, and stop; needs no weights and no head",
         default=False,
-        passed_on=(),
+        calibrates=False,
     ),
     Flag(
         name="device",
@@ -349,7 +348,6 @@ FLAGS: tuple[Flag, ...] = (
         "h100, h200, v5e, v3-8)",
         default_note="the devices here",
         commands=(PLAN,),
-        passed_on=(),
     ),
     Flag(
         name="calibrate",
@@ -359,7 +357,6 @@ FLAGS: tuple[Flag, ...] = (
         "weights and head",
         default=False,
         commands=(PLAN,),
-        passed_on=(),
     ),
     Flag(
         name="report",
@@ -367,7 +364,7 @@ FLAGS: tuple[Flag, ...] = (
         read=read_path,
         help="where to write the JSON report, with a page and a trace beside it",
         default_note="OUTPUT.report.json",
-        passed_on=(PRINTED,),
+        calibrates=False,
     ),
     Flag(
         name="log_dir",
@@ -376,7 +373,7 @@ FLAGS: tuple[Flag, ...] = (
         metavar="DIR",
         help="folder for the logs of the run and its workers, at most 8 MB per process",
         default_note="OUTPUT.logs",
-        passed_on=(),
+        calibrates=False,
     ),
     Flag(
         name="log_format",
@@ -385,7 +382,7 @@ FLAGS: tuple[Flag, ...] = (
         help="format of standard error; json: one object per line with time, level, event and "
         "message, and one object on standard output at the end",
         default="text",
-        passed_on=(),
+        calibrates=False,
     ),
     Flag(
         name="metrics_port",
@@ -395,7 +392,7 @@ FLAGS: tuple[Flag, ...] = (
         help="serve metrics of the run to Prometheus on 127.0.0.1 while it lasts; 0 takes any free "
         "port and prints which",
         default_note="none",
-        passed_on=(),
+        calibrates=False,
     ),
     Flag(
         name="verbose",
@@ -403,7 +400,7 @@ FLAGS: tuple[Flag, ...] = (
         read=read_switch,
         help="show tracebacks, and the log output of libraries and workers",
         default=False,
-        passed_on=(),
+        calibrates=False,
     ),
 )
 # Names a file of settings, and is none itself.

@@ -25,6 +25,7 @@ from runner.config.flags import (
     Flag,
     flag,
 )
+from runner.config.suffixes import FORMATS, USUAL_SUFFIXES, either
 from runner.config.task import CONTEST, Task, make_task
 from sharding.dtypes import dtype_beside
 
@@ -376,7 +377,7 @@ def _check_paths(config: RunConfig) -> None:
             raise ConfigError(f"{flag(name)} must name a file. Received: {flag(name)} {path}")
     if config.output.suffix.lower() == ".json":
         raise ConfigError(
-            "--output is written as CSV, Parquet or JSON lines: name it .csv, .parquet or .jsonl. "
+            f"--output is written as {either([*FORMATS])}: name it {either(USUAL_SUFFIXES)}. "
             f"Received: --output {config.output}"
         )
     beside_report = (config.rows_path, config.page_path, config.trace_path)

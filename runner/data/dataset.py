@@ -14,6 +14,7 @@ from typing import Any
 
 from runner.common.errors import DataError, first_line, shown
 from runner.common.records import Examples
+from runner.config.suffixes import format_of
 from runner.config.task import CONTEST, Task
 
 
@@ -21,8 +22,7 @@ def read_examples(path: Path, task: Task = CONTEST) -> Examples:
     """Return all rows of a test set, with the columns that a task names.
 
     Ids stay text, so numbers above 2^31, leading zeros and strings survive. Empty and missing text
-    cells become empty text. Other columns are ignored. The suffix gives the format: .parquet or
-    .pq, .jsonl, and CSV for any other.
+    cells become empty text. Other columns are ignored. The suffix gives the format.
 
     Raises:
         DataError: the file does not have that format, a column is missing or repeated, or an id is
@@ -32,14 +32,9 @@ def read_examples(path: Path, task: Task = CONTEST) -> Examples:
         raise DataError(
             f"--input must be a CSV, Parquet or JSON lines file that exists. Received: {path}"
         )
-    suffix = path.suffix.lower()
+    read = READERS.get(format_of(path), _read_csv)
     try:
-        if suffix in (".parquet", ".pq"):
-            examples = _read_parquet(path, task)
-        elif suffix == ".jsonl":
-            examples = _read_json_lines(path, task)
-        else:
-            examples = _read_csv(path, task)
+        examples = read(path, task)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from None
     _check_ids(path, task.id_column, examples.ids)
@@ -152,6 +147,10 @@ def _read_parquet(path: Path, task: Task) -> Examples:
     # Invalid UTF-8 is a ValueError, raised when the text is decoded.
     except (pa.ArrowException, ValueError, KeyError, OverflowError) as error:
         raise DataError(f"{path} is not a readable Parquet file: {first_line(error)}") from None
+
+
+# A format, as `config/suffixes.py` calls it -> its reader. Any other file is read as CSV.
+READERS = {"Parquet": _read_parquet, "JSON lines": _read_json_lines}
 
 
 def _examples(task: Task, cells: dict[str, tuple[str, ...]], kept: dict[str, Any]) -> Examples:

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -25,12 +24,6 @@ Write = Callable[[Mapping[str, Any], np.ndarray, Sequence[str]], bytes]
 # How many embeddings are in memory as text at a time: one takes about 30 kB.
 ROWS_AT_A_TIME = 1000
 _SURROGATES = re.compile("[\ud800-\udfff]")
-
-
-def format_of(path: Path) -> Write:
-    """Return the writer for this suffix: .parquet or .pq, .jsonl, else CSV."""
-    suffixes = {".parquet": parquet, ".pq": parquet, ".jsonl": json_lines}
-    return suffixes.get(path.suffix.lower(), csv_text)
 
 
 def csv_text(columns: Mapping[str, Any], values: np.ndarray, names: Sequence[str]) -> bytes:
@@ -77,6 +70,10 @@ def json_lines(columns: Mapping[str, Any], values: np.ndarray, names: Sequence[s
         lists = (f"[{numbers}]" for numbers in _joined(values, ", "))
         parts.append(_labelled(EMBEDDING, lists))
     return "".join(f"{{{', '.join(row)}}}\n" for row in zip(*parts, strict=True)).encode()
+
+
+# A format, as `config/suffixes.py` calls it -> its writer.
+WRITERS: dict[str, Write] = {"CSV": csv_text, "Parquet": parquet, "JSON lines": json_lines}
 
 
 def _csv_of_embeddings(cells: Mapping[str, Sequence[str]], values: np.ndarray) -> str:

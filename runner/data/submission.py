@@ -13,8 +13,9 @@ import numpy as np
 
 from runner.common.errors import ConfigError
 from runner.common.files import write_whole
+from runner.config.suffixes import format_of
 from runner.config.task import CONTEST, Task
-from runner.data.formats import csv_text, format_of
+from runner.data.formats import WRITERS, csv_text
 from runner.results.table import table_dtype
 
 
@@ -37,7 +38,7 @@ def write_submission(
     Raises:
         OSError: the file cannot be written.
     """
-    kept, write = kept or {}, format_of(path)
+    kept, write = kept or {}, WRITERS[format_of(path)]
     # Numeric ids stay numbers if the format has numbers.
     keys = ids if write is csv_text else kept.get(task.id_column, ids)
     copied = {name: kept[name] for name in task.keep_columns}

@@ -204,7 +204,7 @@ def attention(
     kinds = {type(layer).__name__ for layer in _layers(model)}
     has_windows, blind_see_nothing = kinds.isdisjoint(WITHOUT_WINDOW), kinds <= {*BLIND_SEE_NOTHING}
 
-    def handed_over(
+    def handed_over(  # noqa: PLR0917 - KerasHub calls it by position
         cache: Any,
         queries: jax.Array,
         keys: jax.Array,

@@ -4,10 +4,11 @@ All members of its group compute each batch together. Does not know Ray, nor how
 """
 
 import socket
-import time
+from functools import partial
+from typing import Any
 
 from runner.common.records import ModelSpec, WorkerInfo
-from runner.model.process import join_group, peak_rss_bytes, start_jax
+from runner.model.process import join_group
 from runner.model.worker import Replica, load_head
 
 
@@ -33,30 +34,31 @@ class TensorMember(Replica):
             DataError: the files do not fit each other.
             WorkerError: JAX cannot use the device.
         """
-        started = time.perf_counter()
-        join_group(address, group_size, self._slot.member)
-        device = start_jax(self._slot.kind, spec.compilation_cache)
-        import keras
+        join = partial(join_group, address, group_size, self._slot.member)
+        return self._load(spec, partial(_sliced_predictor, spec, family, group_size), join)
 
-        from runner.model.loading import build_backbone, fill, locate_weights
-        from runner.model.predictor import Predictor, resolve_dtype
-        from runner.model.tensor_parallel import audit, lay_out_backbone, place_slices
-        from sharding.mesh import distribute
 
-        before = peak_rss_bytes()
-        dtype = resolve_dtype(spec.dtype, device, is_int8=spec.is_int8)
-        keras.utils.set_random_seed(0)
-        backbone = build_backbone(spec.preset, dtype=dtype)
-        layouts = lay_out_backbone(backbone, family, group_size)
-        distribution, replicated = distribute(layouts, group_size)
-        stored = locate_weights(backbone, spec.preset, spec.lora_weights)
-        fill(backbone, stored, place_slices(distribution))
-        notes = audit(backbone, layouts)
-        self._predictor = Predictor(
-            backbone,
-            load_head(spec, backbone),
-            pooling=spec.pooling,
-            output=spec.head,
-            replicated=replicated,
-        )
-        return self._introduce(device, dtype, started, before, notes)
+def _sliced_predictor(spec: ModelSpec, family: str, group_size: int, dtype: str) -> Any:
+    import keras
+
+    from runner.model.loading import build_backbone, fill, locate_weights
+    from runner.model.predictor import Predictor
+    from runner.model.tensor_parallel import audit, lay_out_backbone, place_slices
+    from sharding.mesh import distribute
+
+    keras.utils.set_random_seed(0)  # Keras compares the members' random states
+    backbone = build_backbone(spec.preset, dtype=dtype)
+    layouts = lay_out_backbone(backbone, family, group_size)
+    distribution, replicated = distribute(layouts, group_size)
+    stored = locate_weights(backbone, spec.preset, spec.lora_weights)
+    fill(backbone, stored, place_slices(distribution))
+    reasons = audit(backbone, layouts)
+    predictor = Predictor(
+        backbone,
+        load_head(spec, backbone),
+        pooling=spec.pooling,
+        output=spec.head,
+        replicated=replicated,
+    )
+    predictor.notes = reasons + predictor.notes
+    return predictor

@@ -4,9 +4,11 @@ Each stage sends hidden states to the next. Does not know Ray, nor how layers ar
 """
 
 import time
+from functools import partial
+from typing import Any
 
 from runner.common.records import Activations, BatchResult, ModelSpec, WorkerInfo
-from runner.model.process import memory_errors, peak_rss_bytes, start_jax
+from runner.model.process import memory_errors
 from runner.model.worker import Replica, load_head
 from sharding.batches import Batch
 from sharding.stages import StageLayers
@@ -23,28 +25,7 @@ class PipelineStage(Replica):
             WorkerError: JAX cannot use the device.
         """
         assert stage is not None, "this is a bug: a stage must know its layers"
-        started = time.perf_counter()
-        device = start_jax(self._slot.kind, spec.compilation_cache)
-        from runner.model.loading import (
-            build_backbone,
-            cut_stage,
-            fill,
-            locate_weights,
-            place_whole,
-        )
-        from runner.model.predictor import Predictor, resolve_dtype
-
-        before = peak_rss_bytes()
-        dtype = resolve_dtype(spec.dtype, device, is_int8=spec.is_int8)
-        backbone = build_backbone(spec.preset, dtype=dtype)
-        model = cut_stage(backbone, stage.start, stage.stop)
-        stored = locate_weights(backbone, spec.preset, spec.lora_weights)
-        fill(model, stored, place_whole, quantization=spec.quantization)
-        is_last = stage.stop == len(backbone.transformer_layers)
-        head = load_head(spec, backbone) if is_last else None
-        output = spec.head if is_last else "hidden"
-        self._predictor = Predictor(model, head, pooling=spec.pooling, output=output)
-        return self._introduce(device, dtype, started, before)
+        return self._load(spec, partial(_stage_predictor, spec, stage))
 
     def begin(self, batch: Batch) -> Activations:
         """Compute the first stage: token ids in, hidden states out.
@@ -76,3 +57,17 @@ class PipelineStage(Replica):
         probabilities = self._injected.after(batch, output[: len(batch.rows)], took)
         work = (*activations.work, self._work_since(started))
         return BatchResult(batch, self._slot.replica, probabilities, work)
+
+
+def _stage_predictor(spec: ModelSpec, stage: StageLayers, dtype: str) -> Any:
+    from runner.model.loading import build_backbone, cut_stage, fill, locate_weights, place_whole
+    from runner.model.predictor import Predictor
+
+    backbone = build_backbone(spec.preset, dtype=dtype)
+    model = cut_stage(backbone, stage.start, stage.stop)
+    stored = locate_weights(backbone, spec.preset, spec.lora_weights)
+    fill(model, stored, place_whole, quantization=spec.quantization)
+    is_last = stage.stop == len(backbone.transformer_layers)
+    head = load_head(spec, backbone) if is_last else None
+    output = spec.head if is_last else "hidden"
+    return Predictor(model, head, pooling=spec.pooling, output=output)

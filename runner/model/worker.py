@@ -6,6 +6,8 @@ not know Ray, the order of rows or the other workers.
 
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,20 +81,7 @@ class Replica:
             DataError: the files do not fit each other.
             WorkerError: JAX cannot use the device.
         """
-        started = time.perf_counter()
-        device = start_jax(self._slot.kind, spec.compilation_cache)
-        from runner.model.loading import load_backbone
-        from runner.model.predictor import Predictor, resolve_dtype
-
-        before = peak_rss_bytes()
-        dtype = resolve_dtype(spec.dtype, device, is_int8=spec.is_int8)
-        backbone = load_backbone(
-            spec.preset, spec.lora_weights, dtype=dtype, quantization=spec.quantization
-        )
-        self._predictor = Predictor(
-            backbone, load_head(spec, backbone), pooling=spec.pooling, output=spec.head
-        )
-        return self._introduce(device, dtype, started, before)
+        return self._load(spec, partial(_whole_predictor, spec))
 
     def hold_tokens(self, tokens: TokenTable) -> None:
         """Keep the token table of the run, which Ray's workers read from shared memory."""
@@ -141,30 +130,55 @@ class Replica:
         assert self._tokens is not None, "this is a bug: no tokens before the first batch"
         return self._tokens.batch_arrays(batch.rows, batch.shape.rows, batch.shape.length)
 
-    def _introduce(
-        self, device: Any, dtype: str, started: float, before: int, notes: tuple[str, ...] = ()
+    def _load(
+        self, spec: ModelSpec, make: Callable[[str], Any], join: Callable[[], None] | None = None
     ) -> WorkerInfo:
-        from runner.model.predictor import matmul_rate
+        """Start JAX, make the predictor, and describe this worker.
 
+        Args:
+            make: dtype -> the predictor. join: joins the worker's group, before JAX starts.
+        """
+        started = time.perf_counter()
+        if join is not None:
+            join()
+        device = start_jax(self._slot.kind, spec.compilation_cache)
+        from runner.model.predictor import matmul_rate, resolve_dtype
+
+        before = peak_rss_bytes()
+        dtype = resolve_dtype(spec.dtype, device, is_int8=spec.is_int8)
+        self._predictor = make(dtype)
         if KINDS[device.platform].is_host:
             cpu_allocator.keep_work_space()
         load_s = time.perf_counter() - started
-        name = device.device_kind
-        if self._slot.cores:
-            name = f"cpu, cores {','.join(map(str, self._slot.cores))}"
-        elif self._slot.node and KINDS[self._slot.kind].is_host:
-            name = f"cpu, {self._slot.cpus} of its node's"
         return WorkerInfo(
             kind=device.platform,
-            device=name,
+            device=self._device_name(device),
             dtype=dtype,
             weight_bytes=self._predictor.weight_bytes,
             rss_after_imports_bytes=before,
             load_s=load_s,
             matmul_flops_per_s=matmul_rate(dtype, device),
             attention=self._predictor.way,
-            notes=notes + self._predictor.notes,
+            notes=self._predictor.notes,
         )
+
+    def _device_name(self, device: Any) -> str:
+        if self._slot.cores:
+            return f"cpu, cores {','.join(map(str, self._slot.cores))}"
+        if self._slot.node and KINDS[self._slot.kind].is_host:
+            return f"cpu, {self._slot.cpus} of its node's"
+        name: str = device.device_kind
+        return name
+
+
+def _whole_predictor(spec: ModelSpec, dtype: str) -> Any:
+    from runner.model.loading import load_backbone
+    from runner.model.predictor import Predictor
+
+    backbone = load_backbone(
+        spec.preset, spec.lora_weights, dtype=dtype, quantization=spec.quantization
+    )
+    return Predictor(backbone, load_head(spec, backbone), pooling=spec.pooling, output=spec.head)
 
 
 def predict_in_float(spec: ModelSpec, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -20,7 +20,6 @@ from runner.common.errors import ConfigError, WorkerError
 from runner.common.poolings import padded_length
 from runner.common.records import Examples
 from runner.config.command import command_flags
-from runner.config.flags import CALIBRATION
 from runner.planner.records import Measured, Option, PlanInput
 from runner.telemetry.progress import Progress
 from sharding.batches import BatchShape, Plan
@@ -74,7 +73,7 @@ def _evaluate(
     first, last = runs[0], runs[-1]
     flops = plan_flops(job.preset.shape, plan) * _busiest_share(job, option)
     flops_per_s = flops / _busy_s(last["workers"])
-    peak = job.peak(option.mode, option.dtype, option.quantization, option.workers)
+    peak = job.peak(option)
     before_predict_s = first["seconds"]["total"] - first["seconds"]["predict"]
     one_shape_s = compile_seconds(
         job.preset.shape,
@@ -162,7 +161,7 @@ def _measure(job: PlanInput, sample: Examples) -> dict[str, Any]:
             writer = csv.writer(file)
             writer.writerow([task.id_column, *sample.columns])
             writer.writerows(zip(sample.ids, *sample.columns.values(), strict=True))
-        flags = command_flags(job.config, CALIBRATION, input=rows, output=output)
+        flags = command_flags(job.config, calibrates=True, input=rows, output=output)
         process = subprocess.Popen(
             [sys.executable, "-m", "runner.cli", "--config", str(task_file), *flags],
             env=python_environment(),

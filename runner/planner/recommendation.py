@@ -1,5 +1,7 @@
 """The ways to run -> the one to take, why, and its command. Does not know how a plan is shown."""
 
+from typing import Any
+
 from runner.common.units import duration
 from runner.config.command import command_flags
 from runner.config.task import CONTEST
@@ -108,7 +110,8 @@ def command_of(job: PlanInput, best: Option) -> list[str]:
     auto = dtype_beside(best.quantization, job.devices.native_dtype)
     is_group = best.mode == "model-parallel"
     keeps_count = config.num_workers is not None and best.mode != "single"
-    changes: dict[str, object] = {
+    changes: dict[str, Any] = {
+        "plan": None,
         "mode": best.mode,
         "strategy": best.strategy if best.strategy == "tensor" else None,
         "group_size": best.group_size if is_group and best.group_size != 2 else None,

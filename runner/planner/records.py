@@ -14,6 +14,7 @@ from runner.preset.families import strategies
 from runner.preset.reader import Preset
 from sharding.batches import Plan
 from sharding.dtypes import dtype_beside
+from sharding.fit import Way
 from sharding.memory import Need
 from sharding.strategies import auto_strategy
 from sharding.times import ONE_PROCESS_ON_A_CPU, Seconds
@@ -80,13 +81,13 @@ class PlanInput:
         quantization = self.preset.quantization or self.config.quantization
         return self.config.mode, strategy, self.dtype(quantization), quantization
 
-    def peak(self, mode: str, dtype: str, quantization: str, workers: int) -> float | None:
-        """Return the FLOP/s of large matmuls in one of `workers` workers, None if not known."""
-        rate = self.devices.rate(dtype, quantization)
+    def peak(self, way: "Way | Option") -> float | None:
+        """Return the FLOP/s of large matmuls in one of the workers, None if not known."""
+        rate = self.devices.rate(way.dtype, way.quantization)
         if rate is None or not self.devices.is_host:
             return rate
-        cores = len(self.devices.cores) / workers
-        return rate * cores * (ONE_PROCESS_ON_A_CPU if mode == "single" and cores > 1 else 1.0)
+        cores = len(self.devices.cores) / way.workers
+        return rate * cores * (ONE_PROCESS_ON_A_CPU if way.mode == "single" and cores > 1 else 1.0)
 
     def plan(self, *, budget: int, replicas: int) -> Plan:
         """Return the batches under a budget, as the run itself would make them."""

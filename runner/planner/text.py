@@ -8,7 +8,7 @@ import textwrap
 from typing import Any
 
 from runner.common.poolings import POOLINGS
-from runner.common.units import duration, flops_text, parameters_text
+from runner.common.units import duration, flops_text, gb, parameters_text
 from sharding.dtypes import dtype_beside
 from sharding.kinds import KINDS
 
@@ -39,7 +39,7 @@ def _head(plan: dict[str, Any]) -> list[str]:
     lines = [
         f"Plan for {plan['rows']:,} rows, {parameters_text(model['parameters'])} weights in "
         f"{model['layers']} layers of {model['family']}{files}",
-        f"on {count}{device['title']}, {device['memory_bytes'] / 1e9:.3g} GB"
+        f"on {count}{device['title']}, {gb(device['memory_bytes'])}"
         f"{' each' if count else ''} ({where})",
     ]
     for note in device["notes"]:
@@ -137,7 +137,7 @@ def _caveats(plan: dict[str, Any]) -> list[str]:
     if measured:
         text = (
             f"Calibrated on {measured['batches']} batches here: "
-            f"{measured['flops_per_s'] / 1e12:.3g} TFLOP/s a worker"
+            f"{flops_text(measured['flops_per_s'])}/s a worker"
             + (
                 f", {measured['efficiency']:.2f} of a large matmul's rate"
                 if measured["efficiency"]
@@ -161,14 +161,14 @@ def _caveats(plan: dict[str, Any]) -> list[str]:
     if not KINDS[device["kind"]].is_host:
         for dtype, rate in device["rates"].items():
             if dtype in {option["dtype"] for option in _shown(plan)}:
-                lines.append(f"- {dtype}: {rate['used'] / 1e12:.3g} TFLOP/s used, {_origin(rate)}")
+                lines.append(f"- {dtype}: {flops_text(rate['used'])}/s used, {_origin(rate)}")
         for source in device["sources"]:
             lines += textwrap.wrap(source, WIDTH, initial_indent="- ", subsequent_indent="  ")
     return lines
 
 
 def _origin(rate: dict[str, Any]) -> str:
-    nominal = f"{rate['nominal'] / 1e12:,.3g} nominal"
+    nominal = f"{flops_text(rate['nominal'])}/s nominal"
     if rate["measured"] is None:
         return f"{rate['used'] / rate['nominal']:.2f} of {nominal}: no measurement known"
     return f"sustained, as others measured it; {nominal}"
@@ -185,7 +185,7 @@ def _recommendation(plan: dict[str, Any]) -> list[str]:
     text = f"Recommended: {name}, {workers}, {_time(option)}. {best['why']}"
     host = option["host_bytes"]
     if plan["device"]["host_bytes"] is None:
-        text += f" The machine needs about {host / 1e9:.0f} GB of host memory."
+        text += f" The machine needs about {gb(host)} of host memory."
     return [*textwrap.wrap(text, WIDTH), "", *_command_lines(best["command"])]
 
 

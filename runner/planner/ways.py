@@ -1,4 +1,4 @@
-"""Rows, a model and devices -> each way to run: if it fits, how long it takes, and the arithmetic.
+"""Rows, a model and devices -> each way to run: whether it fits, how long it takes, and why.
 
 A way is a mode, a strategy, a dtype and a quantization. Does not know files, nor how a plan is
 shown.
@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from runner.common.errors import ConfigError
-from runner.common.units import duration, flops_text, gb, parameters_text
+from runner.common.units import duration, flops_text, gb, kb, parameters_text
+from runner.config.flags import DEFAULT_GROUP_SIZE
 from runner.planner.records import Option, PlanInput
 from runner.preset.families import strategies
 from sharding.batches import Plan
@@ -19,7 +20,6 @@ from sharding.fit import (
     HOST,
     STAGE,
     WEIGHTS,
-    Before,
     Fit,
     Room,
     Way,
@@ -53,16 +53,19 @@ def all_options(job: PlanInput) -> list[Option]:
     for mode, strategy in LAYOUTS:
         for dtype in DTYPES:
             for quantization in job.quantizations:
-                sizes = _group_sizes(job, mode)
-                tried = (_option(job, mode, strategy, dtype, quantization, n) for n in sizes)
-                options.append(_first_that_fits(tried))
+                ways = (
+                    _way(job, (mode, strategy, dtype, quantization), members)
+                    for members in _group_sizes(job, mode)
+                )
+                options.append(_first_that_fits(_option(job, way) for way in ways))
     return options
 
 
 def pipeline_over(job: PlanInput, members: int, dtype: str, quantization: str) -> Option:
     """Return a pipeline over `members` of these devices, even if there are fewer."""
     more = replace(job, devices=replace(job.devices, count=members))
-    return _option(more, "model-parallel", "pipeline", dtype, quantization, members)
+    way = _way(more, ("model-parallel", "pipeline", dtype, quantization), members)
+    return _option(more, way)
 
 
 def _first_that_fits(tried: Iterator[Option]) -> Option:
@@ -77,18 +80,16 @@ def _group_sizes(job: PlanInput, mode: str) -> Sequence[int]:
     if mode != "model-parallel":
         return (1,)
     if job.config.group_size is not None or job.devices.is_host:
-        return (job.config.group_size or 2,)
+        return (job.config.group_size or DEFAULT_GROUP_SIZE,)
     count = job.config.num_workers or job.devices.count
     sizes = [size for size in (2, 4, 8, 16, 32, 64) if size <= count and count % size == 0]
     return sizes or (2,)
 
 
-def _option(
-    job: PlanInput, mode: str, strategy: str | None, dtype: str, quantization: str, members: int
-) -> Option:
-    devices = job.devices
-    room = Room(kind=devices.kind, memory_bytes=devices.memory_bytes, host_bytes=devices.host_bytes)
-    way = Way(
+def _way(job: PlanInput, name: tuple[str, str | None, str, str], members: int) -> Way:
+    mode, strategy, dtype, quantization = name
+    return Way(
+        mode=mode,
         strategy=strategy,
         dtype=dtype,
         quantization=quantization,
@@ -96,22 +97,27 @@ def _option(
         members=members,
         quantizes=quantization != "none" and job.preset.quantization is None,
     )
+
+
+def _option(job: PlanInput, way: Way) -> Option:
+    devices, shape = job.devices, job.preset.shape
+    room = Room(kind=devices.kind, memory_bytes=devices.memory_bytes, host_bytes=devices.host_bytes)
     option = Option(
-        mode=mode,
-        strategy=strategy,
-        dtype=dtype,
-        quantization=quantization,
+        mode=way.mode,
+        strategy=way.strategy,
+        dtype=way.dtype,
+        quantization=way.quantization,
         workers=way.workers,
-        group_size=members,
+        group_size=way.members,
         fits=False,
         why_not=None,
         memory_bytes=room.per_worker_bytes(max(way.workers, 1)),
         arithmetic="",
     )
-    if impossible := _impossible(job, mode, strategy, dtype, quantization, members):
+    if impossible := _not_dividable(job, way) or _not_computable(job, way):
         return replace(option, why_not=impossible, arithmetic=f"{impossible} - not possible")
     found = fit(
-        job.preset.shape,
+        shape,
         room,
         way,
         sequence_length=job.config.sequence_length,
@@ -119,16 +125,12 @@ def _option(
         plan=lambda budget: job.plan(budget=budget, replicas=way.replicas),
     )
     option = replace(
-        option,
-        budget=found.budget,
-        need=found.need,
-        host_bytes=found.host_bytes,
-        plan=found.plan,
+        option, budget=found.budget, need=found.need, host_bytes=found.host_bytes, plan=found.plan
     )
-    why_not, memory = _memory_text(job.preset.shape, room, way, found)
+    why_not, memory = _memory_text(shape, room, way, found)
     if why_not is not None:
         return replace(option, why_not=why_not, arithmetic=f"{memory} - does not fit")
-    seconds, range_s, how = _time(job, mode, way, found)
+    seconds, range_s, how = _time(job, way, found)
     return replace(
         option, fits=True, seconds=seconds, range_s=range_s, arithmetic=f"{memory}; {how}"
     )
@@ -208,44 +210,55 @@ def _workers(job: PlanInput, mode: str, members: int) -> int:
     return len(slots)
 
 
-def _impossible(
-    job: PlanInput, mode: str, strategy: str | None, dtype: str, quantization: str, members: int
-) -> str | None:
-    """Return why a way does not exist with any memory, None if it does."""
-    shape, devices = job.preset.shape, job.devices
-    if mode == "model-parallel":
-        if strategy not in strategies(job.preset.class_name):
-            return f"{job.preset.class_name} cannot be divided in this way"
-        if not devices.is_host and devices.count < members:
-            return f"needs {members} devices, there is {devices.count}"
-        if strategy == "pipeline" and members > shape.num_layers:
-            return f"{shape.num_layers} layers cannot be cut into {members} stages"
-    if strategy == "tensor":
-        if quantization != "none":
-            return "a scale that belongs to a whole kernel cannot be cut into slices"
-        split = (shape.num_query_heads, shape.intermediate_dim, shape.vocabulary_size)
-        if any(size % members for size in split):
-            return (
-                f"{split[0]} query heads, {split[1]:,} feed-forward columns and {split[2]:,} "
-                f"embeddings are not all divisible by {members}"
-            )
-    if dtype_beside(quantization, dtype) != dtype:
-        return f"{quantization} layers do not compute in {dtype}"
-    if devices.model is not None and dtype not in devices.model.rates:
-        return f"{devices.title} does not multiply {dtype}"
+def _not_dividable(job: PlanInput, way: Way) -> str | None:
+    """Return why a group cannot hold a replica in this way, however much memory it has."""
+    shape, devices, members = job.preset.shape, job.devices, way.members
+    if way.mode != "model-parallel":
+        return None
+    if way.strategy not in strategies(job.preset.class_name):
+        return f"{job.preset.class_name} cannot be divided in this way"
+    if not devices.is_host and devices.count < members:
+        return f"needs {members} devices, there is {devices.count}"
+    if way.strategy == "pipeline":
+        too_many = f"{shape.num_layers} layers cannot be cut into {members} stages"
+        return too_many if members > shape.num_layers else None
+    return _not_sliceable(shape, way)
+
+
+def _not_sliceable(shape: ModelShape, way: Way) -> str | None:
+    """Return why weights cannot be sliced over the members of a tensor group."""
+    members = way.members
+    if way.quantization != "none":
+        return "a scale that belongs to a whole kernel cannot be cut into slices"
+    split = (shape.num_query_heads, shape.intermediate_dim, shape.vocabulary_size)
+    if any(size % members for size in split):
+        return (
+            f"{split[0]} query heads, {split[1]:,} feed-forward columns and {split[2]:,} "
+            f"embeddings are not all divisible by {members}"
+        )
+    return None
+
+
+def _not_computable(job: PlanInput, way: Way) -> str | None:
+    """Return why these devices cannot compute in this dtype."""
+    devices = job.devices
+    if dtype_beside(way.quantization, way.dtype) != way.dtype:
+        return f"{way.quantization} layers do not compute in {way.dtype}"
+    if devices.model is not None and way.dtype not in devices.model.rates:
+        return f"{devices.title} does not multiply {way.dtype}"
     return None
 
 
 def _time(
-    job: PlanInput, mode: str, way: Way, found: Fit
+    job: PlanInput, way: Way, found: Fit
 ) -> tuple[Seconds | None, tuple[float, float] | None, str]:
     """Return the seconds by stage, the range of their total, and how they were computed."""
     assert found.plan is not None, "this is a bug: what fits has a plan"
     shape, devices, plan = job.preset.shape, job.devices, found.plan
-    rates, rate_text = _rates(job, mode, way)
+    rates, rate_text = _rates(job, way)
     if rates is None:
         return None, None, rate_text
-    before, before_text = _before(job, mode, way, plan)
+    before, before_text = _before(job, way, plan)
     middle, slow, fast = (
         forecast(
             shape,
@@ -258,15 +271,16 @@ def _time(
         )
         for rate in rates
     )
-    flops, traffic = plan_flops(shape, plan), bytes_per_token(shape, way)
     link = ""
     if way.strategy == "tensor":
+        traffic = bytes_per_token(shape, way)
         exchange = plan.padded_tokens / way.replicas * traffic / devices.link_bytes_per_s
         link = (
-            f", of it {duration(exchange)} exchanging {traffic / 1e3:,.4g} kB a token at "
-            f"{devices.link_bytes_per_s / 1e9:g} GB/s"
+            f", of it {duration(exchange)} exchanging {kb(traffic)} a token at "
+            f"{gb(devices.link_bytes_per_s)}/s"
         )
-    elif way.strategy == "pipeline":
+    flops = plan_flops(shape, plan)
+    if way.strategy == "pipeline":
         ideal = flops / way.workers / rates[0]
         link = f", {max(0.0, middle.predict / ideal - 1):.1%} of it waiting for other stages"
     workers = f"{way.workers} x " if way.workers > 1 else ""
@@ -277,27 +291,27 @@ def _time(
     return middle, (fast.total, slow.total), how
 
 
-def _rates(job: PlanInput, mode: str, way: Way) -> tuple[tuple[float, float, float] | None, str]:
-    """Return the FLOP/s of a worker on the model, expected, least and most, and how they were
+def _rates(job: PlanInput, way: Way) -> tuple[tuple[float, float, float] | None, str]:
+    """Return the FLOP/s of a worker on the model (expected, least, most) and how they were
     computed; or None, and why they are not known."""
-    measured, dtype, quantization = job.measured, way.dtype, way.quantization
-    if measured is not None and measured.way == (mode, way.strategy, dtype, quantization):
+    measured = job.measured
+    if measured is not None and measured.way == way.name:
         rate = measured.flops_per_s
         return (rate, rate, rate), f"{flops_text(rate)}/s measured here"
-    peak = job.peak(mode, dtype, quantization, way.workers)
+    peak = job.peak(way)
     if peak is None:
-        form = dtype if quantization == "none" else f"{dtype} with {quantization}"
-        return None, f"how fast {form} is on {job.devices.title} is not known"
+        with_ = "" if way.quantization == "none" else f" with {way.quantization}"
+        return None, f"how fast {way.dtype}{with_} is on {job.devices.title} is not known"
     expected, low, high = KINDS[job.devices.kind].efficiency
     if measured is not None and measured.efficiency is not None:
         expected, low, high = (measured.efficiency * part for part in (1.0, 0.8, 1.2))
     return (peak * expected, peak * low, peak * high), f"{flops_text(peak)}/s x {expected:.2g}"
 
 
-def _before(job: PlanInput, mode: str, way: Way, plan: Plan) -> tuple[Before, str]:
-    """Return the seconds before the batches, and how they were computed."""
+def _before(job: PlanInput, way: Way, plan: Plan) -> tuple[Seconds, str]:
+    """Return the seconds of all stages but predicting, and how they were computed."""
     shape, kind, measured = job.preset.shape, job.devices.kind, job.measured
-    start = START_S["single" if mode == "single" else "ray"]
+    start = START_S["single" if way.mode == "single" else "ray"]
     load = load_seconds(
         shape,
         kind=kind,
@@ -310,7 +324,7 @@ def _before(job: PlanInput, mode: str, way: Way, plan: Plan) -> tuple[Before, st
         shape,
         kind=kind,
         shapes=len(plan.shapes),
-        replicas=way.workers // way.members,
+        replicas=way.replicas,
         members=way.members,
         strategy=way.strategy,
     )
@@ -318,16 +332,14 @@ def _before(job: PlanInput, mode: str, way: Way, plan: Plan) -> tuple[Before, st
         start, load, compiling = (part * measured.slowness for part in (start, load, compiling))
     quantizing = " with quantizing" if way.quantizes else ""
     text = f"load {duration(load)}{quantizing}, compile {duration(compiling)}"
-    asked = (mode, way.strategy, way.dtype, way.quantization)
-    if measured is not None and measured.way == asked:
+    if measured is not None and measured.way == way.name:
         start, load = measured.before_predict_s, 0.0
-        replicas = way.workers // way.members
-        others = (len(plan.shapes) - 1) / replicas if job.devices.is_host else 0.0
+        others = (len(plan.shapes) - 1) / way.replicas if job.devices.is_host else 0.0
         compiling = measured.compile_s * others
         text = f"start, load and first compile {duration(start)} as measured"
         if compiling:
             text += f", other compiles {duration(compiling)}"
-    before = Before(
+    before = Seconds(
         read=job.read_s, tokenize=job.tokenize_s, start=start, load=load, compile=compiling
     )
     return before, text

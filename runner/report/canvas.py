@@ -20,6 +20,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
+from runner.common.units import stopwatch
 from runner.report.lanes import ENDING, IDLE, PADDING, SLOWER, WORKING
 from runner.report.markup import Html
 from runner.telemetry.timeline import COMPILING, LOADING, LOST, PREDICTING, STARTING
@@ -122,15 +123,6 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def clock(seconds: float) -> str:
-    """Return seconds as a clock shows them: 7.25 -> 7.2 s, 73 -> 1:13, 3700 -> 1:01:40."""
-    if seconds < 60:
-        return f"{seconds:.1f}".removesuffix(".0") + " s"
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
-
-
 def draw_boxes(axes: Axes, boxes: Sequence[tuple[float, float, float, float]], role: str) -> None:
     """Draw (left, right, top, bottom) rectangles as one path; a run may have thousands."""
     vertices = [
@@ -146,7 +138,7 @@ def time_axis(axes: Axes, end_s: float) -> None:
     """Make x the seconds since the start of the run."""
     step = axis_step(end_s, 10)
     axes.xaxis.set_major_locator(FixedLocator(np.arange(0, end_s + step / 2, step).tolist()))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: clock(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: stopwatch(value)))
     axes.set_xlim(0, end_s)
 
 

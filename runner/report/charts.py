@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MultipleLocator, PercentFormatter
 
+from runner.common.units import mb, stopwatch
 from runner.report.canvas import (
     MARKS,
     axis_step,
-    clock,
     draw_boxes,
     label_line,
     mark_faults,
@@ -159,7 +159,7 @@ def forecasts(
     axes.set_ylim(max(0.0, low - room), top + room)
     time_axis(axes, end_s)
     axes.yaxis.set_major_locator(MultipleLocator(axis_step(top - low, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: clock(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: stopwatch(value)))
     axes.grid(axis="y")
     axes.set_ylabel("forecast of the end")
 
@@ -250,21 +250,20 @@ def memory(
     count = min(len(labels), MOST_BARS)
     places, left = np.arange(count), np.zeros(count)
     for _, role, sizes in parts:
-        megabytes = np.array(sizes[:count]) / 1e6
-        axes.barh(places, megabytes, left=left, height=0.62, color=MARKS[role])
-        left += megabytes
+        axes.barh(places, sizes[:count], left=left, height=0.62, color=MARKS[role])
+        left += sizes[:count]
     for place, total in zip(places, left, strict=True):
         axes.annotate(
-            f"{total:,.0f} MB",
+            mb(total),
             (total, place),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
         )
     name_bars(axes, labels[:count])
-    axes.set_xlim(0, max(float(left.max(initial=0.0)), 1.0) * 1.15)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.set_xlabel("peak MB of the machine's memory")
+    axes.set_xlim(0, max(float(left.max(initial=0.0)), 1e6) * 1.15)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: mb(value)))
+    axes.set_xlabel("peak of the machine's memory")
 
 
 def _count(value: float) -> str:

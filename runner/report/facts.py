@@ -12,6 +12,7 @@ import pandas as pd
 from runner.common.files import write_whole
 from runner.common.poolings import POOLINGS
 from runner.common.records import Faults, Tally, WorkerInfo, WorkerStats
+from runner.common.units import mb, tenths
 from runner.common.versions import versions
 from runner.config.run_config import RunConfig
 from runner.model.accuracy import describe
@@ -120,9 +121,9 @@ def summarize(report: dict[str, Any], config: RunConfig) -> str:
     rows, seconds, rates = report["rows"], report["seconds"], report["rates"]
     quantization = report["quantization"]
     lines = [
-        f"{rows['total']:,} rows -> {config.output} in {seconds['total']:.1f} s "
-        f"(predicting {seconds['predict']:.1f} s, merging {seconds['merge']:.1f} s, all else "
-        f"{seconds['total'] - seconds['predict'] - seconds['merge']:.1f} s)"
+        f"{rows['total']:,} rows -> {config.output} in {tenths(seconds['total'])} "
+        f"(predicting {tenths(seconds['predict'])}, merging {tenths(seconds['merge'])}, all else "
+        f"{tenths(seconds['total'] - seconds['predict'] - seconds['merge'])})"
     ]
     if rates["rows_per_s"]:
         padding = 1 - report["tokens"]["real"] / report["tokens"]["padded"]
@@ -134,10 +135,12 @@ def summarize(report: dict[str, Any], config: RunConfig) -> str:
     if quantization:
         lines.append(describe(quantization["mode"], quantization))
     if report["group"]:
-        held = ", ".join(f"{worker['weight_bytes'] / 1e6:,.0f}" for worker in report["workers"])
+        held = [mb(worker["weight_bytes"]).removesuffix(" MB") for worker in report["workers"]]
         idle = report["group"]["idle_share"]
         said = "" if idle is None else f"; they were idle {idle:.0%} of the time"
-        lines.append(f"{report['strategy']}: the members hold {held} MB of weights{said}")
+        lines.append(
+            f"{report['strategy']}: the members hold {', '.join(held)} MB of weights{said}"
+        )
     lines += what_happened(report)
     if config.uses_demo_model:
         lines.append(f"{DEMO} Name your own with --preset, --head-kernel and --head-bias.")
@@ -171,12 +174,12 @@ def _describe_rows(report: dict[str, Any]) -> Iterator[str]:
         # Some of these rows may be an earlier run's.
         yield (
             f"Averaged {_count(extra['rows'], 'row')} with predictions for swapped responses; this "
-            f"run spent {extra['seconds']:.1f} s on it."
+            f"run spent {tenths(extra['seconds'])} on it."
         )
     if deadline["limit_s"] is not None:
         slack_s = deadline["slack_s"]
         yield (
-            f"The submission was written {abs(slack_s):.1f} s "
+            f"The submission was written {tenths(abs(slack_s))} "
             f"{'before' if slack_s >= 0 else 'after'} the time limit of "
             f"{deadline['limit_s']:,.0f} s."
         )

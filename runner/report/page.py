@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from runner.common.files import write_whole
+from runner.common.units import mb, stopwatch
 from runner.report import charts, lanes, page_text
-from runner.report.canvas import COLOURS, clock, draw, variable
+from runner.report.canvas import COLOURS, draw, variable
 from runner.report.lanes import PARTS, SLOWER, Lane
 from runner.report.markup import Html, fill
 from runner.telemetry.timeline import Event, Span, Stage
@@ -250,7 +251,7 @@ def _faults(story: Story) -> Iterator[Html]:
         *((event.at_s, page_text.describe_event(event, story.noun)) for event in story.events),
         *((float(one["at_s"]), str(one["what"])) for one in story.report["deadline"]["events"]),
     ]
-    entries = [fill("event", at=clock(at_s), what=what) for at_s, what in sorted(said)]
+    entries = [fill("event", at=stopwatch(at_s), what=what) for at_s, what in sorted(said)]
     if len(entries) > MOST_LISTED:
         more = fill("event", at="", what=f"and {len(entries) - MOST_LISTED:,} more")
         entries = [*entries[:MOST_LISTED], more]
@@ -275,12 +276,12 @@ def _tables(story: Story) -> Iterator[Html]:
             str(one["device"]),
             f"{one['rows']:,}",
             f"{one['batches']:,}",
-            clock(one["busy_s"]),
-            clock(one["idle_s"]),
-            clock(one["load_s"]),
-            f"{one['compiled_shapes']} in {clock(one['compile_s'] - one['cached_s'])}",
-            f"{one['cached_shapes']} in {clock(one['cached_s'])}",
-            f"{one['peak_rss_bytes'] / 1e6:,.0f} MB",
+            stopwatch(one["busy_s"]),
+            stopwatch(one["idle_s"]),
+            stopwatch(one["load_s"]),
+            f"{one['compiled_shapes']} in {stopwatch(one['compile_s'] - one['cached_s'])}",
+            f"{one['cached_shapes']} in {stopwatch(one['cached_s'])}",
+            mb(one["peak_rss_bytes"]),
             str(one["restarts"]),
         )
         for name, one in zip(story.names, workers[:MOST_LISTED], strict=False)

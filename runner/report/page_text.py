@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from runner.common.units import duration, gb
+from runner.common.units import duration, flops_text, gb
 from runner.report.facts import DEMO, describe_devices
 from runner.report.lanes import ENDING, IDLE, PADDING, SLOWER, WORKING
 from runner.telemetry.timeline import COMPILING, LOADING, LOST, PREDICTING, STARTING, Event
@@ -160,9 +160,9 @@ def how_to_read_shares(report: dict[str, Any], parts: dict[str, float]) -> str:
     """Return what the shares of `lanes.shares` mean; parts: those above zero."""
     said = "All workers' time, from the start of the run to its end."
     if WORKING in parts:
-        rate = report["model"]["matmul_flops_per_s"] / 1e9
+        rate = flops_text(report["model"]["matmul_flops_per_s"])
         return (
-            f"{said} A large matrix product ran at {rate:,.0f} GFLOP/s on one of the devices. At "
+            f"{said} A large matrix product ran at {rate}/s on one of the devices. At "
             f"that rate, the model's matrix products make up {parts[WORKING]:.0%} of the time."
         )
     if SLOWER in parts:

@@ -41,11 +41,10 @@ def make_trace(
         devices: of each worker, by (replica, member). noun: for a replica, worker or group.
     """
     made = [*_names(devices, noun)]
-    made += [_complete(one.what, RUN, 0, one.start_s, one.end_s, {}) for one in stages]
+    made += [_complete(stage, stage.what, RUN, 0, {}) for stage in stages]
     for span in spans:
         thread = 2 * span.member + (span.what == COMPILING)
-        where = (span.replica + 1, thread, span.start_s, span.end_s)
-        made.append(_complete(_name(span), *where, _arguments(span)))
+        made.append(_complete(span, _name(span), span.replica + 1, thread, _arguments(span)))
     for event in events:
         process = RUN if event.replica is None else event.replica + 1
         instant = {"ph": "i", "name": event.what, "ts": _us(event.at_s), "s": "p"}
@@ -56,11 +55,11 @@ def make_trace(
 def _names(devices: dict[tuple[int, int], str], noun: str) -> Iterator[dict[str, Any]]:
     yield _metadata("process_name", RUN, 0, "the run")
     yield _metadata("thread_name", RUN, 0, "reading, tokenizing, merging")
-    for replica, member in devices:
+    for (replica, member), device in devices.items():
         process = replica + 1
         if member == 0:
             yield _metadata("process_name", process, 0, f"{noun} {replica}")
-        who = f"member {member}, {devices[replica, member]}"
+        who = f"member {member}, {device}"
         yield _metadata("thread_name", process, 2 * member, who)
         yield _metadata("thread_name", process, 2 * member + 1, f"member {member}, compiling")
 
@@ -70,10 +69,10 @@ def _metadata(what: str, process: int, thread: int, name: str) -> dict[str, Any]
 
 
 def _complete(
-    name: str, process: int, thread: int, start_s: float, end_s: float, arguments: dict[str, Any]
+    what: Span | Stage, name: str, process: int, thread: int, arguments: dict[str, Any]
 ) -> dict[str, Any]:
-    start = _us(start_s)
-    where = {"pid": process, "tid": thread, "ts": start, "dur": max(0, _us(end_s) - start)}
+    start, end = _us(what.start_s), _us(what.end_s)
+    where = {"pid": process, "tid": thread, "ts": start, "dur": max(0, end - start)}
     return {"ph": "X", "name": name, **where, "args": arguments}
 
 

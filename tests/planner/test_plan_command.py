@@ -18,6 +18,7 @@ from runner.common.errors import ConfigError, DataError
 from runner.common.machine import Devices, devices_here, named_devices
 from runner.common.records import Examples
 from runner.common.units import duration
+from runner.config.parser import parse_arguments
 from runner.config.run_config import RunConfig, make_config
 from runner.config.task import CONTEST
 from runner.demo import make_rows, train_tokenizer, write_test_set
@@ -166,6 +167,21 @@ class TestCommand:
             assert option["fits"] == (option["why_not"] is None)
             assert option["arithmetic"]
         assert find(plan, "data-parallel", None, "bfloat16")["fits"]
+
+    def test_its_command_runs_what_was_planned(self, planned):
+        kept = (
+            *("--sequence-length", "512", "--extra-passes", "swap", "--on-deadline", "fill"),
+            *("--log-dir", "logs", "--log-format", "json", "--metrics-port", "0", "--verbose"),
+        )
+        plan, text = planned("--device", "h200", "--pooling", "mean", *kept)
+        command = plan["recommendation"]["command"]
+        assert command[:2] == ["python", "run.py"]
+        config = parse_arguments(command[2:])
+        assert (config.plan, config.device) == (False, None)
+        assert (config.extra_passes, config.on_deadline, config.pooling) == ("swap", "fill", "mean")
+        assert (config.log_format, config.metrics_port, config.verbose) == ("json", 0, True)
+        assert "--sequence-length 512" in text
+        assert "--extra-passes swap" in text
 
     @pytest.mark.parametrize("flags", [
         ("--device", "t4"),

@@ -128,7 +128,7 @@ def test_a_group_of_three_keeps_two_key_value_heads_whole(built, family):
         if "/key/" in two.path or "/value/" in two.path:
             assert "model" in two.axes
             assert set(three.axes) == {None}
-            assert "key/value heads, 2, does not divide by the 3 devices" in three.reason
+            assert "key/value heads (2) is not divisible by the 3 devices" in three.reason
         else:
             assert three == two
 
@@ -159,12 +159,12 @@ def test_one_key_value_head_lies_whole_on_both_cards():
     layouts = {layout.path: layout for layout in lay_out("GemmaBackbone", weights, 2)}
     key = layouts["decoder_block_1/attention/key/kernel"]
     assert key.axes == (None, None, None)
-    assert "key/value heads, 1, does not divide by the 2 devices" in key.reason
+    assert "key/value heads (1) is not divisible by the 2 devices" in key.reason
     assert layouts["decoder_block_1/attention/query/kernel"].axes == ("model", None, None)
     assert replicated_reasons(tuple(layouts.values())) == (
-        "On every device lies a whole copy of decoder_block_0/pre_attention_norm/scale and 8 more "
+        "Every device holds a whole copy of decoder_block_0/pre_attention_norm/scale and 8 more "
         f"weights: {NORM}.",
-        "On every device lies a whole copy of decoder_block_0/attention/key/kernel and 3 more "
+        "Every device holds a whole copy of decoder_block_0/attention/key/kernel and 3 more "
         f"weights: {key.reason}.",
     )
 
@@ -174,7 +174,7 @@ def test_small_weights_of_no_rule_are_replicated_by_size():
     (layout,) = lay_out("GemmaBackbone", [state], 2)
     assert (layout.axes, layout.rule, layout.reason) == ((None,), "", TOO_SMALL)
     assert replicated_reasons([layout]) == (
-        f"On every device lies a whole copy of {state.path}: {TOO_SMALL}.",
+        f"Every device holds a whole copy of {state.path}: {TOO_SMALL}.",
     )
 
 
@@ -188,7 +188,7 @@ def test_small_weights_of_no_rule_are_replicated_by_size():
     ],
 )
 def test_a_large_weight_that_no_rule_claims_whole_is_an_error(path):
-    message = rf"GemmaBackbone that claim {path}: none\. Expected exactly one.*shape=\(48, 24\)"
+    message = rf"GemmaBackbone that match {path}: none\. Expected exactly one.*shape=\(48, 24\)"
     with pytest.raises(ValueError, match=message):
         lay_out("GemmaBackbone", [Weight(path, (48, 24))], 2)
 
@@ -198,7 +198,7 @@ def test_a_weight_that_two_rules_claim_is_an_error(monkeypatch, path, shape):
     axes = ("model", None)[: len(shape)]
     rules = (Rule(r"a/.*", axes), Rule(r".*/(kernel|scale)", axes))
     monkeypatch.setitem(RULES, "GemmaBackbone", rules)
-    with pytest.raises(ValueError, match=rf"claim {path}: 'a/\.\*', '\.\*/\(kernel\|scale\)'\. "):
+    with pytest.raises(ValueError, match=rf"match {path}: 'a/\.\*', '\.\*/\(kernel\|scale\)'\. "):
         lay_out("GemmaBackbone", [Weight(path, shape)], 2)
 
 
@@ -229,7 +229,10 @@ def test_a_dim_that_must_be_split_and_does_not_divide_is_an_error(path, dim):
         Weight(w.path, (*w.shape[:dim], 9, *w.shape[dim + 1 :])) if w.path == path else w
         for w in weights
     ]
-    message = rf"Dim {dim} of {path} is split .*QwenBackbone: 1, 3\. Received: group_size=2, shape="
+    message = (
+        rf"Dim {dim} of {path} cannot be split .*QwenBackbone: 1, 3\. "
+        r"Received: group_size=2, shape="
+    )
     with pytest.raises(ValueError, match=message):
         lay_out("QwenBackbone", odd, 2)
     assert lay_out("QwenBackbone", odd, 3)

@@ -52,7 +52,6 @@ import runner.executors.ray.session
 import runner.executors.ray.setup
 import runner.executors.single
 import runner.model.injected_faults
-import runner.model.slice_worker
 import runner.model.stage_worker
 import runner.model.worker
 import runner.report.gather
@@ -971,8 +970,8 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, *, cores: int = 2) ->
         *(runner.cli, runner.common.files, runner.data.submission, *ray_rooms),
         *(executors.failures, executors.group, executors.setup),
         *(runner.driver.passes, runner.driver.run, runner.driver.setting, runner.driver.swap_pass),
-        *(runner.model.injected_faults, runner.model.slice_worker, runner.model.stage_worker),
-        *(runner.model.worker, runner.telemetry.timeline),
+        *(runner.model.injected_faults, runner.model.stage_worker, runner.model.worker),
+        runner.telemetry.timeline,
     ):
         patch(module, "time", seen)
 
