@@ -1,7 +1,7 @@
-"""Calls to workers -> their answers and failures, as they come; and a clock to wait by.
+"""Calls to workers -> answers and failures as they arrive, and the clock that times them.
 
-Every answer arrives through one `ray.wait`, so a dead worker is seen as a failed call. Does not
-know what was asked, nor what becomes of a failure.
+All answers arrive through one `ray.wait`, so a dead worker shows as a failed call. Does not know
+what was asked or what happens after a failure.
 """
 
 import time
@@ -18,11 +18,11 @@ from runner.common.units import mb
 from runner.executors.ray.group import Group, Step
 from runner.executors.ray.session import check_ray
 
-# Seconds between looks at the clock when nothing arrives.
+# Seconds to wait for an answer before the clock is read again.
 WAIT_S = 0.2
-# A look at the clock that comes so late was late for the workers too: the machine was suspended.
+# If the clock is read later than this, the machine was suspended, and the workers with it.
 LONGEST_LOOK_S = 10.0
-# What Ray raises if a worker's process or its machine has ended.
+# What Ray raises when a worker's process or its machine is gone.
 DEATHS = (
     ray.exceptions.RayActorError,
     ray.exceptions.WorkerCrashedError,
@@ -34,13 +34,13 @@ STORE_FULL = (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError
 
 
 class Clock:
-    """Seconds that workers have had: it stands still while the machine is suspended."""
+    """The seconds that workers have had; it stops while the machine is suspended."""
 
     def __init__(self) -> None:
         self.now, self._looked_at = 0.0, time.monotonic()
 
     def look(self) -> None:
-        """Let it go on to this moment."""
+        """Advance it to this moment."""
         now = time.monotonic()
         self.now += min(now - self._looked_at, LONGEST_LOOK_S)
         self._looked_at = now
@@ -58,8 +58,8 @@ def finished_steps(
     """Wait for calls to end and yield the steps whose last answer has come.
 
     Args:
-        is_idle_right: whether there may be no call at all.
-        on_death: a worker of a group has died. on_failure: one has raised an error.
+        is_idle_right: whether it is right that no call is in flight.
+        on_death: called when a group's worker has died. on_failure: when one has raised an error.
     """
     owners = {reference: group for group in groups for reference in group.calls}
     if not owners:
@@ -71,13 +71,13 @@ def finished_steps(
     ready, _ = ray.wait(references, num_returns=1, timeout=timeout_s)
     if ready:
         ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
-    # First of all: else each worker that ended with Ray would be taken for a death of its own.
+    # First: if Ray itself has ended, the workers' deaths are not their own.
     check_ray()
     clock.look()
     for reference in ready:
         group = owners[reference]
         if reference not in group.calls:
-            continue  # of an actor that was seen dead a moment ago
+            continue  # of an actor that was found dead in this loop
         step, place = group.calls.pop(reference)
         try:
             step.answers[place] = ray.get(reference)
@@ -97,10 +97,10 @@ def finished_steps(
 
 
 def store(tokens: TokenTable) -> ray.ObjectRef:
-    """Put the tokens where workers on this machine read them without a copy.
+    """Put the tokens into Ray's object store, where workers on this machine read them in place.
 
     Raises:
-        WorkerError: there is no room for them.
+        WorkerError: the store has no room for them.
     """
     try:
         return ray.put(tokens)
@@ -113,7 +113,7 @@ def store(tokens: TokenTable) -> ray.ObjectRef:
 
 
 def get_within(asked: ray.ObjectRef, within_s: float) -> Any:
-    """Return an answer, looking after Ray while it is waited for."""
+    """Return an answer; check that Ray still runs while waiting."""
     end = time.monotonic() + within_s
     while True:
         left_s = end - time.monotonic()
@@ -125,7 +125,7 @@ def get_within(asked: ray.ObjectRef, within_s: float) -> Any:
 
 @contextmanager
 def ray_errors() -> Iterator[None]:
-    """Turn what Ray itself raises within into a WorkerError."""
+    """Turn Ray's own errors into WorkerError."""
     try:
         yield
     except ray.exceptions.RayError as error:

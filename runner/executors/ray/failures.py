@@ -1,6 +1,6 @@
-"""Workers that die, hang or raise -> replicas that are started again or given up, or an error.
+"""Workers that die, hang or raise -> replicas that are restarted or given up, or an error.
 
-What becomes of the rows is `recovery.py`'s. Does not know batches that go well.
+`recovery.py` decides what happens to their rows. Does not know batches that succeed.
 """
 
 import time
@@ -15,17 +15,17 @@ from runner.executors.ray.crew import Crew
 from runner.executors.ray.group import Group, Step
 from runner.telemetry.logs import worker_log
 
-# A replica is given up after this many replacements that no batch explains.
+# A replica is given up after this many restarts that no batch explains.
 MAX_RESTARTS = 3
-# A worker that takes longer for a step is taken to hang. The slowest compile and load fit.
+# A worker hangs if a step takes longer. The slowest compile and load fit.
 STEP_WITHIN_S = {"ping": 300.0, "meet": 120.0, "tokens": 300.0, "load": 600.0, "compile": 1800.0}
 SLOWEST_LOAD_BYTES_PER_S = 20e6
-# Seconds that a run whose nodes are all gone waits for another.
+# Seconds that a run without nodes waits for a new one.
 NODE_COMES_WITHIN_S = 300.0
 
 
 class Failures:
-    """What a run does about workers that fail.
+    """Handles workers that fail.
 
     Args:
         go_on: called with a step whose failure does not matter, as if it were done.
@@ -38,7 +38,7 @@ class Failures:
         self._looked_for_hung_at = 0.0
 
     def died(self, group: Group, death: Exception) -> None:
-        """A worker's process has ended.
+        """Handle the end of a worker's process.
 
         Raises:
             WorkerError: no replica is left.
@@ -47,22 +47,22 @@ class Failures:
         self._bury(group, "its worker died", death)
 
     def failed(self, group: Group, step: Step, failure: ray.exceptions.RayTaskError) -> None:
-        """A worker raised an error: find another way for the batch, or end the run.
+        """Handle an error that a worker raised: try the batch in another way, or end the run.
 
         Raises:
-            ArenaRunnerError: that of the worker, if no other way is left.
+            ArenaRunnerError: the worker's error, if no other way is left.
         """
         cause = failure.cause
         while isinstance(cause, ray.exceptions.RayTaskError):
             cause = cause.cause  # handed on from an earlier stage
         is_ours = isinstance(cause, ArenaRunnerError)
         if isinstance(cause, DEATHS) or (not is_ours and group.actors.has_lost_one()):
-            # Those who work with the dead one may hear of it sooner than we do.
+            # The other members may notice a death before the driver does.
             self.died(group, failure)
             return
         is_memory = isinstance(cause, DeviceMemoryError)
         if step.what == "compile" and is_memory:
-            # Predicting says it again, of a batch that can then be split.
+            # Predicting will fail in the same way, and that batch can be split.
             step.answers = [CompileInfo(0.0, cached=False)] * len(step.answers)
             group.forget(step)
             self._go_on(group, step)
@@ -80,15 +80,17 @@ class Failures:
             said = f"{type(cause).__name__}: {first_line(cause)}"
             recovery.failed(group.number, step.payload, failure, said)
         if group.strategy_name == "tensor":
-            # The other members wait for the one that failed.
+            # The other members still wait for the one that failed.
             for batch in group.end():
                 backlog.put_back(batch, group.number)
             backlog.release(group.number)
             crew.spawn(group)
 
     def _explain(self, group: Group, step: Step, cause: BaseException) -> ArenaRunnerError:
-        """Return the error that a worker raised, named by replica and step, or by batch and rows;
-        of files that do not fit nothing more is to be said."""
+        """Return a worker's error with its replica and step, or its batch and rows.
+
+        Errors about the user's files need no more words.
+        """
         replica = f"{group.noun.capitalize()} {group.number}"
         if not isinstance(cause, ArenaRunnerError):
             said = f"{type(cause).__name__}: {first_line(cause)}"
@@ -98,7 +100,7 @@ class Failures:
         return cause
 
     def end_hung(self) -> None:
-        """End groups that take far longer for something than they should.
+        """End groups whose oldest step has run far longer than it should.
 
         Raises:
             WorkerError: no replica is left.
@@ -120,7 +122,7 @@ class Failures:
                     f"{doing}, at most {limit:.0f} are expected; ended",
                 )
                 if step.what == "predict":
-                    # Those behind it did no harm.
+                    # The batches behind it are not to blame.
                     for batch in tuple(group.in_flight)[1:]:
                         group.in_flight.remove(batch)
                         crew.at_work.backlog.put_back(batch, group.number)
@@ -128,7 +130,7 @@ class Failures:
                 break
 
     def _limit_s(self, group: Group, step: Step) -> float:
-        """Return the seconds after which a step is taken to hang."""
+        """Return the seconds after which a step counts as hung."""
         crew = self._crew
         if step.what == "predict":
             return crew.at_work.dealer.batch_limit_s(group, step.payload, crew.left_s())
@@ -140,7 +142,7 @@ class Failures:
         """Give up replicas whose node is gone.
 
         Raises:
-            WorkerError: all are, and no other node came.
+            WorkerError: all nodes are gone, and no new one came.
         """
         crew = self._crew
         if not crew.places.may_grow:
@@ -161,7 +163,7 @@ class Failures:
             )
 
     def _desert(self, group: Group) -> None:
-        """A node is gone, and a group with it: others do its work, if there are some."""
+        """Give up a group whose node is gone; other groups take its work."""
         crew, batches = self._crew, group.give_up()
         crew.at_work.recovery.lost(group.number, batches, "its node was lost")
         crew.places.forget(group.number)
@@ -173,7 +175,7 @@ class Failures:
         )
 
     def _bury(self, group: Group, reason: str, cause: Exception | None = None) -> None:
-        """Take back the batches of a group that lost a worker and replace it, if it may be."""
+        """Take back the batches of a group that lost a worker, and restart or give up the group."""
         crew = self._crew
         if crew.places.has_lost(slot.node for slot in group.slots):
             self._desert(group)
@@ -212,5 +214,5 @@ class Failures:
 
 
 def load_within_s(stored_bytes: int) -> float:
-    """Return the seconds in which a model's files are loaded, as slow as they may be."""
+    """Return the most seconds that loading a model's files may take."""
     return STEP_WITHIN_S["load"] + stored_bytes / SLOWEST_LOAD_BYTES_PER_S

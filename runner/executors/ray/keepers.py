@@ -1,7 +1,6 @@
-"""One actor on each node of a cluster: it says what the node has, and receives the model's files.
+"""One actor for each node of a cluster: it describes the node and receives the model's files.
 
-Does not know which nodes there are, nor what workers do there: `nodes.py` decides where to place
-them.
+Does not know which nodes exist or what workers do there: `nodes.py` places them.
 """
 
 import importlib.metadata
@@ -26,20 +25,20 @@ from runner.common.units import gb
 from runner.executors.ray.shipping import SHIP, Parcel, Receiver, at, pieces
 from runner.preset.resolve import ANSWERS_DEPEND_ON
 
-# Seconds in which a node must have started a process with the run's code, and in which it must
-# have looked for files or written a piece of one.
+# Seconds in which a node must start a process with the run's code, and in which it must find
+# files or write a piece of one.
 ANSWERS_WITHIN_S, WRITES_WITHIN_S = 120.0, 300.0
-# Seconds between looks whether the run has ended meanwhile.
+# Seconds between checks whether the run has ended.
 WAIT_S = 0.5
-# Pieces of a file on their way: so much of Ray's object store they take.
+# Pieces of a file in flight, which take room in Ray's object store.
 PIECES_IN_FLIGHT = 3
-# A parcel of this size or more is named when it is sent.
+# Sending a parcel of this size or more is announced.
 WORTH_SAYING_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a node says of itself.
+    """A node's description of itself.
 
     gpu_dtype: the 16-bit dtype of its GPUs, gpu_memory_bytes: of the smallest; None if it has none.
     cache: its own folder for compiled programs.
@@ -53,13 +52,13 @@ class Facts:
 
 
 class Keeper(Receiver):
-    """The actor that receives a run's files on one node, and knows the node."""
+    """The actor that receives a run's files on one node and describes the node."""
 
     def __init__(self) -> None:
         super().__init__(cache_folder() / "files")
 
     def facts(self) -> Facts:
-        """Return what this node is."""
+        """Describe this node."""
         return Facts(
             versions_here(),
             machine.cores_here(),
@@ -73,26 +72,26 @@ class Keepers:
     """The keepers of the nodes that a run may use.
 
     Args:
-        name: of a node's id, what a user calls the node.
+        name: turns a node's id into its name for users.
         note: shows a sentence to the user.
-        stop: set when the run ends: nothing is waited for from then on.
+        stop: set when the run ends, so that nothing waits any longer.
 
     Attributes:
-        facts: of each node that was asked. refused: nodes that cannot take part.
+        facts: of each node that has answered. refused: nodes that cannot take part.
     """
 
     def __init__(
         self, name: Callable[[str], str], note: Callable[[str], None], stop: threading.Event
     ) -> None:
         self._name, self._note, self._stop = name, note, stop
-        # Whether to send what nodes could read at its own path, as on a shared file system.
+        # Whether to send even files that nodes can read at their path, as on a shared file system.
         self._even_here = os.environ.get(SHIP) == "always"
         self._running: dict[str, Any] = {}
         self.facts: dict[str, Facts] = {}
         self.refused: set[str] = set()
 
     def hire(self, nodes: Iterable[str]) -> None:
-        """Start a keeper on each node and learn what the node is."""
+        """Start a keeper on each node and ask it for the node's facts."""
         nodes = list(nodes)
         for node in nodes:
             self._running[node] = (
@@ -109,7 +108,7 @@ class Keepers:
         """Refuse nodes whose versions differ from those of this process.
 
         Raises:
-            ConfigError: one does, and they are the first of the run.
+            ConfigError: one differs, and these are the run's first nodes.
         """
         ours = versions_here()
         for node in nodes:
@@ -118,7 +117,7 @@ class Keepers:
                 continue
             message = (
                 f"Node {self._name(node)} must have the versions that this process has, for the "
-                f"same answers: expected {_listed(ours)}. Received: {_listed(facts.versions)}"
+                f"same answers. Expected: {_listed(ours)}. Received: {_listed(facts.versions)}"
             )
             if is_first:
                 raise ConfigError(message)
@@ -127,8 +126,7 @@ class Keepers:
     def ship(
         self, nodes: list[str], spec: ModelSpec, parcels: Iterable[Parcel]
     ) -> dict[str, ModelSpec]:
-        """Make sure that nodes have the files; return the spec with the paths there, for each node
-        that has them all."""
+        """Make sure that nodes have the files; return each ready node's spec with its paths."""
         self.hire(node for node in nodes if node not in self._running)
         paths: dict[str, dict[str, str]] = {node: {} for node in nodes}
         for parcel in parcels:
@@ -147,7 +145,7 @@ class Keepers:
         self._running.clear()
 
     def _send(self, nodes: list[str], parcel: Parcel) -> dict[str, Any]:
-        """Send a parcel to nodes, each piece once into Ray's object store for all of them."""
+        """Send a parcel to nodes; each piece goes into Ray's object store once."""
         if parcel.field == "preset" or parcel.bytes > WORTH_SAYING_BYTES:
             names = ", ".join(map(self._name, nodes))
             self._note(f"sending {parcel.field} ({gb(parcel.bytes)}) to {names}")
@@ -179,7 +177,7 @@ class Keepers:
         }
 
     def _answers(self, calls: dict[str, Any], within_s: float) -> dict[str, Any]:
-        """Wait for keepers; those that fail or do not answer are left out from now on."""
+        """Wait for keepers; nodes whose keeper fails or does not answer are refused."""
         end, waiting = time.monotonic() + within_s, list(calls.values())
         while waiting and not self._stop.is_set() and time.monotonic() < end:
             _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=WAIT_S)
@@ -204,7 +202,7 @@ class Keepers:
 
 
 def versions_here() -> dict[str, str]:
-    """Return the versions that must be alike on all machines of a run."""
+    """Return the versions that all machines of a run must share."""
     found = {"python": ".".join(platform.python_version_tuple()[:2])}
     for package in ANSWERS_DEPEND_ON:
         try:

@@ -1,8 +1,7 @@
-"""A cluster that was joined -> places for workers on its nodes, with the model's files there, at
-the start and while nodes come and go.
+"""Nodes of a joined cluster -> places for workers, with the model's files, as nodes come and go.
 
-A thread of its own does what waits for nodes, so that no batch waits for them. Does not know
-batches, actors that predict, or what becomes of a dead worker's rows: `replicas.py` takes the
+Everything that waits for nodes runs in its own thread, so no batch waits for it. Does not know
+batches, the actors that predict, or what happens to a dead worker's rows: `replicas.py` takes the
 replicas that are ready, and asks which nodes are lost.
 """
 
@@ -28,17 +27,17 @@ from sharding.kinds import KINDS, auto_dtype
 from sharding.strategies import Strategy
 from sharding.topology import Node, WorkerSlot, place_on_nodes
 
-# Seconds between looks at which nodes there are.
+# Seconds between checks for new and lost nodes.
 LOOK_EVERY_S = 2.0
-# Seconds in which the head must say which nodes there are; Ray ends a driver without one in 60.
+# Seconds in which the head must answer; after 60, Ray ends a driver without a head.
 HEAD_ANSWERS_WITHIN_S = 40.0
-# Seconds in which what an earlier run held must be free again.
+# Seconds to wait for resources that an earlier run has just released.
 ROOM_WITHIN_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What workers load: its paths on this machine, how a replica's members hold it, its files."""
+    """What workers load: its paths here, how a replica's members split it, and its files."""
 
     spec: ModelSpec
     strategy: Strategy | None
@@ -46,11 +45,11 @@ class Model:
 
 
 class Cluster:
-    """Which nodes there are, and what each has free."""
+    """The nodes that are alive, and their free resources."""
 
     def __init__(self) -> None:
         self._names: dict[str, str] = {}
-        # Since when the head is asked which nodes there are, None if it has answered.
+        # When the unanswered question to the head was asked, None if there is none.
         self._asking_since: float | None = None
 
     def alive(self, kind: str) -> dict[str, Node]:
@@ -62,7 +61,7 @@ class Cluster:
         names = Counter(one["NodeName"] for one in alive)
         for one in alive:
             name, number = one["NodeName"], one["NodeID"]
-            # Several on one machine share its address, which is their name.
+            # Nodes on one machine share its address, which Ray uses as their name.
             self._names[number] = name if names[name] < 2 else f"{name} ({number[:8]})"
         ids = sorted((one["NodeID"] for one in alive), key=lambda node: (self.name(node), node))
         return {node: _free_of(node, free.get(node, {}), kind) for node in ids}
@@ -85,13 +84,13 @@ class Nodes:
     """The nodes of a joined cluster that this run may use.
 
     Args:
-        num_workers: the most workers there are to be, None for as many as the nodes suggest.
-        is_tensor: groups are of the kind that should lie on one node.
+        num_workers: the most workers to place, None for one on each free device.
+        is_tensor: whether the members of a group should be on one node.
         note: shows a sentence to the user.
 
     Raises (from `open` and `take_ready`):
-        ConfigError: no node has room, or their versions are not those of this process.
-        WorkerError: no node could be made ready.
+        ConfigError: no node has room, or the nodes' versions differ from this process'.
+        WorkerError: no node could be prepared.
     """
 
     def __init__(
@@ -112,7 +111,7 @@ class Nodes:
         self._keepers = Keepers(self.name, note, self._stop)
         # Nodes that have had workers.
         self._used: set[str] = set()
-        # Replica -> its places, for as long as it lives or may be started again.
+        # Replica -> its places, while it lives or may be restarted.
         self._placed: dict[int, tuple[WorkerSlot, ...]] = {}
         self._next_replica = 0
         self._ready: SimpleQueue[Ready] = SimpleQueue()
@@ -138,7 +137,7 @@ class Nodes:
         return min((one.gpu_memory_bytes for one in facts if one.gpu_memory_bytes), default=None)
 
     def start(self, spec: ModelSpec, strategy: Strategy | None) -> None:
-        """Begin to bring the model's files to the nodes, and to look for new ones."""
+        """Start to copy the model's files to the nodes and to watch for new nodes."""
         thread = threading.Thread(
             target=self._work, args=(spec, strategy), daemon=True, name="nodes"
         )
@@ -146,7 +145,7 @@ class Nodes:
         thread.start()
 
     def take_ready(self) -> list[Ready]:
-        """Return the replicas that became ready to be started since the last call."""
+        """Return the replicas that have become ready to start since the last call."""
         if self._failure is not None:
             raise self._failure
         self._cluster.check_head()
@@ -157,16 +156,16 @@ class Nodes:
         return found
 
     def has_lost(self, nodes: Iterable[str]) -> bool:
-        """Ask now whether one of these nodes is gone: a worker there has died."""
+        """Ask Ray whether one of these nodes is gone; called when a worker there has died."""
         alive = {one["NodeID"] for one in ray.nodes() if one["Alive"]}
         return not alive.issuperset(nodes)
 
     def forget(self, replica: int) -> None:
-        """A replica lost its node: its workers may be placed elsewhere."""
+        """Release the places of a replica that has lost its node."""
         self._placed.pop(replica, None)
 
     def close(self) -> None:
-        """Do no more; the files stay where they are."""
+        """Stop all work; the copied files stay on the nodes."""
         self._stop.set()
         self._at_close.close()
         with suppress(ray.exceptions.RayError):
@@ -176,10 +175,10 @@ class Nodes:
         try:
             model = Model(spec, strategy, parcels(spec))
             if not self._make_ready(self._first, model):
-                raise WorkerError("No node could be made ready; the lines above say why.")
+                raise WorkerError("No node could be prepared; the lines above say why.")
             self._used |= {slot.node for slot in self._first}
             while not self._stop.wait(LOOK_EVERY_S):
-                # What fails here for good fails in the calls to workers too, which say so.
+                # A lasting failure also shows in the calls to workers, which report it.
                 with suppress(ray.exceptions.RayError):
                     self._look(model)
         except Exception as failure:
@@ -187,11 +186,11 @@ class Nodes:
                 self._failure = failure
 
     def _look(self, model: Model) -> None:
-        """See which nodes are gone, and put workers on those that came."""
+        """Find lost nodes, and place workers on new ones."""
         alive = self._cluster.alive(self.kind)
         self.lost = frozenset(self._used - alive.keys())
         if self._num_workers is None:
-            # Those that are in use have as many as they should.
+            # Nodes in use already have all their workers.
             candidates, wanted = alive.keys() - self._used, None
         else:
             placed = sum(map(len, list(self._placed.values())))
@@ -199,7 +198,7 @@ class Nodes:
         candidates -= self._keepers.refused
         if not candidates or wanted == 0:
             return
-        # In the order of their names, as `alive` has them.
+        # Keep the order of `alive`, by name.
         nodes = {name: node for name, node in alive.items() if name in candidates}
         ready = self._make_ready(self._place(nodes, wanted, is_first=False), model)
         self._used |= {slot.node for slot in ready}
@@ -207,8 +206,10 @@ class Nodes:
             self._note(f"node {self.name(node)} joins with {count} workers")
 
     def _wait_for_room(self) -> dict[str, Node]:
-        """Return the nodes once they have room, or after a while as they are: those who have just
-        left are still counted for some seconds."""
+        """Return the nodes once they have room, at the latest after `ROOM_WITHIN_S`.
+
+        Ray counts workers that have just ended for some seconds.
+        """
         end = time.monotonic() + ROOM_WITHIN_S
         while True:
             nodes = self._cluster.alive(self.kind)
@@ -220,7 +221,7 @@ class Nodes:
     def _place(
         self, nodes: dict[str, Node], num_workers: int | None, *, is_first: bool
     ) -> tuple[WorkerSlot, ...]:
-        """Choose places, ask those nodes what they are, and leave out those that cannot do it."""
+        """Choose places, check their nodes, and leave out the nodes that cannot take part."""
         keepers = self._keepers
         while True:
             slots = self._choose(nodes, num_workers)
@@ -263,7 +264,7 @@ class Nodes:
         )
 
     def _with_cores(self, node: Node) -> Node:
-        """A node is this run's alone if all of its cores are free: then workers keep to some."""
+        """Add a node's cores, to pin workers to them, if the run has the whole node."""
         facts = self._keepers.facts.get(node.id)
         is_whole = facts is not None and len(facts.cores) == node.cpus
         return replace(node, cores=facts.cores) if facts is not None and is_whole else node
@@ -281,8 +282,11 @@ class Nodes:
         return next(iter(found.values())) or "auto"
 
     def _make_ready(self, slots: Sequence[WorkerSlot], model: Model) -> tuple[WorkerSlot, ...]:
-        """Bring the files to the nodes of these workers, and hand on the groups that have them;
-        return the places of those."""
+        """Copy the files to these workers' nodes and queue the groups that have them all.
+
+        Returns:
+            The places of those groups.
+        """
         nodes = list(dict.fromkeys(slot.node for slot in slots))
         specs = self._keepers.ship(nodes, model.spec, model.parcels)
         self._keepers.dismiss()

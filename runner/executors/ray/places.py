@@ -1,6 +1,5 @@
-"""Where replicas may be started: on this machine, or on the nodes of a cluster (`nodes.py`).
-
-Both say it in the same way: one `Places`, and the machine's own.
+"""Where replicas may start: the protocol `Places`, and this machine's places (`nodes.py`: a
+cluster's).
 """
 
 from collections.abc import Iterable
@@ -21,8 +20,8 @@ class Places(Protocol):
     """Places for workers, from the start of a run to its end.
 
     Attributes:
-        kind: of the devices, once it is open.
-        may_grow: whether others may come, so that a run without replicas waits for them.
+        kind: of the devices, known after `open`.
+        may_grow: whether more places may come, so a run without replicas waits for them.
         lost: ids of nodes that have had workers and are gone.
     """
 
@@ -31,33 +30,35 @@ class Places(Protocol):
     lost: frozenset[str]
 
     def open(self, dtype: str) -> tuple[int, str]:
-        """Find the devices; return how many replicas they hold, and what `dtype` means on them,
-        `auto` if only a worker can tell."""
+        """Find the devices; return how many replicas they hold, and what `dtype` means on them.
+
+        `auto` stays `auto` if only a worker can tell.
+        """
 
     def memory_bytes(self) -> int | None:
         """Return the memory of the smallest GPU of these places, None if not known."""
 
     def start(self, spec: ModelSpec, strategy: Strategy | None) -> None:
-        """Begin to make places ready for a model, held in this way."""
+        """Start to prepare places for a model, split by `strategy`."""
 
     def take_ready(self) -> list[Ready]:
-        """Return the replicas that became ready to be started since the last call."""
+        """Return the replicas that have become ready to start since the last call."""
 
     def has_lost(self, nodes: Iterable[str]) -> bool:
-        """Ask now whether one of these nodes is gone."""
+        """Check whether one of these nodes is gone."""
 
     def forget(self, replica: int) -> None:
-        """A replica is gone for good: its places may be given to others."""
+        """Release the places of a replica that is gone for good."""
 
     def name(self, node: str) -> str:
         """Return what a user calls a node."""
 
     def close(self) -> None:
-        """Do no more."""
+        """Stop all work."""
 
 
 class Here:
-    """This machine, in a Ray that is started for the run."""
+    """Places on this machine, in a Ray that is started for the run."""
 
     def __init__(self, *, num_workers: int | None, group_size: int, verbose: bool) -> None:
         self._num_workers = num_workers
