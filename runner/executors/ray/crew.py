@@ -1,4 +1,4 @@
-"""The replicas of a run and the pass that they work at: what feeding and replacing them share."""
+"""The replicas of a run and their current pass, which feeding and replacing them share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,8 +16,8 @@ from runner.telemetry.timeline import Timeline
 class Crew:
     """The replicas of a run, from its start to its end.
 
-    at_work: the current pass; an empty one before the first. left_s: the seconds in which rows can
-    still be predicted. stored_bytes: of the model's files.
+    at_work: the current pass; an empty one before the first. left_s: returns the seconds left for
+    predicting. stored_bytes: the size of the model's files.
     """
 
     places: Places
@@ -43,5 +43,5 @@ class Crew:
         group.spawn()
 
     def note_fault(self, group: Group, said: str, **facts: str) -> None:
-        """Report what went wrong with a group."""
+        """Report a fault of a group."""
         self.progress.note(said, event="fault", replica=group.number, **facts)

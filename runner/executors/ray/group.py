@@ -1,6 +1,6 @@
-"""One replica that Ray runs: what was asked of its actors, what came of it, and their restarts.
+"""One replica that Ray runs: the calls to its actors, their answers, and restarts.
 
-Does not know other replicas, the plan, or when to give up: `replicas.py` decides that.
+Does not know other replicas, the plan, or when to give up: `failures.py` decides that.
 """
 
 import secrets
@@ -20,15 +20,15 @@ from runner.telemetry.timeline import COMPILING, LOADING, LOST, STARTING, Timeli
 from sharding.batches import Batch, BatchShape
 from sharding.dealing import BATCHES_IN_FLIGHT, ReplicaState
 
-# Batches in flight in a pipeline beyond one for each stage, so that no stage waits for a hand-over.
+# Batches in flight in a pipeline beyond one a stage, so that no stage waits for the one before.
 EXTRA_IN_PIPELINE = 2
 
 
 @dataclass(slots=True, eq=False)
 class Step:
-    """One thing asked of a group: the answers of those members that have a part in it.
+    """One request to a group, with the answers of the members that take part.
 
-    asked_at: by the dispatcher's clock, in seconds. asked_s: by the timeline's.
+    asked_at: seconds by the dispatcher's clock. asked_s: seconds by the timeline's.
     """
 
     what: str
@@ -40,16 +40,15 @@ class Step:
 
 
 class Group(ReplicaState):
-    """The workers of one replica, through the lives of several sets of actors.
+    """The workers of one replica; after a restart, new actors in the same places.
 
-    The life of actors is a chain of steps: ping, (meet,) load, tokens, compile for each shape,
-    predict for each batch. `calls` holds what is under way: reference -> (step, place of its
-    answer).
+    Actors pass through steps: ping, (meet,) load, tokens, compile for each shape, predict for each
+    batch. `calls` holds the calls in flight: reference -> (step, index of its answer).
 
     Args:
         family, verbose: as for `Actors`.
-        timeline: keeps what each member did when.
-        clock: the dispatcher's, in seconds.
+        timeline: records what each member did and when.
+        clock: returns the dispatcher's time, in seconds.
     """
 
     def __init__(
@@ -77,9 +76,9 @@ class Group(ReplicaState):
         self.stats = [WorkerStats(slot.replica, slot.member, slot.kind) for slot in slots]
         self.calls: dict[Any, tuple[Step, int]] = {}
         self.loaded = self.has_tokens = False
-        # Those that count against it: not those that a batch explains.
+        # Only restarts that no batch explains.
         self.restarts = 0
-        # By `time.monotonic()`, of the last time that it became ready.
+        # By `time.monotonic()`: when it last became ready.
         self.ready_at = self._alive_s = 0.0
         self._timeline = timeline
         self._clock = clock
@@ -90,22 +89,22 @@ class Group(ReplicaState):
             placement=self._placement,
             family=family,
             verbose=verbose,
-            # Of this machine, whatever a worker's own folder is.
+            # Absolute: a worker's own folder is another.
             log_folder=str(log_folder.resolve()) if log_folder is not None else None,
         )
         self.spawn()
 
     def spawn(self) -> None:
-        """Fill the slots with new actors and send them to load."""
+        """Start new actors in the slots and let them load."""
         self.spawned_at = self._clock()
         self.actors = self._start(self._ready)
         self._ask("ping", self.actors.ping())
-        # The members of a tensor group load when they know where to meet.
+        # Members of a tensor group load once they know where to meet.
         if self.strategy_name != "tensor":
             self._ask("load", self.actors.load())
 
     def go_on_after(self, step: Step) -> None:
-        """Note when a step of starting up was done, and ask for what must follow."""
+        """Record a finished step of starting up, and start the next one."""
         if what := {"ping": STARTING, "load": LOADING}.get(step.what):
             for slot in self.slots:
                 self._timeline.add(what, slot.replica, slot.member, step.asked_s)
@@ -130,7 +129,7 @@ class Group(ReplicaState):
             stats.introduce(info)
 
     def hand_tokens(self, tokens: Any) -> None:
-        """Give the reference of the token table to those who read it."""
+        """Pass the reference of the token table to the members that read it."""
         self.has_tokens = False
         self._ask("tokens", self.actors.hold_tokens(tokens))
 
@@ -151,14 +150,14 @@ class Group(ReplicaState):
             )
 
     def start(self, batch: Batch) -> None:
-        """Send a batch on its way."""
+        """Start to predict a batch."""
         self.in_flight.append(batch)
         self._ask("predict", self.actors.predict(batch), batch)
 
     def replace_by_one(self, tokens: Any) -> Actors:
-        """End the group; return a new actor in the place of its first member, which holds no model.
+        """End the group; return a new actor, without a model, in the place of its first member.
 
-        The members of a tensor group cannot compute alone, and a device has no room for more.
+        Members of a tensor group cannot compute alone, and a device has no room for another worker.
         """
         self.end()
         self.actors = self._start(self._ready.first_alone())
@@ -166,13 +165,12 @@ class Group(ReplicaState):
         return self.actors
 
     def take_result(self, step: Step) -> tuple[BatchResult, float]:
-        """Count a finished batch; return its result, and when it began: a batch in line waits for
-        those before it."""
+        """Count a finished batch; return its result, and when it began after those before it."""
         self.in_flight.remove(step.payload)
         began = self._began(step)
         self.finished_at = self._clock()
         result: BatchResult = step.answers[0]
-        # Each member of a tensor group answers for itself; a pipeline's last stage for all.
+        # Each member of a tensor group answers; in a pipeline, the last stage answers for all.
         work = [entry for answer in step.answers for entry in answer.work]
         for stats, entry in zip(self.stats, work, strict=True):
             stats.count(len(result.batch.rows), entry)
@@ -180,7 +178,7 @@ class Group(ReplicaState):
         return result, began
 
     def drop(self, step: Step) -> None:
-        """Forget a batch that failed; its other members' calls too."""
+        """Forget a batch that failed, with the other members' calls."""
         for slot in self.slots:
             lane = (slot.replica, slot.member)
             self._timeline.add(LOST, *lane, step.asked_s, batch=step.payload)
@@ -189,12 +187,12 @@ class Group(ReplicaState):
         self.finished_at = self._clock()
 
     def forget(self, step: Step) -> None:
-        """Wait no longer for the calls of a step."""
+        """Stop waiting for the calls of a step."""
         for reference in [ref for ref, (of, _) in self.calls.items() if of is step]:
             del self.calls[reference]
 
     def oldest(self) -> Iterator[tuple[Step, float]]:
-        """Yield each step that is being worked at, and since when; batches behind others wait."""
+        """Yield each step that runs and when it began; a batch in line has not begun."""
         steps = dict.fromkeys(step for step, _ in self.calls.values())
         predicting = [step for step in steps if step.what == "predict"]
         for step in steps:
@@ -207,7 +205,7 @@ class Group(ReplicaState):
         """End all actors and return the batches in flight, the oldest first.
 
         Args:
-            is_over: whether the run is; a worker that was still starting is then no fault.
+            is_over: whether the run has ended; a worker that was starting is then no fault.
         """
         batches = tuple(self.in_flight)
         self._mark_lost(is_over)
@@ -219,14 +217,14 @@ class Group(ReplicaState):
         return batches
 
     def give_up(self) -> tuple[Batch, ...]:
-        """End all actors for good, and leave their places to others."""
+        """End all actors for good, and release their places."""
         self.given_up = True
         batches = self.end()
         remove_placement_group(self._placement)
         return batches
 
     def stop_clock(self) -> None:
-        """Settle how long the workers were ready and how much of that they were idle."""
+        """Compute how long the workers have been ready, and how long idle."""
         if self.is_ready:
             self._alive_s += time.monotonic() - self.ready_at
             self.is_ready = False
@@ -237,7 +235,7 @@ class Group(ReplicaState):
         return max(step.asked_at, self.finished_at)
 
     def _mark_lost(self, is_over: bool) -> None:
-        """Keep what the workers were at that no answer comes of, a batch above all."""
+        """Record the work that was lost: a batch, if there was one, else another step."""
         steps = sorted((step for step, _ in self.oldest()), key=lambda one: one.what != "predict")
         for step in steps[:1]:
             batch = step.payload if step.what == "predict" else None

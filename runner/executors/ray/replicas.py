@@ -1,7 +1,7 @@
-"""Replicas fed with batches: a bounded number in flight, results as they come.
+"""Feeds replicas with batches, a few in flight at a time, and yields results as they arrive.
 
-Does not know JAX, tables or files, nor how a batch passes through a replica (`actors.py`), where
-one may be started (`places.py`), or what becomes of one that failed (`failures.py`).
+Does not know JAX, tables or files, how a batch passes through a replica (`actors.py`), where a
+replica may start (`places.py`), or what happens after a failure (`failures.py`).
 """
 
 import time
@@ -50,12 +50,12 @@ class RayReplicas:
     """All replicas of a run: an `Executor`, whose methods it documents.
 
     Args:
-        num_workers: actors in all, None for as many as the devices suggest.
-        group_size: how many of them make one replica.
-        is_tensor: whether they hold slices of every weight.
+        num_workers: actors in all, None for one on each device.
+        group_size: actors in each replica.
+        is_tensor: whether the actors of a replica hold slices of every weight.
         family, timeline: as for `Group`.
-        left_s: the seconds in which rows can still be predicted, infinite if there is no limit.
-        log_folder: where workers write to, None for Ray's own logs.
+        left_s: returns the seconds left for predicting, infinity if there is no limit.
+        log_folder: where workers write their logs, None for Ray's own folder.
         address: of a Ray cluster to join, None to start Ray on this machine.
     """
 
@@ -118,7 +118,7 @@ class RayReplicas:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self._crew.places.close()
-        # If Ray itself has failed there is nobody to ask; its processes end all the same.
+        # If Ray itself has failed, nobody answers, and its processes end anyway.
         with suppress(ray.exceptions.RayError):
             for group in self._crew.groups:
                 group.end(is_over=True)
@@ -160,7 +160,7 @@ class RayReplicas:
             self._add_groups()
 
     def _add_groups(self) -> None:
-        """Start replicas wherever there is a place ready for one."""
+        """Start a replica in each place that is ready."""
         places = self._crew.places
         for ready in places.take_ready():
             group = self._make_group(ready)
@@ -188,7 +188,7 @@ class RayReplicas:
             self._follow_nodes()
             for group, step in self._finished_steps(timeout_s=0):
                 if step.what == "predict":
-                    group.take_result(step)  # a copy of a batch that another replica ended before
+                    group.take_result(step)  # a copy; another replica finished the batch first
                     continue
                 self._setup.take_step(group, step)
 
@@ -249,11 +249,11 @@ class RayReplicas:
         return seconds_to_compile(self.stats, is_new=True)
 
     def _take_result(self, group: Group, step: Step) -> BatchResult | None:
-        """Count an answer; None if another replica's came before."""
+        """Count an answer and return it, or None if another replica answered first."""
         at_work, batch = self._crew.at_work, step.payload
         was_alone = len(group.in_flight) == 1 and at_work.backlog.is_suspect(batch)
         result, began = group.take_result(step)
-        # Alone in a pipeline, a batch takes as long as all stages together.
+        # A batch alone in a pipeline takes as long as all stages together.
         learn = not (was_alone and group.members > 1)
         is_first = at_work.take_answer(
             group, batch, began=began, ended=group.finished_at, learn=learn
@@ -261,7 +261,7 @@ class RayReplicas:
         return result if is_first else None
 
     def _give_work(self, group: Group, dealer: Dealer) -> None:
-        """Keep a group busy: shapes until all are compiled, and batches of those that are."""
+        """Keep a group busy: compile its shapes, and predict batches of compiled shapes."""
         if not group.loaded or group.given_up:
             return
         now = self._crew.clock.now
