@@ -1,4 +1,4 @@
-"""Answers as they come -> the journal, the table, and what is counted of them."""
+"""Answers as they arrive -> the journal, the table, and counts."""
 
 import time
 from collections.abc import Sequence
@@ -13,35 +13,35 @@ from runner.results.table import PREDICTED, SHORTENED
 from runner.telemetry.progress import Progress
 from sharding.batches import Batch
 
-# If no row before came out as numbers, this many NaN rows mean that the model is broken.
+# If no row has come out as numbers, so many NaN rows mean that the model is broken.
 MOST_BROKEN_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Tokens of the rows of a pass.
+    """The lengths of a pass' rows, in tokens.
 
-    of_rows: int64 (rows,), at full length. padded_to: what every row is padded to if the pooling
-    sees padding; else None.
+    of_rows: int64 (rows,), at full length. padded_to: the length that rows are padded to if the
+    pooling sees padding, else None.
     """
 
     of_rows: np.ndarray
     padded_to: int | None
 
     def computed(self, batch: Batch) -> np.ndarray:
-        """Return the tokens of each row that a batch computes: int64 (len(batch.rows),)."""
+        """Return the computed tokens of each row of a batch: int64 (len(batch.rows),)."""
         lengths: np.ndarray = np.minimum(self.of_rows[list(batch.rows)], batch.shape.length)
         return lengths
 
     def is_cut(self, batch: Batch) -> np.ndarray:
-        """Return which rows of a batch are truncated below what the run asked for, as bools."""
+        """Return which rows of a batch are truncated more than the run asked for, as bools."""
         if self.padded_to is not None:
             return np.full(len(batch.rows), batch.shape.length < self.padded_to)
         is_longer: np.ndarray = self.of_rows[list(batch.rows)] > batch.shape.length
         return is_longer
 
     def count_longer(self, rows: Sequence[int], cap: int) -> int:
-        """Return how many rows become shorter if they are cut to `cap` tokens."""
+        """Return how many rows become shorter if they are truncated to `cap` tokens."""
         if self.padded_to is not None:
             return len(rows) if cap < self.padded_to else 0
         return int((self.of_rows[list(rows)] > cap).sum())
@@ -66,7 +66,7 @@ class Intake:
 
         Raises:
             WorkerError: nothing but NaN and infinity comes out.
-            JournalError: they cannot be kept.
+            JournalError: they cannot be written.
         """
         batch, tally = result.batch, self.tally
         finite = result.finite

@@ -1,7 +1,7 @@
-"""The clock and a forecast -> when rows are cut, given up, or predicted again at full length.
+"""The clock and a forecast -> when to truncate rows, give them up, or predict them at full length.
 
 Stands between an executor and the rest of the run while rows are predicted: `intake.py` keeps the
-answers, `cutting.py` decides how far rows are cut. Does not know Ray, JAX or files.
+answers, `cutting.py` decides how far rows are truncated. Does not know Ray, JAX or files.
 """
 
 import time
@@ -23,8 +23,8 @@ from sharding.batches import Batch, BatchShape, Plan
 from sharding.forecast import seconds_left, seconds_of
 from sharding.rates import Rates
 
-# Seconds between forecasts, and how many times as long as one took: a large test set has many
-# batches to look at. At most this share of the time that is left.
+# Between forecasts: at least so many seconds, and so many times what one took, since a large test
+# set has many batches; at most this share of the time left.
 FORECAST_S, FORECAST_TIMES, FORECAST_SHARE = 0.5, 20.0, 0.05
 # Forecasts kept for the report.
 MOST_FORECASTS = 400
@@ -36,11 +36,11 @@ class Steering:
     Args:
         lengths: int64 (rows,), tokens of each row at full length.
         replan, caps: as for `Cutter`.
-        full_length: what every row is padded to if the pooling sees padding; else None.
-        started: of the process, by `clock`.
+        full_length: the length that rows are padded to if the pooling sees padding, else None.
+        started: the process' start, by `clock`.
 
     Attributes:
-        tally: what was counted so far.
+        tally: the counts so far.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Steering:
 
     @property
     def cap(self) -> int | None:
-        """The length that rows are cut to now, None for none."""
+        """The length that rows are truncated to now, None for no limit."""
         return self._cutter.cap
 
     def take(self, result: BatchResult) -> None:
@@ -95,7 +95,7 @@ class Steering:
         self._intake.take(result)
 
     def tick(self) -> bool:
-        """Look at the clock, forecast, and decide; return whether to go on."""
+        """Read the clock, forecast, and decide; return whether to go on."""
         now = self._clock() - self._started
         if self._deadline.is_over(now):
             return False
@@ -126,8 +126,10 @@ class Steering:
             self._decide(now, left)
 
     def improve(self) -> None:
-        """If nothing waits and time is left, predict rows that were cut again at full length: as
-        many as fit, the shortest first. They keep their answer if that fails."""
+        """If no row waits and time is left, predict truncated rows again at full length.
+
+        Takes as many as fit, the shortest first. They keep their answers if that fails.
+        """
         if self._deadline.policy == "fail":
             return
         now = self._clock() - self._started
@@ -160,12 +162,12 @@ class Steering:
             )
 
     def _is_done_but_for_length(self) -> bool:
-        """Whether nothing waits, and what is computed now are rows that have an answer."""
+        """Whether no row waits, and all rows in flight already have an answer."""
         backlog = self._backlog
         return not backlog.counts() and all(self._table.how[row] for row in backlog.rows_left)
 
     def _decide(self, now: float, left: float) -> None:
-        """Give up no more than the time asks for, and take back what it does not."""
+        """Give up no more than the time requires, and take back what it does not."""
         deadline = self._deadline
         needed = left + self._last_batch_s(now)
         less = deadline.needs_less(needed, now)
@@ -177,7 +179,7 @@ class Steering:
                     "ends without a submission, its rows kept in the journal",
                 )
         elif deadline.policy == "fill":
-            # No row is lost by the order: there is no need to be sure.
+            # Another order loses no row, so the forecast need not be sure.
             if less and not self._cutter.is_cheapest_first:
                 self._cutter.order_cheapest_first(now, left)
                 self._decided_at = now
@@ -187,8 +189,7 @@ class Steering:
                 self._decided_at = now
 
     def _last_batch_s(self, now: float) -> float:
-        """Return the seconds of the largest batch on the slowest replica: it may come last, and
-        must come."""
+        """Return the seconds of the largest batch on the slowest replica: it may come last."""
         shapes = self._backlog.counts()
         speeds = [pace.speed for pace in self._executor.paces(()) if pace.speed]
         largest = max(map(self._rates.work, shapes), default=0.0)
@@ -196,7 +197,7 @@ class Steering:
         return min(seconds, LAST_BATCH_SHARE * self._deadline.left_s(now))
 
     def _is_sure(self, now: float) -> bool:
-        """Whether the forecast rests on measured batches, or there is no time to wait for them."""
+        """Whether the forecast uses measured batches, or no time is left to wait for them."""
         assert self._first_forecast_at is not None, "this is a bug: a decision without a forecast"
         if self._executor.is_measured():
             return True
