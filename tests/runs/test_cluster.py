@@ -452,7 +452,7 @@ def test_other_versions_are_refused():
         "a": Facts(versions_here() | {"jax": "0.9.0"}, (0,), None, None, "/cache"),
         "b": Facts(versions_here(), (0,), None, None, "/cache"),
     }
-    with pytest.raises(ConfigError, match=r"same answers: expected .* Received: .* jax 0\.9\.0"):
+    with pytest.raises(ConfigError, match=r"same answers. Expected: .* Received: .* jax 0\.9\.0"):
         keepers.check_versions(["a", "b"], is_first=True)
     keepers.check_versions(["a", "b"], is_first=False)
     assert keepers.refused == {"a"}
