@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from sharding.batches import BatchShape
 from sharding.kinds import KINDS
 
@@ -72,6 +74,11 @@ class ModelShape:
         distances = 4 * self.num_layers * self.relative_positions * self.hidden_dim * heads_dim
         a_row = self.attention_flops(shape.length) + distances
         return shape.tokens * self.flops_per_token + shape.rows * a_row
+
+    def rows_flops(self, lengths: np.ndarray) -> float:
+        """Return the FLOPs of rows without padding. lengths: (rows,) token counts."""
+        pairs = float((lengths.astype(float) ** 2).sum())
+        return float(lengths.sum()) * self.flops_per_token + pairs * self.attention_flops(1)
 
     def weight_bytes(self, item_bytes: float) -> float:
         """Bytes of all weights, norms left out."""

@@ -7,7 +7,7 @@ from runner.config.command import command_flags
 from runner.config.task import CONTEST
 from runner.planner.records import Option, PlanInput
 from runner.planner.ways import pipeline_over
-from sharding.dtypes import dtype_beside
+from sharding.kinds import dtype_beside
 
 # Ways within this factor and these seconds of the quickest count as equally quick; the simplest of
 # them is recommended.

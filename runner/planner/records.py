@@ -13,8 +13,8 @@ from runner.preset.auto import plan_run
 from runner.preset.families import strategies
 from runner.preset.reader import Preset
 from sharding.batches import Plan
-from sharding.dtypes import dtype_beside
 from sharding.fit import Way
+from sharding.kinds import dtype_beside
 from sharding.memory import Need
 from sharding.strategies import auto_strategy
 from sharding.times import ONE_PROCESS_ON_A_CPU, Seconds

@@ -14,7 +14,6 @@ from runner.planner.records import Option, PlanInput
 from runner.preset.families import strategies
 from sharding.batches import Plan
 from sharding.costs import ModelShape
-from sharding.dtypes import dtype_beside
 from sharding.fit import (
     DEVICE,
     HOST,
@@ -28,7 +27,7 @@ from sharding.fit import (
     forecast,
     plan_flops,
 )
-from sharding.kinds import KINDS
+from sharding.kinds import KINDS, dtype_beside
 from sharding.memory import SHARE_FOR_WEIGHTS, SHARE_IN_USE
 from sharding.times import START_S, Seconds, compile_seconds, load_seconds
 from sharding.topology import place_workers
