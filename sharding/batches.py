@@ -41,10 +41,6 @@ class Plan:
     real_tokens: int
 
     @property
-    def num_rows(self) -> int:
-        return sum(len(batch.rows) for batch in self.batches)
-
-    @property
     def padded_tokens(self) -> int:
         """All computed tokens, including padding and filler rows."""
         return sum(batch.shape.tokens for batch in self.batches)

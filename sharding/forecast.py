@@ -5,7 +5,7 @@ Pure arithmetic; has no clock.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape
@@ -22,9 +22,6 @@ class Pace:
 
     speed: float
     delay_s: float = 0.0
-
-    def later(self, seconds: float) -> "Pace":
-        return replace(self, delay_s=self.delay_s + seconds)
 
 
 def seconds_left(backlog: Backlog, rates: Rates, paces: Sequence[Pace]) -> float | None:
