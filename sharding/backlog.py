@@ -1,9 +1,9 @@
-"""A plan -> what each replica does next, until every row is answered or given up.
+"""A plan -> the batch that each replica computes next, until every row is answered or given up.
 
-Shards are pulled by speed, and in the end an idle replica takes from another's. A batch that was
-under way when its replica failed is a suspect: it waits for the end, is then computed alone, and
-after `MOST_SETBACKS` is halved, until the row that does it is found and has had chances of its own.
-Pure bookkeeping over rows and batches: does not know workers, time or answers.
+Faster replicas pull larger shards, and at the end an idle replica steals from another's shard. A
+batch that was in flight when its replica failed is a suspect. Suspects run last and alone. After
+`MOST_SETBACKS` failures a suspect is halved, until the row that causes them is found; that row gets
+further tries. Pure bookkeeping of rows and batches: does not know workers, time or answers.
 """
 
 from collections import Counter, deque
@@ -16,27 +16,27 @@ from sharding.batches import Batch, BatchShape
 from sharding.queues import BatchQueue
 from sharding.shards import shard_size
 
-# A batch that failed this often, on whichever replicas, is taken to be the cause.
+# A batch that failed this often, on any replicas, is assumed to be the cause.
 MOST_SETBACKS = 2
-# A row is left out for good after more: its replica may have been ended by something else.
+# One row gets more tries before it is given up: something else may have ended its replica.
 MOST_SETBACKS_OF_A_ROW = 3
 
 Runnable = Callable[[BatchShape], bool]
 
 
 class Backlog:
-    """The batches of a run: waiting, under way, or done.
+    """The batches of a run: waiting, in flight, or done.
 
-    A row is in exactly one of them; `rows_left` are those not done, `given_up` those that no
-    replica can compute, with the reason. A decision looks at shapes and replicas, never at every
-    batch; `version` grows whenever what `shapes` says may have changed. One class, though a long
-    one: each method moves batches between the same three places.
+    Each row is in exactly one batch. `rows_left` are the rows that are not done; `given_up` maps
+    the rows that no replica can compute to the reason. Decisions look at shapes and replicas, never
+    at every batch. `version` grows when the result of `shapes` may have changed. The class is long
+    because every method moves batches between the same three places.
 
     Args:
         batches: in the order of work.
-        cost: of a shape, any unit that time is proportional to.
-        first_index: the number of the first batch, beyond those of an earlier backlog whose
-            answers may still come.
+        cost: of a shape, in any unit that is proportional to time.
+        first_index: the number of the first batch. It must be larger than those of an earlier
+            backlog whose answers may still arrive.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class Backlog:
         self._queue = BatchQueue()
         self._suspects: deque[Batch] = deque()
         self._shards: dict[int, BatchQueue] = {}
-        # Of each shape the batches that wait, wherever.
+        # Shape -> number of waiting batches, shards and suspects included.
         self._waiting: Counter[BatchShape] = Counter()
         self._under_way = _UnderWay()
         self._budgets = _Budgets()
-        # Of each suspect, by its index: how often it failed.
+        # Index of a suspect -> how often it failed.
         self._setbacks: dict[int, int] = {}
         self.next_index = first_index
         self.version = 0
@@ -64,39 +64,39 @@ class Backlog:
         self.rows_left = {row for batch in self.waiting() for row in batch.rows}
 
     def __bool__(self) -> bool:
-        """Whether there are rows without an answer."""
+        """Return whether any row still needs an answer."""
         return bool(self.rows_left)
 
     def waiting(self) -> Iterator[Batch]:
-        """Batches that nobody computes now, in the order of work."""
+        """Return the waiting batches, in the order of work."""
         return chain(*self._shards.values(), self._queue, self._suspects)
 
     def counts(self) -> Mapping[BatchShape, int]:
-        """Return how many batches of each shape nobody computes now; empty if none waits."""
+        """Return how many batches of each shape are waiting."""
         return self._waiting
 
     def last_shape(self) -> BatchShape | None:
-        """Return the shape of the last of the batches that wait, None if none does."""
+        """Return the shape of the last waiting batch, None if there is none."""
         if self._suspects:
             return self._suspects[-1].shape
         queues = chain([self._queue], reversed(self._shards.values()))
         return next((queue.last.shape for queue in queues if queue), None)
 
     def under_way(self) -> Iterator[Batch]:
-        """Batches that some replica computes now."""
+        """Return the batches in flight."""
         return iter(self._under_way)
 
     def replicas_of(self, batch: Batch) -> tuple[int, ...]:
-        """The replicas that compute a batch now, the first one first."""
+        """Return the replicas that are computing a batch, in the order in which they began."""
         return self._under_way.replicas_of(batch)
 
     def is_suspect(self, batch: Batch) -> bool:
-        """Whether a batch was under way when a replica failed, and so is computed alone."""
+        """Return whether a batch was in flight when a replica failed, and so must run alone."""
         return batch.index in self._setbacks
 
     def shapes(self, replica: int) -> tuple[BatchShape, ...]:
-        """The shapes that a replica may still be given: first those of what it pulled, of the queue
-        and of suspects, in the order of work, then those that others pulled."""
+        """Return the shapes that a replica may still get, each once: first those of its own shard,
+        the queue and suspects, in the order of work, then those of other shards."""
         own = self._shards[replica].shapes() if replica in self._shards else ()
         suspects = (batch.shape for batch in self._suspects)
         ordered = chain(own, self._queue.shapes(), suspects, self._waiting)
@@ -105,12 +105,12 @@ class Backlog:
     def take(
         self, replica: int, *, runnable: Runnable, alone: bool, share: float = 1.0
     ) -> Batch | None:
-        """Return the next batch of a replica, now under way; None if it has to wait.
+        """Move a replica's next batch in flight and return it; None if the replica must wait.
 
         Args:
             runnable: whether the replica has a program for a shape.
-            alone: whether it computes nothing else, as suspects ask for.
-            share: the replica's part of the speed of all.
+            alone: whether the replica has nothing else in flight, which suspects require.
+            share: the replica's share of the total speed.
         """
         shard = self._shards.setdefault(replica, BatchQueue())
         if not shard:
@@ -128,11 +128,11 @@ class Backlog:
         return None
 
     def copy(self, batch: Batch, replica: int) -> None:
-        """A second replica computes a batch that is under way; the first answer counts."""
+        """Note that another replica computes a batch in flight too; the first answer counts."""
         self._under_way.add(batch, replica)
 
     def finish(self, batch: Batch) -> bool:
-        """An answer came; return whether it is the first for this batch."""
+        """Note an answer; return whether it is the first for this batch."""
         if not self._under_way.end(batch):
             return False
         self._setbacks.pop(batch.index, None)
@@ -140,17 +140,19 @@ class Backlog:
         return True
 
     def put_back(self, batch: Batch, replica: int) -> None:
-        """A replica gave a batch back unharmed: it is the next to be pulled."""
+        """Return a batch from a replica to the front of the queue; the replica did not fail."""
         if self._under_way.leave(batch, replica):
             (self._suspects if self.is_suspect(batch) else self._queue).appendleft(batch)
             self._count(batch.shape, 1)
 
     def setback(self, batch: Batch, replica: int, reason: str) -> str | None:
-        """A replica failed while a batch was under way. Return what became of it, in words, if
-        it is more than another try.
+        """Note that a replica failed while a batch was in flight.
 
         Args:
-            reason: why a row is given up, if it comes to that.
+            reason: to record if a row is given up.
+
+        Returns:
+            `halved` or `given up`; None if the batch is only tried again.
         """
         count = self._setbacks.get(batch.index, 0) + 1
         if self.replicas_of(batch):
@@ -176,13 +178,14 @@ class Backlog:
     def too_large(
         self, batch: Batch, replicas: Iterable[int], replica: int, reason: str
     ) -> int | None:
-        """A batch does not fit the memory of `replica`: remember half of it as the budget of all
-        replicas on such a device, to which what waits is cut when they take it. One row alone is
-        given up.
+        """Note that a batch does not fit the memory of `replica`.
+
+        Half of the batch becomes the budget of `replicas`, those with such a device; larger batches
+        are cut when they take them. A batch of one row is given up.
 
         Returns:
-            The new budget, in tokens; 0 if the row was given up, None if another replica
-            still computes it.
+            The new budget in tokens; 0 if the row was given up, None if another replica is still
+            computing it.
         """
         if batch.shape.rows == 1:
             if not self._under_way.leave(batch, replica):
@@ -195,16 +198,16 @@ class Backlog:
         return budget
 
     def release(self, replica: int) -> None:
-        """What a replica pulled and has not begun goes back to all."""
+        """Return the batches of a replica's shard to the queue."""
         shard = self._shards.pop(replica, BatchQueue())
         while shard:
             self._queue.appendleft(shard.pop())
 
     def withdraw(self, kept: Iterable[Batch] = ()) -> tuple[int, ...]:
-        """Take out all that waits but for suspects, to be planned anew; return its rows.
+        """Remove all waiting batches except suspects, to be planned again; return their rows.
 
         Args:
-            kept: of those that wait, some that stay, the next to be pulled by whoever can.
+            kept: waiting batches that stay, at the front of the queue.
         """
         stay = {batch.index for batch in kept}
         waiting = [*chain(*self._shards.values(), self._queue)]
@@ -217,7 +220,7 @@ class Backlog:
         return tuple(rows)
 
     def add(self, batches: Iterable[Batch]) -> None:
-        """Append batches of rows that are not in the backlog; they are numbered on."""
+        """Append batches of rows that are not in the backlog, with new numbers."""
         batches = tuple(batches)
         self._append(batches)
         self.rows_left.update(row for batch in batches for row in batch.rows)
@@ -228,7 +231,7 @@ class Backlog:
             self._count(batch.shape, 1)
 
     def _count(self, shape: BatchShape, more: int) -> None:
-        """Count batches that begin to wait, or no longer do."""
+        """Add to the number of waiting batches of a shape."""
         before = self._waiting[shape]
         self._waiting[shape] = before + more
         if not before or not self._waiting[shape]:
@@ -237,7 +240,7 @@ class Backlog:
             del self._waiting[shape]
 
     def _pull(self, shard: BatchQueue, replica: int, runnable: Runnable, share: float) -> None:
-        """Move the first run of batches that a replica can begin now from the queue."""
+        """Move batches from the queue to a shard, from the first that the replica can run."""
 
         def is_first(shape: BatchShape) -> bool:
             return runnable(self._budgets.fitted(shape, replica))
@@ -250,8 +253,7 @@ class Backlog:
         shard.extend(self._queue.take(is_first, size))
 
     def _steal(self, shard: BatchQueue, replica: int, runnable: Runnable) -> None:
-        """Move the last batch from the shard of the replica that has the most left: it may be slow
-        or hang."""
+        """Move the last batch of the largest other shard; that replica may be slow or hang."""
         if not self._waiting:
             return
         others = (other for number, other in self._shards.items() if number != replica and other)
@@ -260,7 +262,7 @@ class Backlog:
             shard.append(largest.pop())
 
     def _start(self, batch: Batch, replica: int, put_back: Callable[[Batch], None]) -> Batch:
-        """Begin a batch that waited, cut to the replica's budget; put the other pieces back."""
+        """Move a waiting batch in flight, cut to the replica's budget; put back other pieces."""
         self._count(batch.shape, -1)
         fitted = self._budgets.fitted(batch.shape, replica)
         pieces = [batch]
@@ -277,7 +279,7 @@ class Backlog:
         return first
 
     def _cut(self, batch: Batch, rows: int) -> list[Batch]:
-        """Cut a batch into pieces of one shape, `rows` rows each but for the last."""
+        """Cut a batch into pieces of one shape, with `rows` rows each; the last may have fewer."""
         shape = replace(batch.shape, rows=rows)
         pieces = (batch.rows[start : start + rows] for start in range(0, len(batch.rows), rows))
         return [self._numbered(Batch(0, piece, shape)) for piece in pieces]
@@ -293,7 +295,7 @@ class Backlog:
 
 
 class _UnderWay:
-    """Batches that are computed now, and by which replicas."""
+    """The batches in flight, and the replicas that compute each."""
 
     def __init__(self) -> None:
         # By batch index; the replica that began it comes first.
@@ -309,11 +311,12 @@ class _UnderWay:
         self._found.setdefault(batch.index, (batch, []))[1].append(replica)
 
     def end(self, batch: Batch) -> bool:
-        """Nobody needs to compute a batch any longer; return whether anybody did."""
+        """Remove a batch; return whether it was in flight."""
         return self._found.pop(batch.index, None) is not None
 
     def leave(self, batch: Batch, replica: int) -> bool:
-        """A replica no longer computes a batch; return whether nobody does and it is not done."""
+        """Note that a replica stopped computing a batch; return whether no other one computes it
+        and it is not done."""
         if batch.index not in self._found:
             return False
         replicas = self._found[batch.index][1]
@@ -322,20 +325,20 @@ class _UnderWay:
 
 
 class _Budgets:
-    """The tokens of a batch that fit the memory of each replica whose memory was once short."""
+    """The most tokens of a batch for each replica that has run out of memory."""
 
     def __init__(self) -> None:
         self._tokens: dict[int, int] = {}
 
     def halve(self, shape: BatchShape, replicas: Iterable[int]) -> int:
-        """A batch does not fit: return half of its tokens, from now on the most of replicas."""
+        """Return half of a batch's tokens, from now on the budget of `replicas`."""
         budget = (shape.rows // 2) * shape.length
         for number in replicas:
             self._tokens[number] = min(budget, self._tokens.get(number, budget))
         return budget
 
     def fitted(self, shape: BatchShape, replica: int) -> BatchShape:
-        """Return a shape with no more rows than fit a replica."""
+        """Return the shape, with fewer rows if a replica's budget requires it."""
         budget = self._tokens.get(replica)
         if budget is None or shape.tokens <= budget:
             return shape

@@ -1,6 +1,6 @@
 """Token lengths and padded lengths -> batches under a token budget, longest rows first.
 
-Rows are known by their position in the test set only. Does not know devices or replicas.
+A row is its position in the test set. Does not know devices or replicas.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from sharding.buckets import bucket_of
 
 @dataclass(frozen=True, slots=True, order=True)
 class BatchShape:
-    """What a compiled function is made for: `rows` rows padded to `length` tokens."""
+    """The shape that a function is compiled for: `rows` rows padded to `length` tokens."""
 
     rows: int
     length: int
@@ -25,7 +25,7 @@ class BatchShape:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows that are computed together. `shape.rows` may exceed `len(rows)`: the rest is filler."""
+    """Rows that are computed together. If `shape.rows` exceeds `len(rows)`, the rest is filler."""
 
     index: int
     rows: tuple[int, ...]
@@ -41,12 +41,8 @@ class Plan:
     real_tokens: int
 
     @property
-    def num_rows(self) -> int:
-        return sum(len(batch.rows) for batch in self.batches)
-
-    @property
     def padded_tokens(self) -> int:
-        """Tokens computed, padding and filler rows included."""
+        """All computed tokens, including padding and filler rows."""
         return sum(batch.shape.tokens for batch in self.batches)
 
 
@@ -58,19 +54,19 @@ def plan_batches(
     rows: np.ndarray | None = None,
     known: Iterable[BatchShape] = (),
 ) -> Plan:
-    """Return every row in exactly one batch, longest first; ties go by row.
+    """Return batches that have each row exactly once, longest first; ties are ordered by row.
 
-    A batch takes its padded length from its longest row and as many of the next rows as its shape
-    holds. There is one shape at most for each bucket, of as many rows as the budget allows, or up
-    to a quarter fewer if that leaves less of a last batch to rows of the next bucket, which
-    are padded further there than they need. Only the very last batch can be short of rows.
+    A batch's padded length is the bucket of its longest row, and it takes as many of the following
+    rows as its shape holds. Each bucket has at most one shape, with as many rows as the budget
+    allows. It has up to a quarter fewer if fewer rows of the next bucket then end up in the last
+    batch, where they would be padded further than necessary. Only the last batch may have filler.
 
     Args:
         lengths: (rows,) token counts.
         buckets: padded lengths, ascending; the last holds the longest row.
-        max_tokens_per_batch: rows x padded length of a batch, except if one row alone is more.
-        rows: the row of each length, ascending; None if they are all rows.
-        known: shapes that are compiled already: their lengths keep their rows.
+        max_tokens_per_batch: most rows x padded length; a longer single row is allowed.
+        rows: the row of each length, ascending; None for all rows.
+        known: compiled shapes: batches of their lengths keep their number of rows.
     """
     if max_tokens_per_batch < 1:
         raise ValueError(
@@ -99,7 +95,7 @@ def plan_batches(
 
 
 def _rows_of(in_bucket: int, most: int) -> int:
-    """Return the rows of a bucket's batches: those that leave the least of the last one over."""
+    """Return the rows of a bucket's batches, so that the last one is as full as possible."""
     if in_bucket < most:
         return in_bucket
     return min(range(most, most - most // 4 - 1, -1), key=lambda rows: -in_bucket % rows)

@@ -1,15 +1,15 @@
 """Token lengths -> the few padded lengths that batches are compiled for.
 
-Does not know what a batch is, nor which rows share one.
+Does not know batches.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
-# So many shapes are taken whatever they cost to compile: a test set has rows enough for them.
+# This many shapes are used whatever they cost to compile; any test set has enough rows for them.
 FREE_BUCKETS = 8
-# More shapes than this save next to nothing: the optimum of 16 leaves 3.3 % of padding at 1,024.
+# More shapes save almost nothing: the best 16 leave 3.3 % padding at 1,024 tokens.
 MOST_BUCKETS = 16
 
 
@@ -24,18 +24,17 @@ def choose_buckets(
 ) -> tuple[int, ...]:
     """Return the padded lengths, ascending, that cost the least.
 
-    Every length has a bucket at least as long. Candidates are the multiples of `multiple_of`
-    (vector units like even shapes) and `sequence_length` itself. For each number of buckets the
-    choice with the smallest sum of costs is found by dynamic programming over the length
-    histogram, in O(max_buckets * candidates^2). Up to `FREE_BUCKETS` are taken as they are, more
-    only if they save more than the compiles of their shapes cost.
+    Each length fits a bucket. Candidates are multiples of `multiple_of`, which suit vector units,
+    and `sequence_length` itself. For each number of buckets, dynamic programming over the histogram
+    of lengths finds the cheapest choice in O(max_buckets * candidates^2). `FREE_BUCKETS` are always
+    used, more only if they save more than compiling their shapes costs.
 
     Args:
         lengths: (rows,) token counts, each at most `sequence_length`.
-        sequence_length: the longest padded length there may be.
-        cost: of a row padded to a length; padded tokens if none is given.
-        cost_of_shape: what a shape beyond `FREE_BUCKETS` costs, in the same unit.
-        max_buckets: the most there may be.
+        sequence_length: the largest padded length.
+        cost: padded length -> the cost of a row; by default its padded tokens.
+        cost_of_shape: the cost of a shape beyond `FREE_BUCKETS`, in the same unit.
+        max_buckets: the most buckets.
 
     Raises:
         ValueError: a length exceeds `sequence_length`, or a limit is not positive.
@@ -54,7 +53,7 @@ def choose_buckets(
             f"No row may be longer than sequence_length={sequence_length}. "
             f"Received: longest={lengths.max()}"
         )
-    # The shortest candidate for each row; only candidates that some row needs can be optimal.
+    # The shortest candidate for each row; no other candidate can be optimal.
     needed = np.minimum(-(-lengths // multiple_of) * multiple_of, sequence_length)
     candidates, counts = np.unique(np.maximum(needed, min(multiple_of, sequence_length)),
                                    return_counts=True)  # fmt: skip
@@ -75,12 +74,13 @@ def bucket_of(lengths: np.ndarray, buckets: tuple[int, ...]) -> np.ndarray:
 def _best_subsets(
     costs: np.ndarray, counts: np.ndarray, max_buckets: int
 ) -> list[tuple[float, list[int]]]:
-    """Return for 1, 2, ... buckets the least cost and the candidates that are then buckets.
+    """Return the least cost for 1, 2, ... buckets, and the candidates that are the buckets.
 
-    The last candidate is always one. best[j] is the least cost of all rows up to candidate j when
-    j is a bucket; one pass over j for each further bucket allowed.
+    The last candidate is always a bucket. best[j] is the least cost of all rows up to candidate j
+    if j is a bucket; each pass allows one more bucket.
 
-    costs, counts: (candidates,), of a row padded to each, and rows that need each.
+    Args:
+        costs: (candidates,), of a row padded to each. counts: (candidates,), rows that need each.
     """
     rows_up_to = np.concatenate([[0], np.cumsum(counts)])
     size = len(costs)

@@ -1,29 +1,31 @@
 """A backbone's config -> its dimensions, and from them FLOPs and bytes.
 
-Knows the names of KerasHub's config keys, and nothing of Keras itself. Which family is read how,
-and what else is known of it, is one table: `runner/preset/families.py`.
+Knows KerasHub's config keys, but not Keras. The table in `runner/preset/families.py` says which
+function reads which family.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from sharding.batches import BatchShape
 from sharding.kinds import KINDS
 
-# Measured on one core of an AMD EPYC: 2.4 s for 8 layers of 512, nothing in the cache. On a GPU it
-# is a guess of the same size.
+# Measured on one core of an AMD EPYC: 2.4 s for 8 layers of 512, with an empty cache. For a GPU,
+# the same figure is a guess.
 COMPILE_S_PER_LAYER = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """The dimensions of a backbone that decide what it costs.
+    """The dimensions of a backbone that determine its cost.
 
-    intermediate_dim: the width of the feed-forward part, if it is gated of one of its two
-    projections. is_gated: two projections up and one down, as decoders have, else one and one.
-    is_causal: a token sees those before it alone. relative_positions: of DeBERTa, the embedded
-    distances that every query and every key is compared with.
+    intermediate_dim: the width of the feed-forward part; if it is gated, of one projection.
+    is_gated: two projections up and one down, as in decoders, instead of one and one.
+    is_causal: a token attends only to itself and earlier ones. relative_positions: in DeBERTa, the
+    embedded distances that every query and key is compared with.
     """
 
     vocabulary_size: int
@@ -39,7 +41,7 @@ class ModelShape:
 
     @property
     def layer_parameters(self) -> int:
-        """Matmul parameters of one layer; norms are left out."""
+        """Matmul parameters of one layer, without norms."""
         attention = (
             2 * self.hidden_dim * self.head_dim * (self.num_query_heads + self.num_key_value_heads)
         )
@@ -47,76 +49,81 @@ class ModelShape:
 
     @property
     def flops_per_token(self) -> int:
-        """Matmul FLOPs of one token without attention scores: two for each parameter.
+        """Matmul FLOPs of one token, without attention scores: two for each parameter.
 
-        DeBERTa compares its key and its query with every distance, too (He et al. 2021,
+        DeBERTa also compares its key and query with every distance (He et al. 2021,
         https://arxiv.org/abs/2006.03654, section 3.1).
         """
         distances = 2 * self.relative_positions * self.num_query_heads * self.head_dim
         return 2 * self.num_layers * (self.layer_parameters + distances)
 
     def attention_flops(self, length: int) -> int:
-        """FLOPs of scores and values for one row of `length` tokens.
+        """Return the FLOPs of scores and values for one row of `length` tokens.
 
-        Four for each query head, head dim and pair of positions, of which causality leaves half.
+        Four for each query head, head dim and pair of positions; causal attention needs half.
         """
         pairs = (2 if self.is_causal else 4) * length * length
         return self.num_layers * self.num_query_heads * self.head_dim * pairs
 
     def batch_flops(self, shape: BatchShape) -> int:
-        """FLOPs of a padded batch, the cost by which shards are cut.
+        """Return the FLOPs of a padded batch, which is its cost when batches are dealt.
 
-        KerasHub's DeBERTa projects the embedded distances to queries and keys for each row anew.
+        KerasHub's DeBERTa projects the embedded distances to queries and keys again for each row.
         """
         heads_dim = self.num_query_heads * self.head_dim
         distances = 4 * self.num_layers * self.relative_positions * self.hidden_dim * heads_dim
         a_row = self.attention_flops(shape.length) + distances
         return shape.tokens * self.flops_per_token + shape.rows * a_row
 
+    def rows_flops(self, lengths: np.ndarray) -> float:
+        """Return the FLOPs of rows without padding. lengths: (rows,) token counts."""
+        pairs = float((lengths.astype(float) ** 2).sum())
+        return float(lengths.sum()) * self.flops_per_token + pairs * self.attention_flops(1)
+
     def weight_bytes(self, item_bytes: float) -> float:
-        """Bytes of all weights, norms left out."""
+        """Return the bytes of all weights, without norms."""
         embedding = self.vocabulary_size * self.hidden_dim
         return (embedding + self.num_layers * self.layer_parameters) * item_bytes
 
     def working_bytes_per_token(self, length: int, item_bytes: int) -> float:
-        """Bytes that one token of a batch needs beside the weights, at the widest place of a layer.
+        """Return the bytes that one token of a batch needs beside the weights, at the peak.
 
-        Activations; attention scores in float32, twice, of decoders for an eighth of the queries at
-        a time; and half as much again for what a compiler keeps.
+        Activations, and attention scores in float32, twice; decoders have those of an eighth of the
+        queries at a time. Half of that is added for what the compiler keeps.
         """
         part = 1 / 8 if self.is_causal else 1
         scores = 2 * 4 * self.num_query_heads * (length + self.relative_positions) * part
         return 1.5 * (self.activation_bytes_per_token(item_bytes) + scores)
 
     def activation_bytes_per_token(self, item_bytes: int) -> int:
-        """Bytes of hidden states and their norms, queries, keys and values, both feed-forward
-        projections and their product."""
+        """Return the bytes of hidden states and their norms, queries, keys and values, both
+        feed-forward projections and their product."""
         heads = self.num_query_heads + 2 * self.num_key_value_heads
         projected = (2 + self.is_gated) * self.intermediate_dim
         values = 6 * self.hidden_dim + 2 * heads * self.head_dim + projected
         return values * item_bytes
 
     def compile_flops(self, kind: str, replicas: int) -> float:
-        """Return the FLOPs that all replicas could do while each compiles one shape."""
+        """Return the FLOPs that all replicas could compute while each compiles one shape."""
         typical = KINDS[kind].typical_flops_per_s
         return self.num_layers * COMPILE_S_PER_LAYER * typical * replicas
 
 
 def gated_halves(config: Mapping[str, Any]) -> ModelShape:
-    """Read Gemma 1 and 2, whose intermediate_dim names the two gated projections together."""
+    """Read Gemma 1 and 2, whose intermediate_dim counts both gated projections."""
     return _decoder(
         config, head_dim=config["head_dim"], intermediate=config["intermediate_dim"] // 2
     )
 
 
 def gated(config: Mapping[str, Any]) -> ModelShape:
-    """Read Gemma 3 and Qwen 3, which name their head dim, and the others, which may."""
+    """Read the other decoders. Gemma 3 and Qwen 3 name their head dim; the others may."""
     head_dim = config.get("head_dim") or config["hidden_dim"] // config["num_query_heads"]
     return _decoder(config, head_dim=head_dim, intermediate=config["intermediate_dim"])
 
 
 def encoder(config: Mapping[str, Any]) -> ModelShape:
-    """Read BERT, RoBERTa and DeBERTa v3, which alone has a bucket_size."""
+    """Read BERT, RoBERTa and DeBERTa v3; only the last has a bucket_size."""
     heads = int(config["num_heads"])
     return ModelShape(
         vocabulary_size=int(config["vocabulary_size"]),

@@ -1,9 +1,9 @@
-"""Replicas as they stand, and the work that is left -> what each is given next.
+"""The state of replicas and the remaining work -> what each replica does next.
 
-The policy of a run on several replicas: which batch, which shape to compile, whether to take a
-second copy of a batch that another is slow with, how long one may take before it hangs. The Ray
-replicas and the simulated ones (`benchmarks/simulated.py`) are dealt to by it alike. Pure: does not
-know workers, answers, or what time it is; it is told.
+The scheduling policy of a run: which batch to compute, which shape to compile, whether to start a
+speculative copy of a straggler's batch, and how long a batch may take before it counts as hung. Ray
+replicas and the simulation (`benchmarks/simulated.py`) both use it. Pure: does not know workers or
+answers, and has no clock; callers pass the time.
 """
 
 from collections import Counter, defaultdict, deque
@@ -15,36 +15,36 @@ from sharding.batches import Batch, BatchShape
 from sharding.forecast import Pace
 from sharding.rates import Intervals, Rates
 
-# One batch computes while the next waits at the replica.
+# One batch is computed while the next waits at the replica.
 BATCHES_IN_FLIGHT = 2
-# A batch is overdue that takes so many times as long as it should and so many seconds more.
+# A batch is overdue if it takes longer than this factor times its forecast, plus these seconds.
 OVERDUE_FACTOR, OVERDUE_S = 3.0, 1.0
-# One compiles a shape and the others wait to read it from the cache, but no longer than that.
+# While one replica compiles a shape, others wait for this long to read it from the cache.
 COMPILE_WITHIN_S = 120.0
-# A batch hangs that takes so many times its forecast and so many seconds more, while none has come
-# from this replica, and afterwards.
+# A batch is hung if it takes longer than this factor times its forecast, plus a number of seconds
+# that is larger for a replica's first batch.
 HANG_FACTOR = 8.0
 FIRST_BATCH_WITHIN_S = 120.0
 BATCH_WITHIN_S = 15.0
-# Under a time limit a hang may cost no more than this share of what is left of it: then a batch of
-# a replica whose pace is known gets so many times its forecast and so many seconds at least.
+# Under a time limit, a hang may cost at most this share of the remaining time, but a batch always
+# gets this factor times its forecast, plus these seconds. Applies once a replica's speed is known.
 HANG_SHARE, PATIENCE_FACTOR, PATIENCE_S = 0.1, 3.0, 4.0
-# A copy is worth while that would end sooner by this factor.
+# A speculative copy must be expected to end sooner by this factor.
 SOONER = 1.2
-# A program that is made only for a copy is taken to cost so many seconds: often it is in the cache.
+# The assumed seconds to compile a program only for a copy; it is often in the cache.
 COMPILES_S = 3.0
-# What is known of all replicas together is looked up anew after so many seconds.
+# Facts about all replicas together are refreshed after this many seconds.
 LOOK_S = 0.1
 
 
 @dataclass(eq=False)
 class ReplicaState:
-    """What a replica was given and what it has done; times by the clock that the dealer is told.
+    """What a replica is doing and has done; times are those that the dealer is given.
 
-    members: how many batches it computes at a time, one at each stage. in_flight: what it was
-    given, the oldest first. warm, used: shapes for which it has a program, and of which it has
-    finished a batch. compiling: a shape, since `compiling_since`. finished_at: its last batch.
-    start_s: what its start took, None until it has been ready once.
+    members: how many batches it computes at a time, one at each stage. in_flight: its batches, the
+    oldest first. warm: shapes for which it has a program. used: shapes of which it has finished a
+    batch. compiling: a shape, since `compiling_since`. finished_at: when its last batch ended.
+    start_s: how long it took to start, None until it has been ready once.
     """
 
     number: int
@@ -72,7 +72,7 @@ class ReplicaState:
         self.compile_times.end(now)
 
     def clear(self, now: float) -> None:
-        """Its process has ended, and with it everything that it had."""
+        """Forget what the replica's process had: the process has ended."""
         for left in (self.in_flight, self.warm, self.used):
             left.clear()
         self.end_compiling(now)
@@ -80,15 +80,15 @@ class ReplicaState:
 
 
 class Dealer:
-    """What replicas are given, until every row is answered.
+    """Decides what each replica does next, until every row is answered.
 
     Args:
         replicas: those of the run; more may be appended.
-        patience_s: the most seconds that a batch may take beyond its forecast, before its replica
-            is taken to hang.
+        patience_s: the most seconds that a batch may take beyond its forecast before it counts as
+            hung.
 
     Attributes:
-        copied_batches: that two replicas computed.
+        copied_batches: the number of speculative copies.
     """
 
     def __init__(
@@ -103,25 +103,25 @@ class Dealer:
         self._rates = rates
         self._replicas = replicas
         self._patience_s = patience_s
-        # Of each replica when it was given what it has in flight, by batch index.
+        # Replica -> batch index -> when the replica got this batch, for those in flight.
         self._given_at: dict[int, dict[int, float]] = defaultdict(dict)
-        # Of each node the shapes that were compiled there, and so are in its cache.
+        # Node -> the shapes in its cache, because a replica there compiled them.
         self._compiled: dict[str, set[BatchShape]] = defaultdict(set)
         self._complete: dict[int, tuple[int, int]] = {}
         self._speed_of_all, self._alive, self._looked_at = 0.0, 1, float("-inf")
         self._late, self._late_at = _Late(), float("-inf")
-        # Shapes that some replica compiles; one is enough for a copy.
+        # Shapes that some replica is compiling; one such replica is enough for a copy.
         self._compiled_to_copy: set[BatchShape] = set()
         self._by_node: dict[str, list[ReplicaState]] = {}
         self.copied_batches = 0
 
     def is_settled(self, replica: ReplicaState) -> bool:
-        """Whether there is nothing that a replica could be given now."""
+        """Return whether a replica has enough batches and every program."""
         return len(replica.in_flight) >= replica.most_in_flight and self._has_all(replica)
 
     def next_batch(self, replica: ReplicaState, now: float) -> Batch | None:
-        """Return what a replica computes next, which then is under way; None if it has enough,
-        or has to wait."""
+        """Return the batch that a replica computes next, now in flight; None if it has enough or
+        must wait."""
         backlog, in_flight = self._backlog, replica.in_flight
         if len(in_flight) >= replica.most_in_flight or any(map(backlog.is_suspect, in_flight)):
             return None
@@ -141,14 +141,14 @@ class Dealer:
         return batch
 
     def next_shape(self, replica: ReplicaState, now: float) -> BatchShape | None:
-        """Return the shape that a replica compiles next; None if it has them all, compiles
-        already, or others compile those that it lacks: then they will be in the cache."""
+        """Return the shape that a replica compiles next; None if it has them all, is compiling, or
+        others are compiling the missing ones, which will then be in the cache."""
         if replica.compiling is not None:
             return None
         if self._has_all(replica):
             return self._shape_to_copy(replica, now)
         if replica.in_flight and not self._rates.is_measured(replica.number):
-            return None  # what a batch takes is known sooner if no compiler is beside it
+            return None  # measure the batches first, without a compiler beside them
         lacking = [one for one in self.shapes(replica) if one not in replica.warm]
         if not lacking:
             self._complete[replica.number] = (self._backlog.version, len(replica.warm))
@@ -163,11 +163,11 @@ class Dealer:
         return next((shape for shape in lacking if shape not in elsewhere), None)
 
     def shapes(self, replica: ReplicaState) -> tuple[BatchShape, ...]:
-        """Return the shapes that a replica may still be given, in the order of first use."""
+        """Return the shapes that a replica may still get, in the order of first use."""
         return self._backlog.shapes(replica.number)
 
     def compiled(self, replica: ReplicaState, shape: BatchShape) -> None:
-        """A replica has compiled a shape: others on its node find it in the cache."""
+        """Note that a replica compiled a shape, which its node now has in the cache."""
         self._compiled[replica.node].add(shape)
 
     def paces(
@@ -177,11 +177,11 @@ class Dealer:
         shapes: Iterable[BatchShape] | None,
         compile_s: Callable[[int], float],
     ) -> list[Pace]:
-        """Return how fast each replica is, and how long it will load and compile besides.
+        """Return how fast each replica is, and how long it will load and compile.
 
         Args:
-            shapes: those that are to come, None for those of the backlog.
-            compile_s: the seconds of one, if so many replicas share a cache.
+            shapes: those to come, None for those of the backlog.
+            compile_s: the number of replicas that share a cache -> seconds to compile a shape.
         """
         starts = [one.start_s for one in self._replicas if one.start_s is not None]
         slowest_start_s = max(starts, default=None)
@@ -197,7 +197,7 @@ class Dealer:
                 if slowest_start_s is None:
                     continue
                 waited = now - replica.spawned_at
-                # Nobody knows how much longer one takes that takes longer than the others did.
+                # If it already takes longer than the others did, this is a guess.
                 delay_s = max(slowest_start_s - waited, waited / 4)
             delay_s += self._rates.preparing_s(
                 {*self.shapes(replica)} if asked is None else asked,
@@ -210,15 +210,15 @@ class Dealer:
         return paces
 
     def began(self, replica: ReplicaState, batch: Batch) -> float:
-        """Return when a replica began a batch, the oldest that it has in flight."""
-        # One that is left from a run before has no row that is missing: it was given long ago.
+        """Return when a replica began its oldest batch in flight."""
+        # A batch that an earlier pass left behind counts as given long ago.
         return max(self._given_at[replica.number].get(batch.index, 0.0), replica.finished_at)
 
     def batch_limit_s(self, replica: ReplicaState, batch: Batch, left_s: float) -> float:
-        """Return the seconds that a batch may take before its replica is taken to hang.
+        """Return the seconds that a batch may take before it counts as hung.
 
         Args:
-            left_s: the seconds in which rows can still be predicted.
+            left_s: the remaining seconds in which rows can be predicted.
         """
         is_known = self._rates.knows(replica.number)
         seconds = self._rates.seconds(replica.number, batch.shape) * replica.members
@@ -227,12 +227,12 @@ class Dealer:
         if is_known:
             least = PATIENCE_S + PATIENCE_FACTOR * seconds
             limit = min(limit, max(least, HANG_SHARE * left_s))
-        # While one compiles, a batch has half of the cores.
+        # While the replica compiles, a batch gets half of the cores.
         return limit if replica.compiling is None else 2 * limit
 
     def _overdue_s(self, replica: ReplicaState, now: float) -> float:
-        """Return how much later a replica may be that is at a batch for far longer than it should:
-        as long again, and then it may have to be replaced."""
+        """Return the delay to expect from a replica whose batch is overdue, 0 if none is: the time
+        so far once more, and the time to replace the replica."""
         if replica.compiling is not None or not replica.in_flight:
             return 0.0
         if not self._rates.is_measured(replica.number):
@@ -244,12 +244,12 @@ class Dealer:
         return took + (replica.start_s or 0.0) if is_overdue else 0.0
 
     def _has_all(self, replica: ReplicaState) -> bool:
-        """Whether a replica was found to have a program of every shape, and nothing changed."""
+        """Return whether a replica had a program for every shape and nothing has changed since."""
         found = self._complete.get(replica.number)
         return found == (self._backlog.version, len(replica.warm))
 
     def _share(self, replica: ReplicaState, now: float) -> float:
-        """The replica's part of the speed of all."""
+        """Return the replica's share of the total speed."""
         if now - self._looked_at >= LOOK_S:
             self._looked_at = now
             alive = [one.number for one in self._replicas if not one.given_up]
@@ -260,8 +260,8 @@ class Dealer:
         return min(1.0, own / self._speed_of_all)
 
     def _shape_to_copy(self, replica: ReplicaState, now: float) -> BatchShape | None:
-        """Return the shape of a batch that this idle replica would end sooner than the one that
-        computes it, compiling included; nothing waits of that shape, and so it has no program."""
+        """Return a shape to compile for a speculative copy: an idle replica would compile it and
+        finish a batch sooner than the replica that is computing the batch."""
         if replica.in_flight or self._backlog.counts():
             return None
         self._look_for_late(now)
@@ -275,8 +275,8 @@ class Dealer:
         return None
 
     def _copy(self, replica: ReplicaState, now: float) -> Batch | None:
-        """Return a batch that this idle replica would end sooner than the one that computes it: the
-        first answer counts, so that no row waits for a slow or hung worker."""
+        """Return a batch to copy: this idle replica would finish it sooner than the replica that is
+        computing it. The first answer counts, so no row waits for a slow or hung worker."""
         self._look_for_late(now)
         latest: tuple[float, Batch] | None = None
         for shape in self._late.shapes():
@@ -294,7 +294,7 @@ class Dealer:
         return latest[1]
 
     def _look_for_late(self, now: float) -> None:
-        """Look up by when the batches under way should end."""
+        """Refresh when the batches in flight should end."""
         if now - self._late_at >= LOOK_S:
             self._late_at = now
             self._late = _Late()
@@ -322,7 +322,7 @@ class Dealer:
 
 
 class _Late:
-    """Batches under way by when they should end: of each shape, the first and the last."""
+    """The batches in flight of each shape, in the order in which they should end."""
 
     def __init__(self) -> None:
         self._ends: dict[BatchShape, list[tuple[float, int, Batch]]] = defaultdict(list)
@@ -340,8 +340,8 @@ class _Late:
     def find(
         self, shape: BatchShape, now: float, own_s: float, is_open: Callable[[Batch], bool]
     ) -> tuple[float, Batch] | None:
-        """Return (seconds until it ends, batch) of the one that ends last, were it computed in
-        `own_s`; of one that is overdue nobody knows how long it will still take."""
+        """Return a batch that is worth a copy that takes `own_s`, and the seconds until it should
+        end: infinite if it is overdue. None if there is no such batch."""
         ends = self._ends[shape]
         while ends and not is_open(ends[0][2]):
             ends.pop(0)

@@ -1,38 +1,34 @@
-"""A backlog, and how fast each replica is and from when on -> the seconds that are left.
+"""A backlog and the paces of replicas -> the remaining seconds.
 
-Pure arithmetic; does not know a clock.
+Pure arithmetic; has no clock.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape
 from sharding.rates import Rates
 
-# Of a batch that is computed now, on average so much is still to be done.
+# The share of a running batch that remains, on average.
 HALF_WAY = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """One replica. speed: in cost a second. delay_s: so long it will do something else before, as
-    load or compile."""
+    """How fast a replica is. speed: cost per second. delay_s: seconds until it begins, because it
+    loads or compiles first."""
 
     speed: float
     delay_s: float = 0.0
-
-    def later(self, seconds: float) -> "Pace":
-        return replace(self, delay_s=self.delay_s + seconds)
 
 
 def seconds_left(backlog: Backlog, rates: Rates, paces: Sequence[Pace]) -> float | None:
     """Return the seconds until all rows have an answer, None if nothing is known yet.
 
-    Of the batches of a replica the first is half done, those in line behind it are not begun. At
-    the end, when the first replica finds nothing to do, half of a batch is left to each of the
-    others.
+    A replica's first batch in flight is assumed to be half done; the others have not begun. At the
+    end, when the first replica becomes idle, each other one has half a batch left.
     """
     in_line: dict[int, list[float]] = defaultdict(list)
     for batch in backlog.under_way():
@@ -45,19 +41,19 @@ def seconds_left(backlog: Backlog, rates: Rates, paces: Sequence[Pace]) -> float
 
 
 def work_of(batches: Iterable[Batch], rates: Rates) -> float:
-    """Return the work of batches; there are many of a shape."""
+    """Return the work of batches."""
     return work_of_shapes(Counter(batch.shape for batch in batches), rates)
 
 
 def work_of_shapes(counts: Mapping[BatchShape, int], rates: Rates) -> float:
-    """Return the work of so many batches of each shape."""
+    """Return the work of batches, counted by shape."""
     return sum(count * rates.work(shape) for shape, count in counts.items())
 
 
 def seconds_of(work: float, paces: Sequence[Pace]) -> float | None:
-    """Return the seconds in which replicas do so much work together, None if none can.
+    """Return the seconds that replicas need for this work together, None if no speed is known.
 
-    Each begins after its delay, and one that would begin after the others have ended has no part.
+    Each begins after its delay; one that would begin after the others have finished does nothing.
     """
     speed = done = 0.0
     since: float | None = None

@@ -1,7 +1,7 @@
-"""A kind of device (cpu, gpu, tpu) -> all that is known of it: one record each.
+"""A kind of device (cpu, gpu, tpu) -> everything that depends on the kind, in one record.
 
-A new kind is a record here, and how to find its devices in `runner/common/machine.py`. One model of
-a device, such as an H100, is an entry in `devices.py`. Nothing else decides by a kind's name.
+To add a kind, add a record here, and find its devices in `runner/common/machine.py`. A model of
+device, such as an H100, is an entry in `devices.py`. No other code looks at the name of a kind.
 """
 
 from dataclasses import dataclass
@@ -9,21 +9,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """What holds for every device of a kind.
+    """Facts about every device of a kind.
 
-    platform: its name in JAX_PLATFORMS. extra: of the package, with JAX's libraries for it.
+    platform: its name in JAX_PLATFORMS. extra: the package's extra with JAX's libraries for it.
     resource: its name among Ray's resources. place: what a worker needs on a node, in words.
-    is_host: its memory and cores are the machine's own. Cores are dealt out to workers, the
-    compiler takes cores from the batches, and weights lie in the worker's own memory.
-    fits_batches: its memory decides how many tokens a batch may have.
-    bucket_multiple: padded lengths are multiples of it: what vector and matrix units like.
-    tokens_per_batch: padded tokens of a batch when the user names no budget.
-    auto_dtype: what --dtype auto means; None if its compute capability decides.
-    typical_flops_per_s: of one device at work on a model, rounded.
-    efficiency: of the rate of a large matmul, what a whole model reaches over its padded tokens:
-    expected, and the range.
-    imported_bytes: resident in each worker before its first weight.
-    libraries_s: seconds of Keras, JAX and its libraries, before the first byte of a weight.
+    is_host: its memory and cores are the machine's own: workers share the cores, the compiler takes
+    cores from batches, and weights are in the worker's own memory.
+    fits_batches: its memory limits the tokens of a batch.
+    bucket_multiple: padded lengths are multiples of this, for vector and matrix units.
+    tokens_per_batch: padded tokens of a batch if the user names no budget.
+    auto_dtype: what --dtype auto means; None if the compute capability decides.
+    typical_flops_per_s: of one device that runs a model, rounded.
+    efficiency: the share of a large matmul's rate that a model reaches over padded tokens:
+    expected, least and most.
+    imported_bytes: resident in each worker before it loads weights.
+    libraries_s: seconds to import Keras, JAX and JAX's libraries.
     """
 
     name: str
@@ -60,7 +60,7 @@ CPU = Kind(
     imported_bytes=0.4e9,  # measured
     libraries_s=1.5,
 )
-# Efficiency, memory and start of the other two are taken over from CPUs or guessed.
+# For the other two, efficiency, memory and import times are copied from CPUs or guessed.
 GPU = Kind(
     name="gpu",
     platform="cuda",
@@ -93,12 +93,22 @@ TPU = Kind(
     libraries_s=15.0,
 )
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (CPU, GPU, TPU)}
-# NVIDIA Ampere's; a device below it emulates bfloat16: a T4 (7.5) at a twentieth of its float16.
+# The compute capability of NVIDIA Ampere. Older devices emulate bfloat16, a T4 (7.5) at a twentieth
+# of its float16 rate.
 FIRST_WITH_BFLOAT16 = 8.0
 
 
+def dtype_beside(quantization: str | None, dtype: str) -> str:
+    """Return what --dtype auto means with such weights if it means `dtype` with float weights.
+
+    A product of int8 is a sum of integers up to 127 x 127 x columns, but float16 ends at 65,504.
+    Keras has no int8 layer that computes in float16.
+    """
+    return "float32" if (quantization, dtype) == ("int8", "float16") else dtype
+
+
 def named_by_jax(platforms: str) -> str:
-    """Return the kind that JAX_PLATFORMS names first, as it is if unknown; empty for none."""
+    """Return the kind of the first platform in JAX_PLATFORMS, or that platform if it is unknown."""
     wanted = platforms.partition(",")[0]
     return next((kind.name for kind in KINDS.values() if kind.platform == wanted), wanted)
 

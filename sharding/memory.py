@@ -1,6 +1,6 @@
-"""A model's dimensions, a way to hold it and a batch -> bytes a device needs, and what fits.
+"""A model's dimensions, how it is held, and a batch -> the bytes that a device needs.
 
-Pure arithmetic, by which the runner cuts stages and batches and `--plan` says what fits. Does not
+Pure arithmetic. The runner sizes stages and batches by it, and `--plan` says what fits. Does not
 know which devices there are.
 """
 
@@ -12,20 +12,20 @@ from sharding.kinds import KINDS
 from sharding.stages import StageLayers, cut_stages
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# Of a weight, its scales (and zero points) left out.
+# Of a weight, without scales and zero points.
 QUANTIZED_BYTES = {"int8": 1.0, "int4": 0.5}
-# Of a device's memory; the rest is for activations, work space and the CUDA context.
+# Of a device's memory. The rest is for activations, workspace and the CUDA context.
 SHARE_FOR_WEIGHTS = 0.85
 # Of a device's memory, for weights and batches together: less than `process.GPU_MEMORY_FRACTION`.
 SHARE_IN_USE = 0.9
-# The driver with a test set's text and tokens, and Ray's own processes.
+# For the driver, with the texts and tokens of a test set, and Ray's own processes.
 DRIVER_BYTES = 1.0e9
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes that the fullest device needs. What lies beside activations while they are computed,
-    and the float copy of a weight while it is quantized, are both work space."""
+    """Bytes that the fullest device needs. The workspace holds temporary values beside the
+    activations, or the float copy of a weight while it is quantized."""
 
     weights_bytes: float
     activations_bytes: float
@@ -37,12 +37,12 @@ class Need:
 
 
 def weight_item_bytes(dtype: str, quantization: str) -> float:
-    """Bytes of one weight."""
+    """Return the bytes of one weight."""
     return QUANTIZED_BYTES.get(quantization, float(ITEM_BYTES[dtype]))
 
 
 def value_item_bytes(dtype: str, quantization: str) -> int:
-    """Bytes of one activation: what is quantized comes out of a product in 32 bits."""
+    """Return the bytes of one activation. Products of quantized weights have 32 bits."""
     return 4 if quantization != "none" else ITEM_BYTES[dtype]
 
 
@@ -56,7 +56,7 @@ def cut_layers(
         memory_bytes: of a device; None for no limit.
 
     Raises:
-        ValueError: more members than layers, or a stage that no device can hold.
+        ValueError: more members than layers, or a stage that is too large for any device.
     """
     layer_flops = shape.batch_flops(BatchShape(1, 512)) / shape.num_layers
     layer_bytes = int(shape.layer_parameters * item_bytes)
@@ -97,11 +97,11 @@ def batch_budget(
     sequence_length: int,
     most: int,
 ) -> int:
-    """Return the padded tokens of a batch that fits beside the weights, at most `most`, but one
-    row of `sequence_length` at least.
+    """Return the most padded tokens of a batch that fits beside the weights: at most `most`, but at
+    least one row of `sequence_length`.
 
     Args:
-        held_bytes: weights that the fullest device holds.
+        held_bytes: of weights, on the fullest device.
         value_bytes: of an activation.
     """
     free = memory_bytes * SHARE_IN_USE - held_bytes
@@ -118,10 +118,10 @@ def need(
     value_bytes: int,
     loading_bytes: float = 0.0,
 ) -> Need:
-    """Return what a device needs for batches of `tokens` padded tokens in rows of `length`.
+    """Return what a device needs for batches of `tokens` padded tokens, in rows of `length`.
 
     Args:
-        loading_bytes: beside the weights while they are loaded, before there are batches.
+        loading_bytes: needed beside the weights while they are loaded, before any batch.
     """
     activations = tokens * shape.activation_bytes_per_token(value_bytes)
     working = tokens * shape.working_bytes_per_token(length, value_bytes)
@@ -138,12 +138,12 @@ def host_bytes(
     item_bytes: int,
     device_bytes: float,
 ) -> float:
-    """Return the host memory of a run: the driver, each worker's libraries and the largest tensor
-    it reads, twice (as read and as copied); on a CPU what "devices" hold as well.
+    """Return the host memory of a run: for the driver, and for each worker its libraries and twice
+    the largest tensor that it reads, which is copied once. On a CPU, also what "devices" hold.
 
     Args:
         item_bytes: of a float weight.
-        device_bytes: what all workers' devices hold together.
+        device_bytes: that all workers' devices hold together.
     """
     embedding = shape.vocabulary_size * shape.hidden_dim
     kernel = shape.hidden_dim * shape.intermediate_dim

@@ -1,6 +1,6 @@
-"""Layouts -> keras.distribution objects, the only translator between the two.
+"""Layouts -> keras.distribution objects.
 
-The one file of this folder that imports a framework.
+The only file of this folder that imports a framework.
 """
 
 import re
@@ -15,17 +15,17 @@ AXES = ("batch", "model")
 
 
 def distribute(layouts: Sequence[WeightLayout], group_size: int) -> tuple[Any, Any]:
-    """Make Keras lay variables over a (1, group_size) mesh of all processes' devices.
+    """Let Keras split variables over a (1, group_size) mesh of all processes' devices.
 
-    Returns the `ModelParallel` distribution, now in force, and the JAX sharding of an array that
-    every process holds whole.
+    Return the `ModelParallel` distribution, which is now active, and the JAX sharding of an array
+    that every process holds whole.
     """
     mesh = keras.distribution.DeviceMesh(
         (1, group_size), list(AXES), keras.distribution.list_devices()
     )
     layout_map = keras.distribution.LayoutMap(mesh)
     for layout in layouts:
-        # Whole paths instead of the rules' patterns: what was decided is what Keras does.
+        # Whole paths instead of the rules' patterns, so that Keras does exactly what was decided.
         layout_map[re.escape(layout.path)] = layout.axes
     distribution = keras.distribution.ModelParallel(
         layout_map=layout_map, batch_dim_name="batch", auto_shard_dataset=False

@@ -26,16 +26,16 @@ def plan_rows(
     cap: int | None = None,
     known: Sequence[BatchShape] = (),
 ) -> Plan:
-    """Return the batches for these rows on so many replicas on this kind of device.
+    """Return the batches for these rows on this many replicas and this kind of device.
 
     Args:
         lengths: int64 (rows,), tokens of each row.
-        sees_padding: whether padding changes the answer. Then every row is padded to the sequence
+        sees_padding: whether padding changes the answer. If so, every row is padded to the sequence
             length, else to the shortest bucket that holds it.
         budget: the most padded tokens of a batch.
         rows: those to plan, None for all.
-        cap: the tokens that rows are cut to if time is short.
-        known: shapes that are compiled already, of which others are to be few.
+        cap: the length that rows are truncated to if time is short.
+        known: compiled shapes, to reuse instead of new ones.
     """
     chosen = np.arange(len(lengths)) if rows is None else np.asarray(rows, dtype=np.int64)
     limit = sequence_length if cap is None else min(cap, sequence_length)

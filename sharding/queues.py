@@ -1,7 +1,7 @@
-"""Batches in the order of work, kept as runs of one shape.
+"""Batches in the order of work, stored as runs of one shape.
 
-A large test set has hundreds of thousands of batches and a handful of shapes: what is asked of all
-batches is answered from the runs. Does not know who pulls them.
+A large test set has hundreds of thousands of batches but few shapes, so questions about all batches
+are answered from the runs. Does not know replicas.
 """
 
 from collections import deque
@@ -11,10 +11,10 @@ from sharding.batches import Batch, BatchShape
 
 
 class BatchQueue:
-    """A queue with two ends, in which the first batches of a shape are found at once."""
+    """A double-ended queue that finds the first batches of a shape at once."""
 
     def __init__(self, batches: Iterable[Batch] = ()) -> None:
-        # None is empty, and each holds one shape.
+        # No run is empty, and each has one shape.
         self._runs: deque[deque[Batch]] = deque()
         self.extend(batches)
 
@@ -59,15 +59,15 @@ class BatchQueue:
         return batch
 
     def shapes(self) -> Iterator[BatchShape]:
-        """Yield the shape of each run, in the order of work; one may come again."""
+        """Yield the shape of each run, in the order of work; shapes may repeat."""
         return (run[0].shape for run in self._runs)
 
     def cost(self, cost: Callable[[BatchShape], float]) -> float:
-        """Return the cost of all batches, from that of a shape."""
+        """Return the cost of all batches. cost: of a shape."""
         return sum(len(run) * cost(run[0].shape) for run in self._runs)
 
     def after(self, is_first: Callable[[BatchShape], bool]) -> Iterator[Batch]:
-        """Yield the batches from the first on whose shape is such."""
+        """Yield the batches from the first whose shape satisfies `is_first`."""
         runs = iter(self._runs)
         for run in runs:
             if is_first(run[0].shape):
@@ -77,7 +77,7 @@ class BatchQueue:
             yield from run
 
     def take(self, is_first: Callable[[BatchShape], bool], count: int) -> list[Batch]:
-        """Take out so many batches from the first on whose shape is such."""
+        """Remove and return `count` batches, from the first whose shape satisfies `is_first`."""
         before: list[deque[Batch]] = []
         taken: list[Batch] = []
         while self._runs and not is_first(self._runs[0][0].shape):

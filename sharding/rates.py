@@ -1,6 +1,6 @@
-"""Batches that finished -> the seconds that others will take, on each replica.
+"""The times of finished batches -> a forecast for other batches, on each replica.
 
-Starts from the roofline and learns. Does not know what a batch holds, nor what time it is.
+Starts from the device's matmul rate and learns. Does not know what is in a batch; has no clock.
 """
 
 from collections.abc import Callable
@@ -9,31 +9,30 @@ from dataclasses import dataclass
 from sharding.batches import BatchShape
 from sharding.kinds import CPU
 
-# Until a batch says otherwise, on any device.
+# Assumed on any device until a batch has finished.
 EXPECTED_MFU, *_ = CPU.efficiency
-# A replica's speed is the mean over its last so many batches: one that slows down is known soon.
+# A replica's speed is a mean over about this many recent batches, so it soon shows a slowdown.
 MEMORY_BATCHES = 24.0
-# What is expected of a replica counts as so many batches, and so does one that shared the device
-# with a compiler or was the first of its shape.
+# The weight of the expected speed, in batches; and that of a batch which shared the device with a
+# compiler or was the first of its shape.
 EXPECTED_WEIGHT = 0.3
 DISTURBED_WEIGHT = 0.1
-# A shape counts as like its nearest neighbour until so many batches say otherwise; by no batch
-# more than so many times.
+# A new shape starts with its nearest neighbour's factor, at this weight in batches. One batch can
+# differ from that factor by at most `MOST_BEND` times.
 ALIKE_BATCHES = 8.0
 MOST_BEND = 3.0
-# A batch beside which a compiler ran for less of its time counts as undisturbed.
+# A batch counts as undisturbed if a compiler ran for less than this share of its time.
 UNDISTURBED = 0.1
-# So many batches that nothing disturbed make a speed that decisions may rest on.
+# A speed is reliable after this many undisturbed batches.
 ENOUGH_BATCHES = 3
-# Part of a CPU that a compiler takes from the batches beside it, until it is known: it starts as
-# many threads.
+# The assumed share of a CPU that a compiler takes from batches, until it is measured. It starts as
+# many threads as they do.
 COMPILING_TAKES = 0.6
 
 
 @dataclass(slots=True)
 class Mean:
-    """A weighted mean over the last values; it starts from nothing, or from a guess and what that
-    weighs."""
+    """A weighted mean of recent values. It may start from a guess with a weight."""
 
     total: float = 0.0
     weight: float = 0.0
@@ -48,15 +47,15 @@ class Mean:
 
 
 class Rates:
-    """Speeds of replicas in cost a second, and how shapes bend them.
+    """The speed of each replica, in cost per second, and a factor for each shape.
 
-    Attention and small batches reach other FLOP/s than the large matmuls, so each shape has a
-    factor, relative to the first shape that finished; a shape that none has finished takes the
-    factor of the nearest length. Replicas differ in speed alone.
+    Attention and small batches reach other FLOP/s than large matmuls, so each shape has a factor,
+    relative to the first shape that finished. A shape without a finished batch gets the factor of
+    the shape with the nearest length. Replicas differ only in speed.
 
     Args:
-        cost: of a shape, in FLOPs or any unit that time is proportional to.
-        compiling_takes: part of a replica that a compiler beside its batches takes, at first.
+        cost: of a shape, in FLOPs or any unit that is proportional to time.
+        compiling_takes: the share of a replica that a compiler takes from its batches, at first.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class Rates:
     ) -> None:
         self._cost = cost
         self._guesses: dict[int, float] = {}
-        # Of each replica: the seconds of its batches, and the work done in them.
+        # Replica -> the seconds of its batches, and the work done in them.
         self._seconds: dict[int, Mean] = {}
         self._work: dict[int, Mean] = {}
         self._speeds: dict[int, float] = {}
@@ -76,7 +75,7 @@ class Rates:
         self._compiling = Mean(compiling_takes, 1.0) if compiling_takes else None
 
     def expect(self, replica: int, flops_per_s: float) -> None:
-        """Take the rate of a replica's large matmuls, before it has finished anything."""
+        """Set the expected speed of a replica from its rate in large matmuls."""
         self._guesses[replica] = flops_per_s * EXPECTED_MFU
 
     def learn(
@@ -88,11 +87,11 @@ class Rates:
         is_first: bool = False,
         compiling_s: float = 0.0,
     ) -> None:
-        """Take what a batch took, the time in line behind others left out.
+        """Learn from the time of a batch, without the time that it waited behind others.
 
         Args:
-            is_first: it was the first of its shape on this replica, which faults memory in.
-            compiling_s: for so many of the seconds the replica compiled besides.
+            is_first: whether it was the first of its shape on this replica, which faults memory in.
+            compiling_s: for how many of these seconds the replica also compiled.
         """
         if seconds <= 0:
             return
@@ -116,15 +115,15 @@ class Rates:
             self._learn_bend(shape, seconds * self.speed(replica) / self._cost(shape))
 
     def knows(self, replica: int) -> bool:
-        """Whether a replica has finished a batch."""
+        """Return whether a replica has finished a batch."""
         return replica in self._seconds
 
     def is_measured(self, replica: int) -> bool:
-        """Whether a replica has finished batches enough that nothing disturbed."""
+        """Return whether a replica has finished enough undisturbed batches."""
         return self._undisturbed.get(replica, 0) >= ENOUGH_BATCHES
 
     def speed(self, replica: int) -> float:
-        """Return cost a second at a factor of one; 0 if nothing is known of a replica."""
+        """Return the cost per second at a factor of one; 0 if it is not known."""
         if replica in self._speeds:
             return self._speeds[replica]
         if self._speeds:
@@ -136,30 +135,31 @@ class Rates:
         return self._cost(shape) * self._bend(shape)
 
     def seconds(self, replica: int, shape: BatchShape) -> float:
-        """Return what a batch of this shape takes on a replica; 0 if nothing is known."""
+        """Return the forecast for a batch of this shape on a replica; 0 if there is none."""
         speed = self.speed(replica)
         return self.work(shape) / speed if speed else 0.0
 
     def slowness(self, replica: int) -> float:
-        """Return how many times as long its last undisturbed batch took as was expected, at least
-        one: one that has become slow is known by that at once, by its speed after some batches."""
+        """Return the time of the last undisturbed batch over its forecast, at least 1. It shows a
+        slowdown at once; the speed shows it after some batches."""
         return max(1.0, self._slowness.get(replica, 1.0))
 
     def first_s(self) -> float:
-        """Return the seconds that the first batch of a shape takes beyond the others."""
+        """Return how many seconds longer the first batch of a shape takes."""
         return self._firsts.value()
 
     def compiling_share(self) -> float:
-        """Return the part of a replica that a compiler beside its batches takes from them."""
+        """Return the share of a replica that a compiler takes from its batches."""
         return self._compiling.value() if self._compiling is not None else 0.0
 
     def preparing_s(
         self, shapes: set[BatchShape], *, used: set[BatchShape], warm: set[BatchShape], one_s: float
     ) -> float:
-        """Return the seconds that shapes cost a replica besides their batches.
+        """Return the seconds that new shapes cost a replica, beside their batches.
 
         Args:
-            used, warm: of which it has finished a batch, and has a program. one_s: of a compile.
+            used: shapes of which it has finished a batch. warm: shapes for which it has a program.
+            one_s: seconds to compile a shape.
         """
         compiles_s = len(shapes - warm) * one_s * self.compiling_share()
         return len(shapes - used) * self.first_s() + compiles_s
@@ -181,7 +181,7 @@ class Rates:
     def _learn_bend(self, shape: BatchShape, factor: float) -> None:
         near = self._bend(shape)
         if shape not in self._bends:
-            # Speeds are relative to the first shape: its factor stays near one.
+            # Speeds are relative to the first shape, whose factor stays near one.
             self._bends[shape] = Mean(near * ALIKE_BATCHES, ALIKE_BATCHES)
         self._bends[shape].add(min(max(factor, near / MOST_BEND), near * MOST_BEND))
 
@@ -195,7 +195,7 @@ class Rates:
 
 
 class Intervals:
-    """When something went on, by any clock -> how much of it lay within a span of time."""
+    """The times at which something ran, by any clock -> for how long it ran within a period."""
 
     def __init__(self) -> None:
         self._past: list[tuple[float, float]] = []
@@ -210,6 +210,6 @@ class Intervals:
             self._since = None
 
     def within(self, start: float, end: float) -> float:
-        """Return the seconds between two moments in which it went on."""
+        """Return for how many seconds it ran between two times."""
         spans = [*self._past, *([(self._since, end)] if self._since is not None else [])]
         return sum(max(0.0, min(end, until) - max(start, since)) for since, until in spans)

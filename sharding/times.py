@@ -1,7 +1,7 @@
 """FLOPs, bytes and a device's rate -> seconds of a run, stage by stage.
 
-Pure arithmetic. Where a figure was measured by this project the comment says where; the others are
-named as guesses, in the plan's own words too. Does not know which devices there are.
+Pure arithmetic. For each figure that this project measured, a comment says where; the others are
+guesses, and the plan calls them so. Does not know which devices there are.
 """
 
 from dataclasses import dataclass
@@ -9,20 +9,21 @@ from dataclasses import dataclass
 from sharding.costs import COMPILE_S_PER_LAYER, ModelShape
 from sharding.kinds import KINDS
 
-# One process on all cores against as many as there are cores: 12.5 s and 11.5 s, measured on two.
+# The speed of one process on all cores, relative to one process per core: 12.5 s and 11.5 s,
+# measured on two cores.
 ONE_PROCESS_ON_A_CPU = 0.92
-# Bytes a second that members of a tensor group exchange through gloo on one CPU machine: 18.5 kB a
-# token cost 2.6 s of 122,880 tokens (benchmarks/results/2026-11-23-modes.md).
+# How fast members of a tensor group exchange data through gloo on one CPU machine: 18.5 kB a token
+# took 2.6 s for 122,880 tokens (benchmarks/results/2026-11-23-modes.md).
 CPU_LINK_BYTES_PER_S = 0.9e9
-# Activations of a pipeline go through host memory: copied off, put in the object store, copied on.
+# Activations of a pipeline go through host memory and Ray's object store.
 STAGE_LINK_BYTES_PER_S = 1.0e9
-# Process, imports, Ray and its actors, the end: measured on two CPU cores.
+# The process, imports, Ray and its actors, and the end of the run: measured on two CPU cores.
 START_S = {"single": 1.0, "ray": 4.5}
-# The graph of the model.
+# To build the model's graph.
 GRAPH_S_PER_LAYER = 0.05
-# A guess: a local SSD gives more, a network disk less.
+# A guess: a local SSD is faster, a network disk slower.
 DISK_BYTES_PER_S = 0.5e9
-# Float weights that a worker turns into int8 or int4 a second: 160 M in 3.7 s (LOG.md).
+# Float weights that a worker quantizes per second: 160 M in 3.7 s (LOG.md).
 QUANTIZED_PER_S = 43e6
 
 
@@ -53,10 +54,10 @@ def load_seconds(
     strategy: str | None,
     quantizes: bool,
 ) -> float:
-    """Return the seconds in which all workers have loaded.
+    """Return the seconds until all workers have loaded.
 
-    Workers read the same files at the same time, so the disk gives each byte once; the members of a
-    pipeline quantize their parts side by side.
+    Workers read the same files at the same time, so the disk reads each byte once. Members of a
+    pipeline quantize their parts in parallel.
     """
     libraries = KINDS[kind].libraries_s + GRAPH_S_PER_LAYER * shape.num_layers
     quantizing = shape.weight_bytes(1) / QUANTIZED_PER_S if quantizes else 0.0
@@ -68,10 +69,10 @@ def load_seconds(
 def compile_seconds(
     shape: ModelShape, *, kind: str, shapes: int, replicas: int, members: int, strategy: str | None
 ) -> float:
-    """Return what compiling adds to a run in which nothing is in the cache.
+    """Return the seconds that compiling adds to a run with an empty cache.
 
-    The first shape is waited for. The others compile beside the batches: on a GPU or TPU in host
-    cores that are free, on a CPU in those that compute. Each shape compiles on one worker alone.
+    The run waits for the first shape. The others compile beside the batches, on a GPU or TPU on
+    idle host cores, on a CPU on the cores that compute. One worker compiles each shape.
     """
     one = COMPILE_S_PER_LAYER * shape.num_layers / (members if strategy == "pipeline" else 1)
     others = (shapes - 1) / replicas if KINDS[kind].is_host else 0.0
@@ -93,15 +94,15 @@ def predict_seconds(
 ) -> float:
     """Return the seconds of all batches.
 
-    Replicas pull batches, so the last one waits half a batch on average. A pipeline is as fast as
-    its slowest stage, or as its hand-over if that is slower; filling and draining it costs a
-    batch a further stage. A tensor group computes, then exchanges.
+    Replicas pull batches, so at the end each waits half a batch on average. A pipeline is as fast
+    as its slowest stage or transfer; to fill and drain it takes one batch for each further stage. A
+    tensor group computes, then exchanges.
 
     Args:
         flops: matmul FLOPs of padded tokens, attention included.
         rate: FLOP/s of one worker on a whole model.
-        slowest_share: the part of a replica's FLOPs that its busiest member computes.
-        bytes_per_token: what one member sends.
+        slowest_share: the share of a replica's FLOPs that its busiest member computes.
+        bytes_per_token: that one member sends.
     """
     batches = max(batches, 1)
     compute = flops * slowest_share / rate / replicas

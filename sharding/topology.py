@@ -1,6 +1,6 @@
-"""Devices found and workers asked for -> one slot a worker, on a machine or nodes of a cluster.
+"""Devices and a number of workers -> a slot for each worker, on a machine or a cluster's nodes.
 
-Does not know how devices are found or how a process is tied to one.
+Does not know how devices are found, or how a process is bound to one.
 """
 
 from collections import Counter
@@ -14,8 +14,8 @@ from sharding.kinds import KINDS
 class WorkerSlot:
     """The place of one worker: its replica, its number in that replica's group, and its device.
 
-    `kind` is cpu, gpu or tpu, or auto: whatever JAX finds. `cores` are its own, on a CPU. `node` is
-    the id of its machine in a cluster, empty on this machine; there `cpus` are reserved for it.
+    kind: cpu, gpu or tpu, or auto for whatever JAX finds. cores: on a CPU, those of this worker.
+    node: the id of its machine in a cluster; empty for this machine. cpus: reserved for it there.
     """
 
     replica: int
@@ -28,10 +28,10 @@ class WorkerSlot:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What a machine of a cluster has free.
+    """What is free on a machine of a cluster.
 
-    cpus: as the cluster counts them. devices: GPUs or TPU chips, of which each needs a CPU too.
-    cores: the machine's own, if nobody else has a part in them; empty if others may.
+    cpus: as the cluster counts them. devices: GPUs or TPU chips; a worker on one also needs a CPU.
+    cores: the machine's, if no other job may use them, else empty.
     """
 
     id: str
@@ -40,7 +40,7 @@ class Node:
     cores: tuple[int, ...] = ()
 
     def places(self, kind: str) -> int:
-        """The most workers that this node can hold."""
+        """Return the most workers that this node can hold."""
         return self.cpus if KINDS[kind].is_host else min(self.devices, self.cpus)
 
 
@@ -52,15 +52,15 @@ def place_workers(
     cores: Sequence[int],
     group_size: int = 1,
 ) -> tuple[WorkerSlot, ...]:
-    """Return one slot a worker; every `group_size` neighbours make one replica.
+    """Return a slot for each worker; every `group_size` consecutive ones form one replica.
 
-    On GPU and TPU each worker has a device of its own; `num_workers=None` takes as many as make
-    whole groups. On a CPU the cores are dealt out evenly (more workers than cores share them),
-    and `None` means one group, or for whole replicas one worker for every eight cores but two
-    if there are two cores: each holds a copy of the weights.
+    On GPUs and TPUs each worker has its own device, and `num_workers=None` means as many as form
+    whole groups. On a CPU the workers share the cores evenly, and `None` means one group. For whole
+    replicas it means one worker for every eight cores, at least two if there are two cores, since
+    each holds a copy of the weights.
 
     Raises:
-        ValueError: more workers than devices on GPU or TPU; workers that do not make whole groups.
+        ValueError: there are more workers than GPUs or TPUs, or they do not form whole groups.
     """
     is_host = KINDS[kind].is_host
     if num_workers is None:
@@ -75,7 +75,7 @@ def place_workers(
         )
     if num_workers % group_size:
         raise ValueError(
-            f"Workers must make whole groups of {group_size}. "
+            f"Workers must form whole groups of {group_size}. "
             f"Received: --num-workers {num_workers} --group-size {group_size}"
         )
     return tuple(
@@ -98,18 +98,17 @@ def place_on_nodes(
     prefers_one_node: bool = False,
     first_replica: int = 0,
 ) -> tuple[WorkerSlot, ...]:
-    """Return one slot a worker; every `group_size` neighbours make one replica.
+    """Return a slot for each worker; every `group_size` consecutive ones form one replica.
 
-    A group lies on one node as long as some node has room for it: first on the one that is
-    emptiest, of nodes alike on the first. What is left over makes groups across nodes, unless
-    `prefers_one_node` and there was room for a whole one somewhere: what a tensor group sends for
-    each token wants no network.
+    Groups are placed on single nodes while one has room, each on the node with the most room; ties
+    go to the first. The remaining places form groups across nodes. With `prefers_one_node` they
+    only do if no node had room for a group, since a tensor group sends data for every token.
 
-    On CPUs, `num_workers=None` gives each node what `place_workers` gives one machine, and a
-    node's CPUs are dealt out evenly to its workers.
+    On CPUs, `num_workers=None` gives each node as many workers as `place_workers` gives a machine,
+    and the workers share their node's CPUs evenly.
 
     Args:
-        num_workers: the most to place, None for as many as the nodes suggest.
+        num_workers: the most to place; None for as many as suit the nodes.
         first_replica: the number of the first replica.
 
     Returns:
@@ -117,7 +116,7 @@ def place_on_nodes(
     """
     room = {node.id: node.places(kind) for node in nodes}
     if KINDS[kind].is_host and num_workers is None:
-        # A node too small for a group gives its CPUs to groups across nodes.
+        # The CPUs of a node that is too small for a group go to groups across nodes.
         room = {
             name: min(count, _workers_on_cpus(count, group_size)) if count >= group_size else count
             for name, count in room.items()
@@ -146,12 +145,12 @@ def place_on_nodes(
 
 
 def _workers_on_cpus(count: int, group_size: int) -> int:
-    """Workers on so many CPUs of a machine if the user names no number."""
+    """Return the number of workers on a machine's CPUs if the user names none."""
     return group_size if group_size > 1 else max(min(2, count), count // 8)
 
 
 def _with_cpus(slots: Sequence[WorkerSlot], nodes: dict[str, Node]) -> Iterator[WorkerSlot]:
-    """Deal each node's CPUs, and its cores if they are its own, to the workers on it."""
+    """Yield the slots with their shares of their nodes' CPUs, and cores if a node has any."""
     counts = Counter(slot.node for slot in slots)
     placed: Counter[str] = Counter()
     for slot in slots:

@@ -5,7 +5,7 @@ Does not open the files it names (the stage that reads a file checks it), and kn
 
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from runner.config.flags import (
 )
 from runner.config.suffixes import FORMATS, USUAL_SUFFIXES, either
 from runner.config.task import CONTEST, Task, make_task
-from sharding.dtypes import dtype_beside
+from sharding.kinds import dtype_beside
 
 # Without --min-sequence-length a row keeps at least this part of the sequence length.
 FLOOR_DIVISOR = 4
@@ -144,9 +144,12 @@ class RunConfig:
         """Number of workers that hold one replica together."""
         return (self.group_size or DEFAULT_GROUP_SIZE) if self.mode == MODEL_PARALLEL else 1
 
-    @property
-    def uses_demo_model(self) -> bool:
-        return self.preset is None
+    def as_json(self) -> dict[str, Any]:
+        """Return the settings as reports and plans show them."""
+        return {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in asdict(self).items()
+        }
 
     def _beside_output(self, ending: str) -> Path:
         return self.output.with_name(self.output.name + ending)

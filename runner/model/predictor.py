@@ -20,10 +20,21 @@ from runner.common.poolings import POOLINGS
 from runner.common.records import CompileInfo, Head
 from runner.model.attention import attention, choose_way
 from runner.model.cpu_rewrites import rewritten_for_cpu
-from runner.model.heads import ACTIVATIONS, OUTPUTS
 from sharding.batches import BatchShape
-from sharding.dtypes import dtype_beside
-from sharding.kinds import KINDS, auto_dtype
+from sharding.kinds import KINDS, auto_dtype, dtype_beside
+
+# The activation of the layer between pooling and output, in a `Head` that has one.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "tanh": jnp.tanh,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+}
+# Logits (rows, labels) -> the numbers that are written. A new kind of head is a line here, and its
+# name in `task.HEADS`.
+OUTPUTS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "softmax": functools.partial(jax.nn.softmax, axis=-1),
+    "sigmoid": jax.nn.sigmoid,
+    "regression": lambda logits: logits,
+}
 
 
 class Predictor:

@@ -1,7 +1,7 @@
 """A few rows of a test set, run by the ordinary command in a temporary folder -> measured rates.
 
-Apart from its rows the run is the real one, so nothing of it is modelled here. Knows the report's
-keys `seconds` and `workers`. Does not know Ray or JAX.
+Except for its rows, this is a real run, so nothing is modelled here. Knows the report's keys
+`seconds` and `workers`. Does not know Ray or JAX.
 """
 
 import csv
@@ -26,7 +26,7 @@ from sharding.batches import BatchShape, Plan
 from sharding.fit import plan_flops
 from sharding.times import compile_seconds
 
-# How long the batches should take in all, by the forecast before calibration.
+# How long all batches together should take, by the forecast before calibration.
 MEASURE_S = 20.0
 # Batches of each length and replica; at least two, so that one is in flight while another computes.
 FEWEST_BATCHES, MOST_BATCHES = 2, 8
@@ -36,10 +36,10 @@ STOPS_WITHIN_S = 30
 
 
 def calibrate(job: PlanInput, option: Option, examples: Examples, progress: Progress) -> Measured:
-    """Run a few batches in the way that the config asks for, and return what they showed.
+    """Run a few batches in the requested way and return the measurements.
 
     Args:
-        option: that way.
+        option: the requested way.
 
     Raises:
         ConfigError: it does not fit.
@@ -47,8 +47,8 @@ def calibrate(job: PlanInput, option: Option, examples: Examples, progress: Prog
     """
     if not option.fits or option.plan is None:
         raise ConfigError(
-            f"--calibrate runs a few batches in the way that was asked for, which does not fit: "
-            f"{option.why_not}. Omit it to see what does. Received: --mode {option.mode}"
+            f"--calibrate runs a few batches in the requested way, which does not fit: "
+            f"{option.why_not}. Omit it to see what fits. Received: --mode {option.mode}"
         )
     rows = sample_rows(job, option)
     sample = _rows_of(examples, rows)
@@ -87,7 +87,7 @@ def _evaluate(
     if option.seconds is not None:
         expected_s = option.seconds.start + option.seconds.load + one_shape_s
         slowness = before_predict_s / expected_s
-    # If all came from the cache: other shapes may still have to be compiled.
+    # The default is for programs from the cache: other shapes may still have to be compiled.
     compile_s = max(
         (
             worker["compile_s"] / worker["compiled_shapes"]
@@ -193,7 +193,7 @@ def _measure(job: PlanInput, sample: Examples) -> dict[str, Any]:
 
 
 def _busy_s(workers: list[dict[str, Any]]) -> float:
-    """Return the seconds that all replicas computed, by the busiest member of each."""
+    """Return the busy seconds of all replicas together, each by its busiest member."""
     busiest: dict[int, float] = {}
     for worker in workers:
         replica = worker["replica"]

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,10 +32,7 @@ def describe(job: PlanInput, uncut: np.ndarray, options: list[Option]) -> dict[s
     batches = shown.plan if shown else None
     document: dict[str, Any] = {
         "schema": SCHEMA,
-        "config": {
-            key: str(value) if isinstance(value, Path) else value
-            for key, value in asdict(config).items()
-        },
+        "config": config.as_json(),
         "rows": int(uncut.size),
         "lengths": _describe_lengths(job, uncut),
         "plan_of": _name(shown) if shown else None,
@@ -46,8 +42,7 @@ def describe(job: PlanInput, uncut: np.ndarray, options: list[Option]) -> dict[s
         "flops": {
             "per_token": shape.flops_per_token,
             "attention_per_token_and_length": shape.attention_flops(1),
-            "real": float(job.lengths.sum()) * shape.flops_per_token
-            + float((job.lengths.astype(float) ** 2).sum()) * shape.attention_flops(1),
+            "real": shape.rows_flops(job.lengths),
             "padded": None,
         },
         "model": {

@@ -7,21 +7,21 @@ from runner.config.command import command_flags
 from runner.config.task import CONTEST
 from runner.planner.records import Option, PlanInput
 from runner.planner.ways import pipeline_over
-from sharding.dtypes import dtype_beside
+from sharding.kinds import dtype_beside
 
-# Ways within this factor and these seconds of the quickest count as equally quick; the simplest of
+# Ways within this factor and these seconds of the fastest count as equally fast; the simplest of
 # them is recommended.
-AS_QUICK, AS_QUICK_S = 1.05, 30.0
-# A way with more rounding is mentioned if it takes less than this share of the time.
-MUCH_QUICKER = 0.8
+AS_FAST, AS_FAST_S = 1.05, 30.0
+# A less precise way is mentioned if it takes less than this share of the time.
+MUCH_FASTER = 0.8
 MOST_MEMBERS = 64
 
 
 def recommend(job: PlanInput, options: list[Option]) -> tuple[Option | None, str]:
-    """Return the way to recommend and the reasons in a few sentences; None if nothing fits.
+    """Return the recommended way, None if nothing fits, and the reasons in a few sentences.
 
-    It has the dtype and quantization that were asked for; another quantization is recommended only
-    if nothing fits without it. Of these ways it is the simplest that is about as quick as any.
+    It has the requested dtype and quantization, or another quantization if nothing else fits. Among
+    these ways, it is the simplest that is about as fast as the fastest.
     """
     fitting = [option for option in options if option.fits]
     wanted = job.preset.quantization or job.config.quantization
@@ -29,7 +29,7 @@ def recommend(job: PlanInput, options: list[Option]) -> tuple[Option | None, str
         form = (job.dtype(quantization), quantization)
         there = [option for option in fitting if option.way[2:] == form]
         times = [option.total_s for option in there if option.total_s is not None]
-        limit_s = min(times, default=0.0) * AS_QUICK + AS_QUICK_S
+        limit_s = min(times, default=0.0) * AS_FAST + AS_FAST_S
         for option in there:
             if option.total_s is None or option.total_s <= limit_s:
                 return option, " ".join(_reasons(job, option, wanted, options))
@@ -37,12 +37,12 @@ def recommend(job: PlanInput, options: list[Option]) -> tuple[Option | None, str
 
 
 def asked_option(job: PlanInput, options: list[Option]) -> Option:
-    """Return the way that the config asks for, which may not fit."""
+    """Return the requested way, which may not fit."""
     return next(option for option in options if option.way == job.asked)
 
 
 def _reasons(job: PlanInput, best: Option, wanted: str, options: list[Option]) -> list[str]:
-    """Return sentences on why `best` is recommended, and on what would be quicker at a price."""
+    """Return sentences on why `best` is recommended, and on what is faster but less precise."""
     said = []
     if best.quantization != wanted:
         form = (job.dtype(wanted), wanted)
@@ -72,7 +72,7 @@ def _reasons(job: PlanInput, best: Option, wanted: str, options: list[Option]) -
     rounding = [(s, o) for s, o in timed if o.way[2:] != best.way[2:]]
     if rounding and best.total_s:
         seconds, other = min(rounding, key=lambda one: one[0])
-        if seconds < MUCH_QUICKER * best.total_s:
+        if seconds < MUCH_FASTER * best.total_s:
             forms = " and ".join(name for name in other.way[2:] if name != "none")
             said.append(
                 f"{_label(other).capitalize()} in {forms} should take {duration(seconds)}, but "
@@ -89,7 +89,7 @@ def _reasons(job: PlanInput, best: Option, wanted: str, options: list[Option]) -
 
 
 def _what_would_fit(job: PlanInput) -> str:
-    """Return a sentence on how many devices would be enough, if no way fits."""
+    """Return a sentence on how many devices would be enough."""
     if job.devices.is_host:
         return "Nothing fits the memory of this machine."
     quantization = job.preset.quantization or job.config.quantization

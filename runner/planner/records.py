@@ -13,8 +13,8 @@ from runner.preset.auto import plan_run
 from runner.preset.families import strategies
 from runner.preset.reader import Preset
 from sharding.batches import Plan
-from sharding.dtypes import dtype_beside
 from sharding.fit import Way
+from sharding.kinds import dtype_beside
 from sharding.memory import Need
 from sharding.strategies import auto_strategy
 from sharding.times import ONE_PROCESS_ON_A_CPU, Seconds
@@ -24,12 +24,12 @@ QUANTIZATIONS = ("none", "int8", "int4")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What a few batches showed, for `PlanInput.measured`.
+    """The results of a calibration.
 
-    way: which was run. flops_per_s: of a worker on the model. efficiency: that over
+    way: the one that was run. flops_per_s: of a worker on the model. efficiency: flops_per_s over
     `PlanInput.peak`, None if the peak is not known. before_predict_s: a run's time without reading,
-    tokenizing and predicting. slowness: that over its forecast. compile_s: what another shape adds
-    on one worker. seconds: how long the calibration took.
+    tokenizing and predicting. slowness: before_predict_s over its forecast. compile_s: the time
+    that another shape adds on one worker. seconds: how long the calibration took.
     """
 
     way: tuple[str, str | None, str, str]
@@ -62,7 +62,7 @@ class PlanInput:
 
     @property
     def quantizations(self) -> tuple[str, ...]:
-        """The preset's own; for float weights, all."""
+        """The preset's own quantization; for float weights, all of them."""
         return (self.preset.quantization,) if self.preset.quantization else QUANTIZATIONS
 
     def dtype(self, quantization: str) -> str:
@@ -73,7 +73,7 @@ class PlanInput:
 
     @property
     def asked(self) -> tuple[str, str | None, str, str]:
-        """The way that the config asks for."""
+        """The requested way."""
         strategy = self.config.strategy
         if self.config.mode == "model-parallel" and strategy in (None, "auto"):
             known = strategies(self.preset.class_name)
@@ -109,8 +109,8 @@ class Option:
     """One way to run.
 
     why_not: the reason if it does not fit. memory_bytes, need: of the fullest device. host_bytes:
-    memory that the machine needs. budget: the most padded tokens of a batch. range_s: the least and
-    the most that the run may take. arithmetic: how memory and time were computed, in a line.
+    memory that the machine needs. budget: the most padded tokens of a batch. range_s: the shortest
+    and the longest time that is likely. arithmetic: how memory and time were computed, in a line.
     """
 
     mode: str

@@ -9,8 +9,7 @@ from typing import Any
 
 from runner.common.poolings import POOLINGS
 from runner.common.units import duration, flops_text, gb, parameters_text
-from sharding.dtypes import dtype_beside
-from sharding.kinds import KINDS
+from sharding.kinds import KINDS, dtype_beside
 
 WIDTH = 100
 BAR_WIDTH = 46

@@ -1,6 +1,6 @@
 """Rows, a model and devices -> each way to run: whether it fits, how long it takes, and why.
 
-A way is a mode, a strategy, a dtype and a quantization. Does not know files, nor how a plan is
+A way is a mode, a strategy, a dtype and a quantization. Does not know files, or how a plan is
 shown.
 """
 
@@ -14,7 +14,6 @@ from runner.planner.records import Option, PlanInput
 from runner.preset.families import strategies
 from sharding.batches import Plan
 from sharding.costs import ModelShape
-from sharding.dtypes import dtype_beside
 from sharding.fit import (
     DEVICE,
     HOST,
@@ -28,12 +27,12 @@ from sharding.fit import (
     forecast,
     plan_flops,
 )
-from sharding.kinds import KINDS
+from sharding.kinds import KINDS, dtype_beside
 from sharding.memory import SHARE_FOR_WEIGHTS, SHARE_IN_USE
 from sharding.times import START_S, Seconds, compile_seconds, load_seconds
 from sharding.topology import place_workers
 
-# In order of preference among equally quick ones.
+# In order of preference among equally fast ones.
 LAYOUTS: tuple[tuple[str, str | None], ...] = (
     ("data-parallel", None),
     ("model-parallel", "pipeline"),
@@ -195,7 +194,7 @@ def _workers(job: PlanInput, mode: str, members: int) -> int:
     if not devices.is_host and devices.count < members:
         return 0
     if wanted is not None:
-        # In other modes than the asked one, as many of its workers as make whole groups.
+        # In modes other than the requested one, as many workers as form whole groups.
         wanted = wanted // members * members or members
     try:
         slots = place_workers(

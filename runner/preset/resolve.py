@@ -17,7 +17,7 @@ from runner.config.run_config import PrepareConfig, RunConfig, check_dtype
 from runner.config.task import CONTEST, Task
 from runner.preset.reader import Preset, check_lora, read_head, read_preset
 from runner.results.fingerprint import Fingerprint, fingerprint
-from sharding.dtypes import dtype_beside
+from sharding.kinds import dtype_beside
 
 # Packages whose versions may change an answer.
 ANSWERS_DEPEND_ON = ("jax", "keras", "keras-hub")

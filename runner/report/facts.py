@@ -51,10 +51,7 @@ def make_report(
     peak = info.matmul_flops_per_s * len(workers) if info else 0.0
     return {
         "schema": SCHEMA,
-        "config": {
-            key: str(value) if isinstance(value, Path) else value
-            for key, value in asdict(config).items()
-        },
+        "config": config.as_json(),
         "versions": versions(),
         "fingerprint": fingerprint,
         "mode": config.mode,
@@ -142,7 +139,7 @@ def summarize(report: dict[str, Any], config: RunConfig) -> str:
             f"{report['strategy']}: the members hold {', '.join(held)} MB of weights{said}"
         )
     lines += what_happened(report)
-    if config.uses_demo_model:
+    if config.preset is None:
         lines.append(f"{DEMO} Name your own with --preset, --head-kernel and --head-bias.")
     lines.append(f"Report: {config.report_path}; as a page: {config.page_path}")
     return "\n".join(lines)

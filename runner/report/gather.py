@@ -138,7 +138,7 @@ class Reports:
             fingerprint=outcome.fingerprint,
             rows={"total": rows["total"], "predicted": rows["total"] - unlike, **rows},
             tally=tally,
-            model_flops=_model_flops(self.shape, tally.lengths_done),
+            model_flops=self.shape.rows_flops(tally.lengths_done),
             seconds=self.seconds,
             info=computed.info,
             workers=list(stats) if rows["total"] and computed.info else [],
@@ -225,9 +225,3 @@ def try_to_write(what: str, path: Path, write: Callable[[], None]) -> str | None
             path.unlink(missing_ok=True)  # a file of an older run would be misleading
         return f"{NOT_WRITTEN.format(what)}: {why}"
     return None
-
-
-def _model_flops(shape: ModelShape, lengths: np.ndarray) -> float:
-    """Return the FLOPs that real tokens need, without padding."""
-    per_token = float(lengths.sum()) * shape.flops_per_token
-    return per_token + float((lengths.astype(float) ** 2).sum()) * shape.attention_flops(1)
