@@ -12,7 +12,7 @@ from typing import Any
 
 # A score square of shorter rows costs nothing to speak of.
 SHORTEST_SQUARE = 256
-# Smaller weights may be transposed at no cost to speak of.
+# Smaller arrays cost nothing to speak of.
 LARGE_WEIGHT_BYTES = 1 << 20
 ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "bf16": 16, "f16": 16}
 
@@ -23,6 +23,8 @@ INSTRUCTION = re.compile(
 )
 COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) (?:\(.*\) -> .*)?\{$")
 ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+)\[([\d,]*)\]")
+# Parameters of `Program.forward` that are weights.
+WEIGHT = re.compile(r"(non_)?trainable|head")
 NAMES = re.compile(r"%([\w.-]+)")
 LIBRARY, KERNEL, LOOP, UNIT = "library call", "fused kernel", "loop", "matrix unit"
 
@@ -67,20 +69,20 @@ def read_program(text: str, *, length: int) -> dict[str, Any]:
 
     Returns:
         products: "KIND of DTYPE" -> how many; KIND is library call, fused kernel, loop, or matrix
-        unit (of a TPU). squares, transposed: how many float32 squares of scores and copies of
-        weights there are. warnings: sentences.
+        unit (of a TPU). squares: how many float32 squares of scores there are.
+        made_of_weights_bytes: arrays that each call makes of weights alone. warnings: sentences.
     """
     computations = _parse(text)
     products = _products(computations)
     squares = _squares(computations.values(), length)
-    transposed = _transposed(computations)
+    made = _made_of_weights(computations)
     warnings = []
     if squares:
         warnings.append(f"{squares} float32 squares of scores, {length} x {length}, are in memory")
-    if transposed:
-        copied = sum(transposed) / 1e9
+    if made:
         warnings.append(
-            f"{len(transposed)} weights ({copied:.2f} GB) are transposed or copied in each call"
+            f"{len(made)} arrays ({sum(made) / 1e9:.2f} GB) are made of weights alone in each "
+            "call: transposed, joined or unpacked"
         )
     slow = {name: count for name, count in products.items() if name in ("loop of s8", "loop of s4")}
     if slow:
@@ -88,7 +90,7 @@ def read_program(text: str, *, length: int) -> dict[str, Any]:
     return {
         "products": dict(products),
         "squares": squares,
-        "transposed": len(transposed),
+        "made_of_weights_bytes": sum(made),
         "warnings": warnings,
     }
 
@@ -154,26 +156,21 @@ def _squares(computations: Iterable[Computation], length: int) -> int:
     )
 
 
-def _transposed(computations: dict[str, Computation]) -> list[int]:
-    """Return the bytes of each large weight that is only copied into another layout."""
+def _made_of_weights(computations: dict[str, Computation]) -> list[int]:
+    """Return the bytes of each large array that depends on weights alone."""
     entry = next((one for one in computations.values() if one.is_entry), Computation())
-    weights = {one.name for one in entry.instructions.values() if one.what == "parameter"}
+    weights: set[str] = set()
     found = []
     for one in entry.instructions.values():
         operands = one.operands
-        if one.what in ("bitcast", "reshape") and operands and operands[0] in weights:
+        if one.what == "parameter" and WEIGHT.match(one.name):
             weights.add(one.name)
-        if not operands or operands[0] not in weights or len(operands) != 1:
-            continue
-        called = computations.get(one.attribute("calls"))
-        what = called.root.what if called and called.root else one.what
-        if one.what not in ("fusion", "transpose", "copy") or what not in (
-            *("transpose", "copy", "bitcast", "tuple"),
-        ):
-            continue
-        held, copied = _bytes_of(entry.instructions[operands[0]].type), _bytes_of(one.type)
-        if held == copied >= LARGE_WEIGHT_BYTES:
-            found.append(held)
+        elif operands and weights.issuperset(operands):
+            if one.what in ("bitcast", "reshape", "get-tuple-element"):
+                weights.add(one.name)
+            elif one.what in ("fusion", "transpose", "copy", "concatenate"):
+                size = _bytes_of(one.type)
+                found += [size] if size >= LARGE_WEIGHT_BYTES else []
     return found
 
 

@@ -145,9 +145,9 @@ def _compiled(plan: dict[str, Any]) -> list[str]:
     for number, one in enumerate(compiled["programs"], start=1):
         lines += _program(number, one)
     lines += textwrap.wrap(
-        f"fits: in {compiled['share']:g} of the device's memory. most tokens: of a batch beside the "
-        "weights, if memory goes with tokens. Kernels were not autotuned, which needs the device; "
-        "attention was the chunked one. Nothing here was measured on a device.",
+        f"fits: within {compiled['share']:g} of the device's memory. most tokens: of a batch that "
+        "fits, as memory grows with tokens. Attention was chunked, and kernels were not "
+        "autotuned, which needs the device. Nothing was measured on a device.",
         WIDTH,
     )
     return lines
