@@ -26,6 +26,7 @@ COMPILES_WITHIN_S = 900.0
 # Extra -> the module whose presence shows that it is installed.
 MODULES = {CUDA: "jax_plugins.xla_cuda12"}
 TPU_MODULE = "libtpu"
+COMPILER = (sys.executable, "-m", "runner.model.absent")
 # The folder of the package.
 ROOT = Path(runner.__file__).resolve().parents[1]
 
@@ -181,7 +182,7 @@ def _ask(request: dict[str, Any], environment: dict[str, str]) -> Iterator[dict[
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "runner.model.absent"],
+            COMPILER,
             input=json.dumps(request),
             env=os.environ | environment | {"PYTHONPATH": path},
             capture_output=True,

@@ -139,7 +139,7 @@ def _compiled(plan: dict[str, Any]) -> list[str]:
         return textwrap.wrap(f"--compile: {compiled['missing']}.", WIDTH)
     lines = [
         f"Compiled here for {plan['device']['title']}; bytes are XLA's own:",
-        f"    {'way':<34}{'layers':<8}{'batch':<11}{'weights':>8}{'batch':>9}  {'fits':<5}"
+        f"    {'way':<30}{'layers':<8}{'batch':<11}{'weights':>8}{'batch':>9}  {'fits':<5}"
         f"{'most tokens':>12}{'compiled':>10}",
     ]
     for number, one in enumerate(compiled["programs"], start=1):
@@ -158,7 +158,7 @@ def _program(number: int, one: dict[str, Any]) -> list[str]:
     quantization = one["quantization"] if one["quantization"] != "none" else None
     way = " ".join(filter(None, [one["strategy"] or one["mode"], one["dtype"], quantization]))
     layers = f"{one['layers'][0]}-{one['layers'][1] - 1}" if one["layers"] else "all"
-    head = f"{number:>3} {way:<34}{layers:<8}{one['rows']:,} x {one['length']:<6,}"
+    head = f"{number:>3} {way:<30}{layers:<8}{one['rows']:,} x {one['length']:<6,}"
     if "error" in one:
         return [head, *_indented(f"not compiled: {one['error']}")]
     per_batch = one["temporary_bytes"] + one["output_bytes"]
