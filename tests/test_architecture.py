@@ -187,11 +187,11 @@ def test_the_program_of_a_batch_calls_a_new_pooling(copy):
 
     add_pooling(copy)
 
-    predictor = copy.load("runner.model.predictor").Predictor(
-        FakeModel(jax.numpy.zeros(1)), None, pooling="largest", output="none", way="keras"
+    program = copy.load("runner.model.program").Program(
+        FakeModel(jax.numpy.zeros(1)), pooling="largest", output="none", way="keras"
     )
     tokens, lengths = np.array([[3, 5, 9, 9], [4, 2, 1, 9]], np.int32), np.array([2, 3], np.int32)
-    pooled = predictor._forward([], [], [], jax.numpy.asarray(tokens), jax.numpy.asarray(lengths))
+    pooled = program.forward([], [], [], jax.numpy.asarray(tokens), jax.numpy.asarray(lengths))
     assert np.asarray(pooled).tolist() == [[5.0], [4.0]]
 
 

@@ -77,7 +77,7 @@ class Head:
 
     kernel: (hidden, classes). bias: (classes,). dense: kernel (hidden, hidden) and bias (hidden,)
     of a layer before them, if there is one. activation: of that layer, a key of
-    `predictor.ACTIVATIONS`.
+    `program.ACTIVATIONS`.
     """
 
     kernel: np.ndarray
@@ -92,7 +92,7 @@ class ModelSpec:
 
     head_kernel, head_bias: None if the preset is a classifier with a head of its own.
     quantization: how to quantize a float preset while it is loaded; None loads it as stored.
-    stored_bytes: of its weight files. head: a key of `predictor.OUTPUTS`; or none, without head
+    stored_bytes: of its weight files. head: a key of `program.OUTPUTS`; or none, without head
     files: a row gets its pooled states, `classes` numbers. is_int8: the loaded weights are int8.
     """
 

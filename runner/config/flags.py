@@ -53,6 +53,7 @@ class Flag:
     choices: the only values; empty for any.
     read: turns a given value into the setting's, or raises ConfigError.
     modes, commands: where it applies; elsewhere only the default is accepted.
+    bare: the value of the flag without one; None if it must have a value.
     calibrates: whether the run of --calibrate takes it too. The command that --plan prints takes
     every flag of a run.
     prepare: what of this row differs in `run.py prepare`; None if that does not take the flag.
@@ -69,6 +70,7 @@ class Flag:
     required: bool = False
     modes: tuple[str, ...] = MODES
     commands: tuple[str, ...] = (RUN, PLAN)
+    bare: str | None = None
     calibrates: bool = True
     prepare: Mapping[str, Any] | None = None
 
@@ -98,6 +100,8 @@ class Flag:
             options = {"action": "store_true"}
         elif self.choices:
             options = {"metavar": "{" + ",".join(self.choices) + "}"}
+        if self.bare is not None:
+            options |= {"nargs": "?", "const": self.bare}
         parser.add_argument(flag(self.name), dest=self.name, help=self.help_text(), **options)
 
 
@@ -356,6 +360,17 @@ FLAGS: tuple[Flag, ...] = (
         help="with --plan: run a few batches on the devices here and forecast from them; needs "
         "weights and head",
         default=False,
+        commands=(PLAN,),
+    ),
+    Flag(
+        name="compile",
+        group="plan",
+        choices=("largest", "all"),
+        bare="largest",
+        help="with --plan: compile the programs of the recommended way and of those beside it for "
+        "the device, which need not be here, for the largest shape or for all: XLA's own account "
+        "of memory; needs an extra, compile-cuda or compile-tpu",
+        default_note="nothing; largest if no value is given",
         commands=(PLAN,),
     ),
     Flag(

@@ -76,6 +76,7 @@ class RunConfig:
     plan: bool = DEFAULTS["plan"]
     device: str | None = DEFAULTS["device"]
     calibrate: bool = DEFAULTS["calibrate"]
+    compile: str | None = DEFAULTS["compile"]
     log_dir: Path | None = DEFAULTS["log_dir"]
     log_format: str = DEFAULTS["log_format"]
     metrics_port: int | None = DEFAULTS["metrics_port"]

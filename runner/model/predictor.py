@@ -6,7 +6,7 @@ Does not know Ray, the order of rows or files.
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,25 +16,12 @@ import keras
 import numpy as np
 from jax._src import distributed
 
-from runner.common.poolings import POOLINGS
 from runner.common.records import CompileInfo, Head
-from runner.model.attention import attention, choose_way
+from runner.model.attention import choose_way
 from runner.model.cpu_rewrites import rewritten_for_cpu
+from runner.model.program import Program, precision_of
 from sharding.batches import BatchShape
 from sharding.kinds import KINDS, auto_dtype, dtype_beside
-
-# The activation of the layer between pooling and output, in a `Head` that has one.
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "tanh": jnp.tanh,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-}
-# Logits (rows, labels) -> the numbers that are written. A new kind of head is a line here, and its
-# name in `task.HEADS`.
-OUTPUTS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "softmax": functools.partial(jax.nn.softmax, axis=-1),
-    "sigmoid": jax.nn.sigmoid,
-    "regression": lambda logits: logits,
-}
 
 
 class Predictor:
@@ -66,11 +53,6 @@ class Predictor:
         replicated: jax.sharding.Sharding | None = None,
         way: str | None = None,
     ) -> None:
-        self._model = model
-        self._entry = "token_ids" if "token_ids" in model.input else "hidden"
-        self._pooling = POOLINGS[pooling]
-        self._dense = ACTIVATIONS[head.activation] if head is not None and head.dense else None
-        self._output = output if head is not None or output == "none" else "hidden"
         self.notes: tuple[str, ...] = ()
         self._replicated = replicated
         self._arguments = (
@@ -79,18 +61,21 @@ class Predictor:
             [self._on_device(np.asarray(array, np.float32)) for array in _arrays(head)],
         )
         device = next(iter(self._arguments[0][0].devices()))
-        # TF32 would break the float32 equalities on a GPU.
-        self._precision = "highest" if model.compute_dtype == "float32" else "default"
         self.way = way or ""
         if way is None:
-            with jax.default_matmul_precision(self._precision):
+            with jax.default_matmul_precision(precision_of(model)):
                 self.way, self.notes = choose_way(model, device, replicated)
+        self._program = Program(
+            model,
+            pooling=pooling,
+            output=output if head is not None or output == "none" else "hidden",
+            way=self.way,
+            dense=head.activation if head is not None and head.dense else None,
+        )
         # A GPU or TPU queues programs. A CPU would run two at once, each half as fast.
         self._is_cpu = KINDS[device.platform].is_host
         self._turns = threading.Lock()
-        self._function: Callable[..., jax.Array] = self._forward
-        if self._is_cpu:
-            self._function = rewritten_for_cpu(self._forward)
+        self._rewritten = rewritten_for_cpu(self._program.forward) if self._is_cpu else None
         self._programs: dict[BatchShape, Any] = {}
 
     @property
@@ -106,16 +91,11 @@ class Predictor:
         """Compile one shape, or read its program from JAX's cache on disk."""
         started, hits = time.perf_counter(), _cache_hits().count
         if shape not in self._programs:
-            entry = self._model.input[self._entry]
-            trailing = entry.shape[2:]
-            with jax.default_matmul_precision(self._precision):
-                lowered = jax.jit(self._function, out_shardings=self._replicated).lower(
-                    *self._arguments,
-                    self._abstract((shape.rows, shape.length, *trailing), entry.dtype),
-                    self._abstract((shape.rows,), "int32"),
-                )
-                with _every_process_writes_its_cache():
-                    self._programs[shape] = lowered.compile()
+            lowered = self._program.lower(
+                self._arguments, shape, sharding=self._replicated, function=self._rewritten
+            )
+            with _every_process_writes_its_cache():
+                self._programs[shape] = lowered.compile()
         return CompileInfo(time.perf_counter() - started, _cache_hits().count > hits)
 
     def predict(self, entry: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -146,58 +126,6 @@ class Predictor:
     def fetch(self, output: jax.Array) -> np.ndarray:
         """Wait for what `enqueue` returned, and return it as an array like `predict`."""
         return np.asarray(output.addressable_data(0))
-
-    def _forward(
-        self,
-        trainable: list[jax.Array],
-        non_trainable: list[jax.Array],
-        head: list[jax.Array],
-        entry: jax.Array,
-        lengths: jax.Array,
-    ) -> jax.Array:
-        states = self._states(trainable, non_trainable, entry, lengths)
-        hidden = states["sequence_output"] if isinstance(states, dict) else states
-        if self._output == "hidden":
-            return hidden
-        if self._pooling.pool is None:
-            pooled = states["pooled_output"].astype(jnp.float32)
-        else:
-            pooled = self._pooling.pool(jnp, hidden.astype(jnp.float32), lengths)
-        if self._output == "none":
-            return pooled
-        kernel, bias, *dense = head
-        if self._dense is not None:
-            between, its_bias = dense
-            pooled = self._dense(jnp.matmul(pooled, between, precision="highest") + its_bias)
-        logits = jnp.matmul(pooled, kernel, precision="highest") + bias
-        return OUTPUTS[self._output](logits)
-
-    def _states(
-        self,
-        trainable: list[jax.Array],
-        non_trainable: list[jax.Array],
-        entry: jax.Array,
-        lengths: jax.Array,
-    ) -> Any:
-        """Return hidden states, (rows, length, hidden); for BERT a dict of them and pooled ones."""
-
-        def call(entry: jax.Array, mask: jax.Array) -> Any:
-            inputs = {self._entry: entry, "padding_mask": mask}
-            if "segment_ids" in self._model.input:
-                inputs["segment_ids"] = jnp.zeros_like(entry)  # a row is one segment
-            return self._model.stateless_call(trainable, non_trainable, inputs, training=False)[0]
-
-        rows, length, *trailing = entry.shape
-        if self.way == "keras":
-            return call(entry, jnp.arange(length)[None, :] < lengths[:, None])
-        seen = lengths if self._pooling.sees_padding else None
-        with attention(self._model, self.way, rows, length, seen):
-            end_to_end = entry.reshape(rows * length, 1, *trailing)
-            hidden = call(end_to_end, jnp.ones(end_to_end.shape[:2], bool))
-        return hidden.reshape(rows, length, -1)
-
-    def _abstract(self, shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._replicated)
 
     def _on_device(self, array: np.ndarray) -> jax.Array:
         if self._replicated is None:

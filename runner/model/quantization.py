@@ -53,6 +53,20 @@ def policies_of(preset: Path, dtype: str) -> Any:
     return keras.dtype_policies.deserialize(saved)
 
 
+def quantized_policies(backbone: keras.Model, mode: str, dtype: str) -> Any:
+    """Return the dtype argument that builds a float backbone as `quantize_layer` leaves it."""
+    policies = keras.dtype_policies.DTypePolicyMap(default_policy=dtype)
+    for layer in backbone._flatten_layers(include_self=False):
+        is_leaf = len(list(layer._flatten_layers())) == 1
+        if is_leaf and type(layer).quantize is not keras.Layer.quantize:
+            policies[layer.path] = keras.dtype_policies.get(f"{_POLICIES[mode]}_from_{dtype}")
+    return policies
+
+
+# The names of Keras' policies for `CONFIGS`: int4 has blocks of 128 inputs.
+_POLICIES = {"int8": "int8", "int4": "int4/128"}
+
+
 @contextmanager
 def _in_pieces() -> Iterator[None]:
     """Within, Keras quantizes large weights a few channels at a time, with the same results."""

@@ -19,8 +19,9 @@ from runner.config.run_config import RunConfig
 from runner.data.inputs import read_rows, to_tokens
 from runner.demo import stand_in
 from runner.planner.calibration import calibrate
+from runner.planner.compiling import compile_ways
 from runner.planner.document import describe
-from runner.planner.recommendation import asked_option
+from runner.planner.recommendation import asked_option, recommend
 from runner.planner.records import PlanInput
 from runner.planner.text import render
 from runner.planner.ways import all_options
@@ -82,6 +83,9 @@ def plan(config: RunConfig, *, started: float | None = None) -> dict[str, Any]:
             job = replace(job, measured=measured)
             options = all_options(job)
         document = describe(job, uncut, options)
+        if config.compile is not None:
+            best, _ = recommend(job, options)
+            document["compiled"] = compile_ways(job, options, best, progress.stage)
         write_whole(config.plan_path, json.dumps(document, indent=1) + "\n")
     print(render(document, encoding=sys.stdout.encoding or "ascii"), flush=True)
     return document

@@ -25,6 +25,7 @@ def render(plan: dict[str, Any], *, encoding: str = "utf-8") -> str:
         _batches(plan),
         _options(plan),
         _arithmetic(plan),
+        _compiled(plan),
         _recommendation(plan),
     ]
     return "\n\n".join("\n".join(section) for section in sections if section)
@@ -127,6 +128,58 @@ def _arithmetic(plan: dict[str, Any]) -> list[str]:
             option["arithmetic"], WIDTH, initial_indent=f"{number:>3} ", subsequent_indent="    "
         )
     return [*lines, *_caveats(plan)]
+
+
+def _compiled(plan: dict[str, Any]) -> list[str]:
+    """Return what XLA says of the programs that --compile compiled."""
+    compiled = plan.get("compiled")
+    if compiled is None:
+        return []
+    if compiled["missing"]:
+        return textwrap.wrap(f"--compile: {compiled['missing']}.", WIDTH)
+    lines = [
+        f"Compiled here for {plan['device']['title']}; bytes are XLA's own:",
+        f"    {'way':<30}{'layers':<8}{'batch':<11}{'weights':>8}{'batch':>9}  {'fits':<5}"
+        f"{'most tokens':>12}{'compiled':>10}",
+    ]
+    for number, one in enumerate(compiled["programs"], start=1):
+        lines += _program(number, one)
+    lines += textwrap.wrap(
+        f"fits: within {compiled['share']:g} of the device's memory. most tokens: of a batch that "
+        "fits, as memory grows with tokens. Attention was chunked, and kernels were not "
+        "autotuned, which needs the device. Nothing was measured on a device.",
+        WIDTH,
+    )
+    return lines
+
+
+def _program(number: int, one: dict[str, Any]) -> list[str]:
+    """Return the lines of one compiled program."""
+    quantization = one["quantization"] if one["quantization"] != "none" else None
+    way = " ".join(filter(None, [one["strategy"] or one["mode"], one["dtype"], quantization]))
+    layers = f"{one['layers'][0]}-{one['layers'][1] - 1}" if one["layers"] else "all"
+    head = f"{number:>3} {way:<30}{layers:<8}{one['rows']:,} x {one['length']:<6,}"
+    if "error" in one:
+        return [head, *_indented(f"not compiled: {one['error']}")]
+    per_batch = one["temporary_bytes"] + one["output_bytes"]
+    most = f"{one['largest_batch_tokens']:,}" if one["largest_batch_tokens"] else "-"
+    products = ", ".join(f"{count} {_plural(name)}" for name, count in one["products"].items())
+    return [
+        f"{head}{gb(one['argument_bytes']):>9}{gb(per_batch):>9}  "
+        f"{'yes' if one['fits'] else 'NO':<5}{most:>12}{duration(one['compile_s']):>10}",
+        *_indented(f"products: {products or 'none'}"),
+        *(line for warning in one["warnings"] for line in _indented(f"warning: {warning}")),
+    ]
+
+
+def _plural(product: str) -> str:
+    """Return several products of a kind: library calls of f16."""
+    kind, _, dtype = product.partition(" of ")
+    return f"{kind}s of {dtype}"
+
+
+def _indented(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="      ")
 
 
 def _caveats(plan: dict[str, Any]) -> list[str]:

@@ -77,7 +77,7 @@ class Classifier:
     """A family's KerasHub `TextClassifier`: the head in a whole task preset.
 
     pooling: a key of `poolings.POOLINGS`. dense: the activation of the layer between pooling and
-    logits, a key of `predictor.ACTIVATIONS`; None if there is no such layer.
+    logits, a key of `program.ACTIVATIONS`; None if there is no such layer.
     """
 
     class_name: str
