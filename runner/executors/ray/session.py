@@ -5,7 +5,6 @@ Does not know what runs on it. docs/security.md says what listens where.
 """
 
 import atexit
-import fcntl
 import ipaddress
 import logging
 import os
@@ -15,7 +14,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,14 +27,10 @@ from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ig
 
 import runner
 from runner.common.errors import ConfigError, WorkerError, first_line
+from runner.executors.ray.folders import make_private_folder
 from runner.model.cpu_allocator import ENVIRONMENT
 from sharding.kinds import KINDS, named_by_jax
 
-# What Ray appends to its folder's path for a socket, and the longest path of a socket.
-LONGEST_SOCKET = "/session_2026-11-24_12-00-00_123456_4194304/sockets/plasma_store"
-MAX_SOCKET_PATH_BYTES = 103
-# A file in the folder of a run, locked while its driver lives.
-LOCK = "arena-runner.lock"
 # The Ray processes without which no worker can be started or reached.
 NEEDED = (ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER)
 # Files in a session's folder that tell the raylet the ports of its agents.
@@ -272,42 +266,6 @@ def stop_ray() -> None:
 def private_folder() -> Path | None:
     """Return the folder of this run on this machine, None if Ray was not started here."""
     return _session.folder
-
-
-def make_private_folder() -> tuple[Path, int]:
-    """Return a new folder that only the owner can enter, and its open lock.
-
-    Removes folders whose driver was killed: nobody holds their lock.
-    """
-    base = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()).absolute()
-    if len(os.fsencode(base / "arena-12345678" / "r")) + len(LONGEST_SOCKET) > (
-        MAX_SOCKET_PATH_BYTES
-    ):
-        base = Path("/tmp")
-    for stale in base.glob(f"arena-*/{LOCK}"):
-        _remove_if_stale(stale)
-    # Take the lock before the folder gets a name that the loop above would find.
-    fresh = Path(tempfile.mkdtemp(prefix=".arena-", dir=base))
-    lock = os.open(fresh / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    return fresh.rename(base / fresh.name.removeprefix(".")), lock
-
-
-def _remove_if_stale(path: Path) -> None:
-    folder = path.parent
-    try:
-        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-            return
-        lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-    except OSError:
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    except BlockingIOError:
-        pass
-    finally:
-        os.close(lock)
 
 
 @contextmanager
