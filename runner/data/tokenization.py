@@ -109,7 +109,11 @@ class _SentencePiece:
 
     def id_of(self, token: str) -> int | None:
         number = self._processor.piece_to_id(token)
-        return number if self._processor.id_to_piece(number) == token else None
+        try:
+            found = self._processor.id_to_piece(number)
+        except IndexError:
+            return None  # a damaged vocabulary may lack even the piece for unknown tokens
+        return number if found == token else None
 
 
 class _BytePairs:

@@ -1,5 +1,7 @@
 """Tokens of encoders, token for token those of KerasHub's own preprocessors inside of tf.data."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -84,8 +86,6 @@ def test_rows_at_every_length_end_as_a_segment_does(plain):
     ],
 )
 def test_vocabularies_without_what_is_packed(plain, tmp_path, kind, content, message):
-    from dataclasses import replace
-
     name = "bert" if kind == "word_pieces" else "roberta"
     files = read_preset(plain.model(name) / "preset").tokenizer
     (tmp_path / "vocabulary").write_text(content)
@@ -96,3 +96,11 @@ def test_vocabularies_without_what_is_packed(plain, tmp_path, kind, content, mes
         changed = replace(changed, byte_pairs=pairs)
     with pytest.raises(DataError, match=message):
         tokenize(["x"], changed, sequence_length=8)
+
+
+def test_a_sentencepiece_model_that_lost_its_pieces(models, tmp_path):
+    """Its first bytes are gone, and it still loads."""
+    files = read_preset(models["gemma2"].preset).tokenizer
+    (tmp_path / "vocabulary").write_bytes(files.vocabulary.read_bytes()[62:])
+    with pytest.raises(DataError, match="must hold the token <bos>"):
+        tokenize(["x"], replace(files, vocabulary=tmp_path / "vocabulary"), sequence_length=8)
