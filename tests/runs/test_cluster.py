@@ -309,8 +309,11 @@ def test_two_nodes_give_the_answers_of_one_process(
 
 @pytest.fixture
 def long_job(models, arena_rows, tmp_path):
-    """A run that takes a minute on one device: 905 rows, of some 180,000 tokens in all."""
-    slow = json.dumps([{"kind": "slow", "tokens_per_s": 3000}])
+    """A run that takes two minutes on one device: 905 rows, of some 180,000 tokens in all.
+
+    So it lasts until a node that comes has workers, which start cold.
+    """
+    slow = json.dumps([{"kind": "slow", "tokens_per_s": 1500}])
     flags = [*models["arena"].flags(), "--input", str(arena_rows), "--pooling", "mean",
              "--sequence-length", "256"]  # fmt: skip
     return flags, AUTH | {"ARENA_RUNNER_FAULTS": slow}
@@ -318,7 +321,7 @@ def long_job(models, arena_rows, tmp_path):
 
 @pytest.fixture
 def begin(cache, warm, tmp_path, nodes, long_job):
-    """Start that run on the cluster, and return it once rows have come."""
+    """Start that run on the cluster, and return it once rows have come from two workers."""
     runs = []
 
     def start(*flags):
@@ -326,12 +329,9 @@ def begin(cache, warm, tmp_path, nodes, long_job):
         run = Started(cache, warm, *files, "--address", nodes.address, *flags,
                       "--output", tmp_path / "s.csv", **env)  # fmt: skip
         runs.append(run)
-        wal = tmp_path / "s.csv.journal-wal"
-        end = time.monotonic() + 120
-        while not (wal.is_file() and wal.stat().st_size > 20_000):
-            assert run.process.poll() is None, run.process.communicate()
-            assert time.monotonic() < end, "no rows came"
-            time.sleep(0.1)
+        # Both have batches, and then some more come: so both have answered.
+        run.wait_for_workers(".predict", count=2)
+        run.wait_for_batches(tmp_path / "s.csv", count=6)
         return run
 
     yield start

@@ -45,7 +45,8 @@ def run(flags: list[str], errors: Path | None = None, file_bytes: int | None = N
             os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
         from runner.cli import main
 
-        sys.exit(main(flags))
+        sys.argv[1:] = flags
+        sys.exit(main())
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
