@@ -207,7 +207,10 @@ class RunLogs:
     def _look(self) -> None:
         """Echo new output, and keep the files small."""
         assert self.folder is not None, "this is a bug: there is no log folder to look at"
-        for path in (self.folder / DRIVER_ERRORS, *sorted(self.folder.glob(worker_log("*", "*")))):
+        paths = [self.folder / DRIVER_ERRORS]
+        with suppress(OSError):  # the folder was removed meanwhile
+            paths += sorted(self.folder.glob(worker_log("*", "*")))
+        for path in paths:
             is_own = path.name == DRIVER_ERRORS
             try:
                 if self._echo is not None and (is_own or self._workers_too):
