@@ -1,4 +1,4 @@
-"""The records that the stages of a run hand to each other, and the estimate of a compile."""
+"""The records that the rooms hand to each other, and the estimate of a compile."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

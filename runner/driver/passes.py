@@ -134,7 +134,7 @@ class Passes:
             event="fault",
             rows=len(broken),
         )
-        progress.stage(f"predicting {len(broken)} rows again in float32")
+        progress.phase(f"predicting {len(broken)} rows again in float32")
         config = self._config
         for start in range(0, len(broken), ROWS_IN_FLOAT):
             rows = broken[start : start + ROWS_IN_FLOAT]
@@ -165,7 +165,7 @@ class Passes:
         rows, began = self.rows_to_improve(), setting.now()
         if not rows or setting.deadline.is_over(began):
             return
-        setting.progress.stage("tokenizing rows with their responses swapped")
+        setting.progress.phase("tokenizing rows with their responses swapped")
         predict_s = executor.predict_s
         tokens = self._tokens(render(swap(self._examples, task), self._config))
         if tokens is None:
@@ -207,7 +207,7 @@ class Passes:
             self._table.how[row] != PREDICTED for row in first
         ):
             return {"mode": mode, "measured": "not in this run: its time or its rows were cut"}
-        setting.progress.stage("the submission is written; comparing its first rows with float32")
+        setting.progress.phase("the submission is written; comparing its first rows with float32")
         started = time.monotonic()
         batch = reference_batch(
             self._outcome.lengths,
@@ -240,7 +240,7 @@ class Passes:
     def _tokenize(self, texts: list[str]) -> TokenTable:
         def count(rows: int) -> None:
             done = rows == len(texts)
-            self._setting.progress.stage(
+            self._setting.progress.phase(
                 "starting, loading and compiling"
                 if done
                 else f"tokenizing {rows:,}/{len(texts):,} rows"

@@ -1,6 +1,6 @@
 """The run as one sentence: read, render, tokenize, plan, predict, merge, write, report.
 
-The only file that knows all stages. What each does is in the other rooms; the passes over the rows
+The only file that knows all phases. What each does is in the other rooms; the passes over the rows
 are in `passes.py`, and how a run ends in `ending.py`.
 """
 
@@ -77,7 +77,7 @@ def _run(
 ) -> dict[str, Any]:
     """Read, predict, write and report."""
     config, job, progress = setting.config, setting.job, setting.progress
-    progress.stage(f"reading {job.test_set.name}")
+    progress.phase(f"reading {job.test_set.name}")
     rows = read(setting)
     if not rows.examples:
         progress.note(f"warning: {job.test_set} has no rows; the submission is a header.")
@@ -111,7 +111,7 @@ def _run(
                 passes.repeat_broken_rows()
             guard.call_off()
             fill(setting, rows, ledger)
-            progress.stage("merging and writing")
+            progress.phase("merging and writing")
             write(setting, rows, outcome)
             passes.improve()
             quantization = passes.measure_quantization()
@@ -166,7 +166,7 @@ def _open_logs(setting: Setting) -> None:
 
 def _open_executor(setting: Setting, rows: Rows) -> Executor:
     config, progress, timeline = setting.config, setting.progress, setting.timeline
-    progress.stage("starting")
+    progress.phase("starting")
     if config.mode == "single" or not rows.examples:
         from runner.executors.single import InProcess
 

@@ -20,17 +20,17 @@ from runner.telemetry.progress import Progress
 from runner.telemetry.timeline import Timeline
 from sharding.strategies import Strategy
 
-# Stages of the run itself, as its page names them.
-STAGES = {"read": "reading", "tokenize": "tokenizing", "merge": "merging and writing"}
+# Phases of the run itself, as its page names them.
+PHASES = {"read": "reading", "tokenize": "tokenizing", "merge": "merging and writing"}
 # Keys of the report's `seconds`.
 SECONDS = ("total", "read", "tokenize", "start_workers", "load", "compile", "predict", "merge")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What one run needs at every stage.
+    """What one run needs in every phase.
 
-    started: of the process, by `time.monotonic()`. seconds: of the stages that `timed` has seen.
+    started: of the process, by `time.monotonic()`. seconds: of the phases that `timed` has seen.
     """
 
     config: RunConfig
@@ -58,9 +58,9 @@ class Setting:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Within, time goes to a stage: a key of `seconds`."""
+        """Within, time counts for a phase: a key of `seconds`."""
         began = time.monotonic()
-        with self.timeline.stage(STAGES.get(name, name)):
+        with self.timeline.phase(PHASES.get(name, name)):
             yield
         self.seconds[name] += time.monotonic() - began
 

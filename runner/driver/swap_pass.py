@@ -77,7 +77,7 @@ def predict_swapped(
     for result in results:
         if result is not None:
             averaged += _average(result, tokens, labels, ledger)
-            progress.stage(
+            progress.phase(
                 f"{averaged:,} rows predicted again with their responses swapped, and averaged"
             )
         if time.monotonic() - written_at > WRITE_EVERY_S:

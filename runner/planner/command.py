@@ -55,7 +55,7 @@ def plan(config: RunConfig, *, started: float | None = None) -> dict[str, Any]:
         devices = (
             named_devices(config.device, config.num_workers) if config.device else devices_here()
         )
-        progress.stage(f"reading {input_path.name}")
+        progress.phase(f"reading {input_path.name}")
         read_started = time.monotonic()
         examples, texts = read_rows(input_path, config)
         tokenize_started = time.monotonic()
@@ -63,7 +63,7 @@ def plan(config: RunConfig, *, started: float | None = None) -> dict[str, Any]:
             texts,
             preset,
             sequence_length=UNCUT,
-            on_progress=lambda done: progress.stage(f"tokenizing {done:,}/{len(texts):,} rows"),
+            on_progress=lambda done: progress.phase(f"tokenizing {done:,}/{len(texts):,} rows"),
         )
         uncut = tokens.lengths
         job = PlanInput(
@@ -75,7 +75,7 @@ def plan(config: RunConfig, *, started: float | None = None) -> dict[str, Any]:
             tokenize_s=time.monotonic() - tokenize_started,
             file_bytes=_file_bytes(preset),
         )
-        progress.stage("planning")
+        progress.phase("planning")
         options = all_options(job)
         if config.calibrate and examples:
             measured = calibrate(job, asked_option(job, options), examples, progress)

@@ -14,7 +14,7 @@ import numpy as np
 
 from runner.common.files import write_whole
 from runner.report.lanes import answers, rate_over_time
-from runner.telemetry.timeline import COMPILING, Event, Span, Stage
+from runner.telemetry.timeline import COMPILING, Event, Phase, Span
 
 # Points of the curve of rows per second, at most.
 MOST_POINTS = 200
@@ -29,7 +29,7 @@ def write_trace(path: Path, events: list[dict[str, Any]]) -> None:
 
 def make_trace(
     spans: Sequence[Span],
-    stages: Iterable[Stage],
+    phases: Iterable[Phase],
     events: Iterable[Event],
     *,
     devices: dict[tuple[int, int], str],
@@ -41,7 +41,7 @@ def make_trace(
         devices: of each worker, by (replica, member). noun: for a replica, worker or group.
     """
     made = [*_names(devices, noun)]
-    made += [_complete(one.what, RUN, 0, one.start_s, one.end_s, {}) for one in stages]
+    made += [_complete(one.what, RUN, 0, one.start_s, one.end_s, {}) for one in phases]
     for span in spans:
         thread = 2 * span.member + (span.what == COMPILING)
         where = (span.replica + 1, thread, span.start_s, span.end_s)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner.common.errors import ConfigError
 from runner.common.records import Faults, WorkerStats
-from runner.telemetry.progress import Standing
+from runner.telemetry.progress import Status
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -29,7 +29,7 @@ class Figures:
     """
 
     build: dict[str, str]
-    standing: Standing
+    status: Status
     rows: dict[str, int]
     real_tokens: int
     padded_tokens: int
@@ -101,7 +101,7 @@ def families(figures: Figures) -> Iterator["Metric"]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 
     yield InfoMetricFamily(f"{PREFIX}_build", "Versions and mode of this run.", value=figures.build)
-    now = figures.standing
+    now = figures.status
     # Names that end in _total are reserved for counters.
     rows = {"rows" if name == "total" else f"rows_{name}": name for name in ROWS}
     for name, help_text, value in (
