@@ -985,13 +985,13 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, *, cores: int = 2) ->
     patch(
         runner.executors.ray.replicas,
         "join_ray",
-        lambda address, verbose: patch(executors.session, "_folder", None),
+        lambda address, verbose: patch(executors.session._session, "started_in", None),
     )
     patch(executors.replicas, "stop_ray", lambda: None)
     patch(executors.places, "find_devices", lambda: ("cpu", 0))
     patch(executors.nodes, "find_devices", lambda: ("cpu", 0))
     patch(executors.places, "cores_here", lambda: tuple(range(cores)))
-    patch(executors.session, "_folder", (folder, -1))
+    patch(executors.session._session, "started_in", (folder, -1))
     server = SimpleNamespace(dead_processes=lambda: world.dead_servers)
     patch(ray._private.worker, "_global_node", server)
     patch(

@@ -5,6 +5,7 @@ Decides how far rows are cut, not when: `steering.py` does. Does not know Ray, J
 
 from collections.abc import Callable, Iterable, Sequence
 
+from runner.common.units import seconds_text
 from runner.driver.deadline import (
     BRIDGE_SHARE,
     COMPILE_SHARE,
@@ -188,7 +189,3 @@ class Cutter:
 
 def work_for(work_s: float, left_s: float) -> str:
     return f"{seconds_text(work_s)} of work are left for {seconds_text(left_s)} of time"
-
-
-def seconds_text(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:,.0f} s"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from runner.common.files import check_writable, compilation_cache
+from runner.common.files import check_writable
 from runner.common.machine import device_memory_bytes
 from runner.config.run_config import RunConfig
 from runner.demo import stand_in
@@ -93,7 +93,7 @@ def _run(
         Guard(setting.last_call(is_starting=True), end) as guard,
     ):
         metrics.watch(lambda: reports.figures(_computed(executor)))
-        dtype = executor.open(config.dtype, compilation_cache()) if rows.examples else ""
+        dtype = executor.open(config.dtype) if rows.examples else ""
         dtype = job.dtype(config, dtype)
         if config.address is not None and rows.examples:
             # Until now the memory of the nodes' devices was not known.

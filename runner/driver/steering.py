@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from runner.common.records import BatchResult
-from runner.driver.cutting import Cutter, seconds_text, work_for
+from runner.common.units import seconds_text
+from runner.driver.cutting import Cutter, work_for
 from runner.driver.deadline import LAST_BATCH_SHARE, PATIENCE, Deadline
 from runner.driver.intake import Intake, Lengths
 from runner.executors.executor import Executor

@@ -59,7 +59,7 @@ class Executor(Protocol):
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None: ...
 
-    def open(self, dtype: str, compilation_cache: str) -> str:
+    def open(self, dtype: str) -> str:
         """Find the devices; return what `dtype` means on them, `auto` if only a worker can tell.
 
         Raises:

@@ -17,6 +17,7 @@ from runner.common.errors import (
     WorkerError,
     first_line,
 )
+from runner.common.files import compilation_cache
 from runner.common.machine import device_memory_bytes
 from runner.common.records import (
     BatchResult,
@@ -28,6 +29,7 @@ from runner.common.records import (
     WorkerStats,
     seconds_to_compile,
 )
+from runner.common.units import seconds_text
 from runner.executors.one_pass import Pass, no_rows
 from runner.executors.recovery import Recovery
 from runner.model import cpu_allocator
@@ -73,14 +75,14 @@ class InProcess:
         self._threads.end()
         cpu_allocator.let_go()
 
-    def open(self, dtype: str, compilation_cache: str) -> str:
-        self.kind, dtype = self._replica.find_device(dtype, compilation_cache)
+    def open(self, dtype: str) -> str:
+        self.kind, dtype = self._replica.find_device(dtype, compilation_cache())
         return dtype
 
     def memory_bytes(self) -> int | None:
         return device_memory_bytes()
 
-    def start(self, spec: ModelSpec, strategy: Strategy | None = None) -> None:
+    def start(self, spec: ModelSpec, strategy: Strategy | None) -> None:  # noqa: ARG002 - one worker, not a group
         self._progress.set_worker(0, "loading")
         self._spec = spec
         self._threads.compile(self._replica.load, spec)
@@ -122,7 +124,7 @@ class InProcess:
         threads.end()
         answer = threads.wait(min(within_s, threading.TIMEOUT_MAX))
         if answer is None:
-            raise WorkerError(f"no answer within {within_s:.0f} s")
+            raise WorkerError(f"no answer within {seconds_text(within_s)}")
         if answer.error is not None:
             raise WorkerError(f"{type(answer.error).__name__}: {first_line(answer.error)}")
         values: np.ndarray = answer.value

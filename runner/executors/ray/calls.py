@@ -14,6 +14,7 @@ import ray.exceptions
 
 from runner.common.errors import WorkerError, first_line
 from runner.common.records import TokenTable
+from runner.common.units import mb
 from runner.executors.ray.group import Group, Step
 from runner.executors.ray.session import check_ray
 
@@ -104,9 +105,9 @@ def store(tokens: TokenTable) -> ray.ObjectRef:
     try:
         return ray.put(tokens)
     except STORE_FULL as error:
-        size = (tokens.values.nbytes + tokens.offsets.nbytes) / 1e6
+        size = mb(tokens.values.nbytes + tokens.offsets.nbytes)
         raise WorkerError(
-            f"Ray's object store has no room for the {size:,.0f} MB of token ids: make room in "
+            f"Ray's object store has no room for the {size} of token ids: make room in "
             f"/dev/shm and in the folder for temporary files. ({first_line(error)})"
         ) from error
 

@@ -10,6 +10,7 @@ import ray.exceptions
 
 from runner.common.errors import ArenaRunnerError, DeviceMemoryError, WorkerError, first_line
 from runner.common.records import CompileInfo
+from runner.common.units import seconds_text
 from runner.executors.ray.calls import DEATHS, WAIT_S
 from runner.executors.ray.crew import Crew
 from runner.executors.ray.group import Group, Step
@@ -116,8 +117,9 @@ class Failures:
                 doing = "a batch" if step.what == "predict" else step.what
                 crew.note_fault(
                     group,
-                    f"warning: {group.noun} {group.number} hangs: {now - since:.0f} s in "
-                    f"{doing}, at most {limit:.0f} are expected; ended",
+                    f"warning: {group.noun} {group.number} hangs: "
+                    f"{seconds_text(now - since)} in {doing}, expected at most "
+                    f"{seconds_text(limit)}; ended",
                 )
                 if step.what == "predict":
                     # Those behind it did no harm.
@@ -156,8 +158,9 @@ class Failures:
         self._deserted_since = self._deserted_since or time.monotonic()
         if time.monotonic() - self._deserted_since > NODE_COMES_WITHIN_S:
             raise WorkerError(
-                f"All nodes with workers are gone, and no other came in {NODE_COMES_WITHIN_S:.0f} "
-                "s: expected one with free devices, as `ray status` shows them."
+                "All nodes with workers are gone, and no other came in "
+                f"{seconds_text(NODE_COMES_WITHIN_S)}: expected one with free devices, as `ray "
+                "status` shows them."
             )
 
     def _desert(self, group: Group) -> None:

@@ -22,6 +22,7 @@ from runner.common import machine
 from runner.common.errors import ArenaRunnerError, ConfigError, first_line
 from runner.common.files import cache_folder, compilation_cache
 from runner.common.records import ModelSpec
+from runner.common.units import gb, seconds_text
 from runner.executors.ray.shipping import SHIP, Parcel, Receiver, at, pieces
 from runner.preset.resolve import ANSWERS_DEPEND_ON
 
@@ -149,7 +150,7 @@ class Keepers:
         """Send a parcel to nodes, each piece once into Ray's object store for all of them."""
         if parcel.field == "preset" or parcel.bytes > WORTH_SAYING_BYTES:
             names = ", ".join(map(self._name, nodes))
-            self._note(f"sending {parcel.field} ({parcel.bytes / 1e6:,.1f} MB) to {names}")
+            self._note(f"sending {parcel.field} ({gb(parcel.bytes)}) to {names}")
         begun = list(self._ask(nodes, "begin", parcel))
         under_way: deque[dict[str, Any]] = deque()
         for piece in pieces(parcel):
@@ -187,7 +188,7 @@ class Keepers:
             try:
                 answers[node] = ray.get(reference, timeout=0)
             except ray.exceptions.GetTimeoutError:
-                self._refuse(node, f"no answer within {within_s:.0f} s")
+                self._refuse(node, f"no answer within {seconds_text(within_s)}")
             except (ray.exceptions.RayError, ArenaRunnerError) as error:
                 cause = getattr(error, "cause", None)
                 self._refuse(node, first_line(cause if isinstance(cause, Exception) else error))

@@ -19,6 +19,7 @@ import ray.exceptions
 
 from runner.common.errors import ConfigError, WorkerError
 from runner.common.records import ModelSpec
+from runner.common.units import seconds_text
 from runner.executors.ray.actors import Ready
 from runner.executors.ray.calls import ray_errors
 from runner.executors.ray.keepers import WAIT_S, Keepers
@@ -76,8 +77,9 @@ class Cluster:
         since = self._asking_since
         if since is not None and time.monotonic() - since > HEAD_ANSWERS_WITHIN_S:
             raise WorkerError(
-                f"The cluster's head has not answered for {HEAD_ANSWERS_WITHIN_S:.0f} s: was it "
-                "stopped, or is the network down? `ray status` asks it too."
+                "The cluster's head has not answered for "
+                f"{seconds_text(HEAD_ANSWERS_WITHIN_S)}: was it stopped, or is the network down? "
+                "`ray status` asks it too."
             )
 
 

@@ -143,7 +143,7 @@ class RayReplicas:
     def stats(self) -> list[WorkerStats]:
         return self._crew.stats
 
-    def open(self, dtype: str, compilation_cache: str) -> str:
+    def open(self, dtype: str) -> str:
         if self._address is not None:
             join_ray(self._address, verbose=self._verbose)
         self.replicas, dtype = self._crew.places.open(dtype)

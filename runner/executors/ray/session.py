@@ -1,7 +1,7 @@
-"""Ray itself: started for one run alone and closed to others, or joined where it runs already;
-asked what devices it found; ended, or left as it was.
+"""Ray itself: started for one run and closed to everyone else, or joined where it already runs;
+its devices found; ended, or left as it was.
 
-Does not know what runs on it. docs/security.md says what listens where.
+Does not know what runs on it. docs/security.md says which process listens where.
 """
 
 import atexit
@@ -18,12 +18,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.exceptions
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
 
 import runner
@@ -31,151 +32,180 @@ from runner.common.errors import ConfigError, WorkerError, first_line
 from runner.model.cpu_allocator import ENVIRONMENT
 from sharding.kinds import KINDS, named_by_jax
 
-# What Ray adds to its folder's path for a socket, and the longest path that a socket may have.
+# What Ray appends to its folder's path for a socket, and the longest path that a socket can have.
 LONGEST_SOCKET = "/session_2026-11-24_12-00-00_123456_4194304/sockets/plasma_store"
 MAX_SOCKET_PATH_BYTES = 103
-# In the folder of a run, locked for as long as its driver lives.
+# A file in a run's folder that is locked for as long as its driver lives.
 LOCK = "arena-runner.lock"
-# Of Ray's processes, those without which no worker can be reached or started.
+# The processes of Ray without which no worker can be reached or started.
 NEEDED = (ray_constants.PROCESS_TYPE_RAYLET, ray_constants.PROCESS_TYPE_GCS_SERVER)
-# Files in a session's folder from which a raylet knows where its agents listen.
+# Files in a session's folder that tell a raylet where its agents listen.
 PORTS_OF_AGENTS = (
     *("metrics_agent_port", "metrics_export_port"),
     *("dashboard_agent_listen_port", "runtime_env_agent_port"),
 )
-# Stands for an agent: does nothing until the raylet ends, by the kernel's word (see prctl(2)).
+# Replaces an agent: sleeps until the raylet ends, when the kernel kills it (see prctl(2)).
 IDLE_AGENT = (
     "import ctypes, os, time\n"
     "ctypes.CDLL(None).prctl(1, 9)\n"
     "while str(os.getppid()) == os.environ['RAY_RAYLET_PID']: time.sleep(1)"
 )
-# Seconds in which a cluster must take a connection: Ray itself would try for minutes.
+# Seconds in which a cluster must accept a connection; Ray itself would try for minutes.
 ANSWERS_WITHIN_S = 5.0
-# Of the driver's environment, what reaches the workers on the nodes of a cluster too.
+# Variables of the driver's environment with these prefixes are set for a cluster's workers too.
 HANDED_ON = ("XLA_", "JAX_", "NCCL_", "ARENA_", "MALLOC_")
 
-_folder: tuple[Path, int] | None = None
-_has_joined = False
+
+@dataclass(slots=True)
+class _Session:
+    """What this process has to end or leave.
+
+    started_in: the private folder of the Ray that it started, and the open lock of that folder.
+    """
+
+    started_in: tuple[Path, int] | None = None
+    has_joined: bool = False
+
+
+_session = _Session()
 _print_of_ray = ray._private.worker.print_to_stdstream
 
 
 def start_ray(num_cpus: int, *, verbose: bool) -> None:
     """Start Ray on this machine for this run alone; `stop_ray` ends it.
 
-    Its servers listen on loopback, want a token that only this run's processes know, and keep
-    their files where only the owner looks. Must run in the main thread: the kernel ends Ray's
-    processes with the thread that started them.
+    Its servers listen on loopback and require a token that only this run's processes know. Their
+    files are in a folder that only the owner can enter. Call it in the main thread: the kernel ends
+    Ray's processes together with the thread that started them.
 
     Raises:
         WorkerError: Ray does not start, or would listen to other machines.
     """
-    global _folder
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    # Both were read when ray was imported.
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray starts its workers at the lowest priority but one; ours are the work itself.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    _switch_off_figures()
-    if _folder is None:
+    _set_environment()
+    if _session.started_in is None:
         atexit.register(stop_ray)
-        _folder = make_private_folder()
+        _session.started_in = make_private_folder()
+    folder, _ = _session.started_in
     try:
         with (
-            _loopback_as_address(),
-            _signals_as_they_are(),
-            _servers_alone(log_monitor=verbose),
+            # Ray 2.60 binds its servers to every interface unless its node's address is a loopback
+            # one, and replaces `_node_ip_address="127.0.0.1"` by the machine's address unless this
+            # constant says that there is no cluster. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER sets it too,
+            # but is read when ray is imported, and would also hold for a cluster that is joined.
+            _replaced(ray_constants, ENABLE_RAY_CLUSTER=False),
+            _only_needed_servers(log_monitor=verbose),
         ):
-            ray.init(
+            # Ray opens its own folder to all users (0777), but they cannot enter the one above it.
+            _init(
+                verbose=verbose,
                 address="local",
                 num_cpus=num_cpus,
                 include_dashboard=False,
-                log_to_driver=verbose,
-                logging_level=logging.INFO if verbose else logging.CRITICAL,
-                configure_logging=verbose,
-                # Ray opens its own folder to all users (0777); they do not get past the one above.
-                _temp_dir=str(_folder[0] / "r"),
+                _temp_dir=str(folder / "r"),
             )
     except Exception as error:
-        # What it raises has no common class; nothing but Ray ran in there.
+        # Ray's errors have no common class, and nothing but Ray runs in there.
         raise WorkerError(
-            f"Ray did not start: {type(error).__name__}: {first_line(error)}. Is there memory and "
-            f"room in {_folder[0].parent}? Its logs lie in ray/, in the folder of logs."
+            f"Ray did not start: {type(error).__name__}: {first_line(error)}. Is there enough "
+            f"memory, and room in {folder.parent}? Ray's logs are in ray/, in the folder of logs."
         ) from error
     address = ray.util.get_node_ip_address()
     if not ipaddress.ip_address(address).is_loopback:
         stop_ray()
         raise WorkerError(
-            f"Ray {ray.__version__} would listen to other machines: expected that it takes a "
-            f"loopback address for its own. Received: {address}. This is a bug; Ray 2.60 does it."
+            f"Ray {ray.__version__} would listen to other machines: expected it to use a loopback "
+            f"address, as Ray 2.60 does. Received: {address}. This is a bug."
         )
 
 
-def join_ray(address: str, *, verbose: bool) -> None:
-    """Become a driver of a Ray cluster that runs already; `stop_ray` leaves it as it was.
+def _set_environment() -> None:
+    """Set what Ray reads from the environment."""
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # Ray read both when it was imported.
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+    # Ray's metrics servers, which come with ray[default] or prometheus_client, ask for no token.
+    # There is no port 65536, so they do not start.
+    os.environ.update(
+        RAY_enable_metrics_collection="0",
+        AUTOSCALER_METRIC_PORT="65536",
+        DASHBOARD_METRIC_PORT="65536",
+    )
+    defaults = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Ray gives its workers almost the lowest priority; ours do the work itself.
+        "RAY_worker_niceness": "0",
+        **ENVIRONMENT,
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
 
-    The code of `runner` and `sharding` goes with the run: nodes need what pyproject.toml depends
-    on, and nothing of ours. Tokens are Ray's own matter: RAY_AUTH_MODE and its token file.
+
+def join_ray(address: str, *, verbose: bool) -> None:
+    """Connect to a Ray cluster that already runs; `stop_ray` leaves it as it was.
+
+    The code of `runner` and `sharding` is sent to the nodes. They need the dependencies in
+    pyproject.toml, but not this package. Ray itself reads RAY_AUTH_MODE and the token.
 
     Raises:
-        ConfigError: there is no cluster, it lets nobody in without its token, its versions are
-            others, or this machine is not one of its nodes.
+        ConfigError: there is no cluster, it refuses the token, its versions differ, or this machine
+            is not one of its nodes.
     """
-    global _has_joined
     _check_address(address)
     code = Path(runner.__file__).resolve().parent
+    handed_on = {name: value for name, value in os.environ.items() if name.startswith(HANDED_ON)}
     if not verbose:
-        # Ray shows the last words of a lost node's raylet, whatever it was told of logs.
+        # Ray prints the last lines of a lost node's raylet even if it is told not to print logs.
         ray._private.worker.print_to_stdstream = lambda *said, **how: None
     try:
-        with _signals_as_they_are():
-            ray.init(
-                address=address,
-                log_to_driver=verbose,
-                logging_level=logging.INFO if verbose else logging.CRITICAL,
-                configure_logging=verbose,
-                runtime_env={
-                    "py_modules": [str(code), str(code.parent / "sharding")],
-                    "env_vars": ENVIRONMENT
-                    | {
-                        name: value
-                        for name, value in os.environ.items()
-                        if name.startswith(HANDED_ON)
-                    },
-                },
-            )
+        _init(
+            verbose=verbose,
+            address=address,
+            runtime_env={
+                "py_modules": [str(code), str(code.parent / "sharding")],
+                "env_vars": ENVIRONMENT | handed_on,
+            },
+        )
     except Exception as error:
-        # What it raises has no common class, and none of it is about what we asked for.
+        # Ray's errors have no common class, and none of them names --address.
         ray.shutdown()
         raise ConfigError(_why_not_joined(address, error)) from error
-    _has_joined = True
+    _session.has_joined = True
     atexit.register(stop_ray)
 
 
+def _init(*, verbose: bool, **options: Any) -> None:
+    """Call `ray.init` without Ray's handler of SIGTERM, which ends the process at once."""
+    with _replaced(ray._private.utils, set_sigterm_handler=lambda handler: None):
+        ray.init(
+            log_to_driver=verbose,
+            logging_level=logging.INFO if verbose else logging.CRITICAL,
+            configure_logging=verbose,
+            **options,
+        )
+
+
 def _check_address(address: str) -> None:
-    """Raise ConfigError if nothing answers, before Ray tries for minutes."""
+    """Raise ConfigError if no cluster answers, since Ray itself would try for minutes."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
     if "/" in address or not host or not port.isdecimal() or int(port) > 65535:
         raise ConfigError(
-            "--address must be HOST:PORT of a Ray cluster (`ray start --head` prints it), or auto "
-            f"for the one that this machine is a node of. Received: --address {address}"
+            "--address must be HOST:PORT of a Ray cluster, as `ray start --head` prints it, or "
+            f"auto for the cluster of this machine. Received: --address {address}"
         )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWERS_WITHIN_S).close()
-        # As a driver Ray would say no more than that there is no cluster.
+        # `ray.init` would say no more than that there is no cluster.
         GcsClient(address=address).internal_kv_keys(b"", None)
     except ray.exceptions.AuthenticationError as error:
         raise ConfigError(_why_not_joined(address, error)) from None
     except ray.exceptions.RayError as error:
         raise ConfigError(
-            f"What answers there is no Ray cluster: {first_line(error).rstrip('.')}. Received: "
+            f"What answers there is not a Ray cluster: {first_line(error).rstrip('.')}. Received: "
             f"--address {address}"
         ) from None
     except OSError as error:
@@ -186,47 +216,35 @@ def _check_address(address: str) -> None:
 
 
 def _why_not_joined(address: str, error: Exception) -> str:
-    """Return what Ray's error means, in a line."""
+    """Return on one line what Ray's error means for the user."""
     said = " ".join(str(error).split())
     if "ersion mismatch" in said or "The cluster was started with" in said:
         return (
-            "The cluster and this process must have the same Ray and Python; install the cluster's "
-            f"here, or these there. Received: {said}"
+            "The cluster and this process must have the same Ray and Python: install the cluster's "
+            f"versions here, or these versions there. Received: {said}"
         )
     if isinstance(error, ray.exceptions.AuthenticationError) or "nauthenticated" in said:
         return (
             f"The cluster at {address} asks for its token: set RAY_AUTH_MODE=token, and "
-            "RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN, as on its nodes; a cluster without one wants "
-            f"RAY_AUTH_MODE=disabled. Received: {first_line(error).partition('. ')[0]}"
+            "RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN, as on its nodes. If the cluster has no token, "
+            f"set RAY_AUTH_MODE=disabled. Received: {first_line(error).partition('. ')[0]}"
         )
     return (
-        f"This machine cannot join the cluster at {address}; it must be one of its nodes "
-        f"(`ray start --address`). {type(error).__name__}: {said}"
-    )
-
-
-def _switch_off_figures() -> None:
-    """Start no servers of Ray's own figures: they ask for no token. There is no port 65536.
-
-    They come with `ray[default]`, or if prometheus_client is installed.
-    """
-    os.environ.update(
-        RAY_enable_metrics_collection="0",
-        AUTOSCALER_METRIC_PORT="65536",
-        DASHBOARD_METRIC_PORT="65536",
+        f"This machine cannot join the cluster at {address}: it must be one of its nodes "
+        f"(`ray start --address`). Received: {type(error).__name__}: {said}"
     )
 
 
 def check_ray() -> None:
-    """Look whether the processes of the Ray that `start_ray` started still live.
+    """Check that the Ray that `start_ray` started still runs.
 
-    To be asked before anything else is made of a failure: with them go all workers, and after a
-    while Ray ends the driver too, wherever it is.
+    Call it before anything else is concluded from a failure: if Ray ends, all workers end with it,
+    and after a while Ray also ends the driver, wherever that is.
 
     Raises:
-        WorkerError: one has ended.
+        WorkerError: one of its processes has ended.
     """
-    node = ray._private.worker._global_node if _folder is not None else None
+    node = ray._private.worker._global_node if _session.started_in is not None else None
     for name, process in node.dead_processes() if node is not None else ():
         if name in NEEDED:
             raise WorkerError(
@@ -236,41 +254,39 @@ def check_ray() -> None:
 
 
 def stop_ray() -> None:
-    """End the Ray that `start_ray` started, if it did, and remove what it left on disk; or leave
-    the cluster that `join_ray` joined, which ends this run's actors there and nothing else."""
-    global _folder, _has_joined
-    if _has_joined:
-        _has_joined = False
+    """End the Ray that `start_ray` started and remove its files, or disconnect from the cluster
+    that `join_ray` joined, which ends this run's actors there and nothing else."""
+    if _session.has_joined:
+        _session.has_joined = False
         ray.shutdown()
         ray._private.worker.print_to_stdstream = _print_of_ray
-    if _folder is None:
+    if _session.started_in is None:
         return
-    # Its processes write logs to their end.
+    # Ray's processes write logs until they end.
     ray.shutdown(wait_for_processes=True)
-    folder, lock = _folder
-    _folder = None
+    folder, lock = _session.started_in
+    _session.started_in = None
     shutil.rmtree(folder, ignore_errors=True)
     os.close(lock)
 
 
 def private_folder() -> Path | None:
     """Return the folder of this run on this machine, None if Ray was not started here."""
-    return _folder[0] if _folder else None
+    return _session.started_in[0] if _session.started_in else None
 
 
 def make_private_folder() -> tuple[Path, int]:
-    """Return a new folder that only the owner can enter, and the open lock that keeps it.
+    """Return a new folder that only its owner can enter, and the open lock that keeps it.
 
-    Folders whose driver was killed are removed: nobody holds their lock.
+    Removes the folders of killed drivers: nobody holds their locks.
     """
     base = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()).absolute()
-    if len(os.fsencode(base / "arena-12345678" / "r")) + len(LONGEST_SOCKET) > (
-        MAX_SOCKET_PATH_BYTES
-    ):
+    longest = os.fsencode(base / "arena-12345678" / f"r{LONGEST_SOCKET}")
+    if len(longest) > MAX_SOCKET_PATH_BYTES:
         base = Path("/tmp")
     for stale in base.glob(f"arena-*/{LOCK}"):
         _remove_if_stale(stale)
-    # Locked before it has a name that is looked for.
+    # Lock it before it gets a name that other runs look for.
     fresh = Path(tempfile.mkdtemp(prefix=".arena-", dir=base))
     lock = os.open(fresh / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -295,40 +311,18 @@ def _remove_if_stale(path: Path) -> None:
 
 
 @contextmanager
-def _loopback_as_address() -> Iterator[None]:
-    """Make Ray take 127.0.0.1 for this machine's address, as it does on macOS and Windows.
+def _only_needed_servers(*, log_monitor: bool) -> Iterator[None]:
+    """Within, Ray starts its GCS server and its raylet, and no other server.
 
-    Ray 2.60 binds its servers to every interface unless the address of their node is a loopback
-    one, and resolves `_node_ip_address="127.0.0.1"` back to the machine's own unless this constant
-    says that there is no cluster. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER sets it too, but is read when
-    ray is imported, and would hold for a cluster that is joined.
-    """
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-@contextmanager
-def _servers_alone(*, log_monitor: bool) -> Iterator[None]:
-    """Let Ray start its GCS server and its raylet, and nothing beside them.
-
-    There are no machines to start here, so no autoscaler is needed. Ray 2.60 starts the process of
-    its dashboard even if the dashboard is off, and two agents, which import for seconds: the
-    raylet waits 15 s for the files with their ports, ends itself if they come later, as on a busy
-    machine, and ends with either agent. No run of ours asks them anything: they serve figures and
-    runtime environments. So the files are written before the raylet looks for them, and a process
-    that does nothing stands for each agent, which the raylet insists on.
+    A run has no use for the autoscaler, nor for the dashboard, whose process Ray 2.60 starts even
+    if it is switched off, nor for the two agents, which serve metrics and runtime environments.
+    The agents take seconds to import. The raylet waits 15 s for the files with their ports and ends
+    itself if they come later, as on a busy machine. It also ends if an agent does. So the files are
+    written before it looks for them, and a process that does nothing replaces each agent.
 
     Args:
-        log_monitor: also start the process that hands on to the driver what workers log.
+        log_monitor: also start the process that sends the workers' output to the driver.
     """
-    node, services = ray._private.node.Node, ray._private.services
-    before = {name: getattr(node, name) for name in ("start_monitor", "start_api_server")}
-    if not log_monitor:
-        before["start_log_monitor"] = node.start_log_monitor
     start_process = services.start_ray_process
 
     def start_without_agents(command: list[str], kind: str, *rest: Any, **options: Any) -> Any:
@@ -341,26 +335,27 @@ def _servers_alone(*, log_monitor: bool) -> Iterator[None]:
                        for part in command]  # fmt: skip
         return start_process(command, kind, *rest, **options)
 
-    try:
-        for name in before:
-            setattr(node, name, lambda self, **options: None)
-        services.start_ray_process = start_without_agents
+    unneeded = ["start_monitor", "start_api_server"]
+    if not log_monitor:
+        unneeded.append("start_log_monitor")
+    with (
+        _replaced(ray._private.node.Node, **dict.fromkeys(unneeded, lambda self, **options: None)),
+        _replaced(services, start_ray_process=start_without_agents),
+    ):
         yield
-    finally:
-        services.start_ray_process = start_process
-        for name, method in before.items():
-            setattr(node, name, method)
 
 
 @contextmanager
-def _signals_as_they_are() -> Iterator[None]:
-    """Keep Ray from taking SIGTERM: its handler ends the process in the midst of what it does."""
-    before = ray._private.utils.set_sigterm_handler
-    ray._private.utils.set_sigterm_handler = lambda handler: None
+def _replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Within, attributes of one of Ray's modules or classes have other values."""
+    before = {name: getattr(owner, name) for name in values}
     try:
+        for name, value in values.items():
+            setattr(owner, name, value)
         yield
     finally:
-        ray._private.utils.set_sigterm_handler = before
+        for name, value in before.items():
+            setattr(owner, name, value)
 
 
 def find_devices() -> tuple[str, int]:
@@ -369,7 +364,7 @@ def find_devices() -> tuple[str, int]:
     JAX_PLATFORMS decides the kind if it is set, as it does for JAX itself.
 
     Raises:
-        ConfigError: JAX_PLATFORMS names a kind that is not known here.
+        ConfigError: JAX_PLATFORMS names an unknown kind.
     """
     resources = ray.cluster_resources()
     found = {
@@ -377,11 +372,12 @@ def find_devices() -> tuple[str, int]:
         for kind in KINDS.values()
         if not kind.is_host
     }
-    kind = named_by_jax(os.environ.get("JAX_PLATFORMS", ""))
-    if not kind:
-        kind = next((name for name, count in found.items() if count), "cpu")
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    kind = named_by_jax(platforms) or next((name for name, count in found.items() if count), "cpu")
     if kind not in KINDS:
+        known = ", ".join(known.platform for known in KINDS.values())
         raise ConfigError(
-            f"Devices are cpu, cuda or tpu. Received: JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}"
+            f"JAX_PLATFORMS must begin with a known kind of device: {known}. Received: "
+            f"JAX_PLATFORMS={platforms}"
         )
     return kind, found.get(kind, 0)

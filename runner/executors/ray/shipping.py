@@ -22,6 +22,7 @@ import numpy as np
 
 from runner.common.errors import DataError, WorkerError
 from runner.common.records import ModelSpec
+from runner.common.units import mb
 from runner.preset.reader import read_preset
 
 PIECE_BYTES = 32 << 20
@@ -139,8 +140,8 @@ class Receiver:
         free = shutil.disk_usage(self._folder).free
         if free < parcel.bytes:
             raise WorkerError(
-                f"{self._folder} has no room for {parcel.field}: expected {parcel.bytes:,} bytes. "
-                f"Received: {free:,} bytes free"
+                f"{self._folder} has no room for {parcel.field}: expected {mb(parcel.bytes)}. "
+                f"Received: {mb(free)} free"
             )
         self._open[parcel.digest] = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=self._folder))
 
