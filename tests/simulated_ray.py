@@ -42,6 +42,7 @@ import runner.driver.setting
 import runner.driver.swap_pass
 import runner.executors.ray.actors
 import runner.executors.ray.calls
+import runner.executors.ray.crew
 import runner.executors.ray.failures
 import runner.executors.ray.group
 import runner.executors.ray.keepers
@@ -49,7 +50,6 @@ import runner.executors.ray.nodes
 import runner.executors.ray.places
 import runner.executors.ray.replicas
 import runner.executors.ray.session
-import runner.executors.ray.setup
 import runner.executors.single
 import runner.model.injected_faults
 import runner.model.slice_worker
@@ -969,7 +969,7 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, *, cores: int = 2) ->
     ray_rooms = executors.calls, executors.keepers, executors.nodes, executors.replicas
     for module in (
         *(runner.cli, runner.common.files, runner.data.submission, *ray_rooms),
-        *(executors.failures, executors.group, executors.setup),
+        *(executors.crew, executors.failures, executors.group),
         *(runner.driver.passes, runner.driver.run, runner.driver.setting, runner.driver.swap_pass),
         *(runner.model.injected_faults, runner.model.slice_worker, runner.model.stage_worker),
         *(runner.model.worker, runner.telemetry.timeline),

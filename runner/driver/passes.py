@@ -127,7 +127,7 @@ class Passes:
         broken, progress = self._outcome.tally.broken, self._setting.progress
         if not broken:
             return
-        self._executor.faults.nonfinite_rows += len(broken)
+        self._executor.computed.faults.nonfinite_rows += len(broken)
         progress.note(
             f"warning: {len(broken)} rows came out as NaN or infinity "
             f"({list_ids(self._examples.ids, broken)}); predicted again in float32",
@@ -166,7 +166,7 @@ class Passes:
         if not rows or setting.deadline.is_over(began):
             return
         setting.progress.phase("tokenizing rows with their responses swapped")
-        predict_s = executor.predict_s
+        predict_s = executor.computed.predict_s
         tokens = self._tokens(render(swap(self._examples, task), self._config))
         if tokens is None:
             return
@@ -191,7 +191,7 @@ class Passes:
                 "rows": self._table.how.count(SWAPPED),
                 "seconds": round(setting.now() - began, 4),
             }
-            executor.predict_s = predict_s
+            executor.computed.predict_s = predict_s
             write(setting, self._rows, self._outcome)
 
     def measure_quantization(self) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from runner.executors.executor import Executor
 from runner.preset.auto import choose_strategy
 from runner.preset.resolve import Job, find_job, settle
 from runner.report.facts import say_summary, summarize
-from runner.report.gather import Computed, Outcome, Reports
+from runner.report.gather import Outcome, Reports
 from runner.telemetry.logs import LogEvent, RunLogs
 from runner.telemetry.metrics import Metrics
 from runner.telemetry.progress import Progress
@@ -86,13 +86,13 @@ def _run(
     _open_logs(setting)
 
     def end() -> int:
-        return end_without(setting, rows, outcome, lambda: reports.write(_computed(executor)))
+        return end_without(setting, rows, outcome, lambda: reports.write(executor.computed))
 
     with (
         _open_executor(setting, rows) as executor,
         Guard(setting.last_call(is_starting=True), end) as guard,
     ):
-        metrics.watch(lambda: reports.figures(_computed(executor)))
+        metrics.watch(lambda: reports.figures(executor.computed))
         dtype = executor.open(config.dtype) if rows.examples else ""
         dtype = job.dtype(config, dtype)
         if config.address is not None and rows.examples:
@@ -115,7 +115,7 @@ def _run(
             write(setting, rows, outcome)
             passes.improve()
             quantization = passes.measure_quantization()
-    return reports.write(_computed(executor), quantization)
+    return reports.write(executor.computed, quantization)
 
 
 def _check_outputs(config: RunConfig) -> None:
@@ -200,15 +200,4 @@ def _reports(setting: Setting, rows: Rows, outcome: Outcome) -> Reports:
         limit_s=setting.deadline.limit_s,
         events=setting.deadline.events,
         now=setting.now,
-    )
-
-
-def _computed(executor: Executor) -> Computed:
-    return Computed(
-        info=executor.info,
-        stats=executor.stats,
-        faults=executor.faults,
-        copied_batches=executor.copied_batches,
-        start_workers_s=executor.start_workers_s,
-        predict_s=executor.predict_s,
     )

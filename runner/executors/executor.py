@@ -9,14 +9,7 @@ from typing import Protocol, Self
 
 import numpy as np
 
-from runner.common.records import (
-    BatchResult,
-    Faults,
-    ModelSpec,
-    TokenTable,
-    WorkerInfo,
-    WorkerStats,
-)
+from runner.common.records import BatchResult, Computed, ModelSpec, TokenTable
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape
 from sharding.forecast import Pace
@@ -28,32 +21,14 @@ class Executor(Protocol):
     """All replicas of a run. A context manager: leaving it ends every process that it started.
 
     Attributes:
-        kind: of its devices: cpu, gpu or tpu; known once it is open, as is `replicas`.
+        kind: of its devices, a name in `sharding.kinds`; known once it is open, as is `replicas`.
         replicas: how many there are.
-        faults: what it has survived.
-        predict_s: seconds from the first replica that was ready to the last answer.
+        computed: what it has done so far.
     """
 
     kind: str
     replicas: int
-    faults: Faults
-    predict_s: float
-
-    @property
-    def info(self) -> WorkerInfo | None:
-        """Of a worker that has loaded, None before one has."""
-
-    @property
-    def start_workers_s(self) -> float:
-        """Seconds until the last process was up."""
-
-    @property
-    def stats(self) -> list[WorkerStats]:
-        """One a worker."""
-
-    @property
-    def copied_batches(self) -> int:
-        """Batches that two replicas computed."""
+    computed: Computed
 
     def __enter__(self) -> Self: ...
 

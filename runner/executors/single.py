@@ -22,10 +22,9 @@ from runner.common.machine import device_memory_bytes
 from runner.common.records import (
     BatchResult,
     CompileInfo,
-    Faults,
+    Computed,
     ModelSpec,
     TokenTable,
-    WorkerInfo,
     WorkerStats,
     seconds_to_compile,
 )
@@ -58,15 +57,11 @@ class InProcess:
         self._timeline = timeline
         self._threads = _Threads(timeline.now)
         self._state = ReplicaState(0)
-        self.stats = [WorkerStats(replica=0)]
-        self.faults = Faults()
-        self._at_work = no_rows([self._state], self.faults)
+        self._stats = WorkerStats(replica=0)
+        self.computed = Computed(stats=[self._stats])
+        self._at_work = no_rows([self._state], self.computed.faults)
         self.kind = "cpu"
         self.replicas = 1
-        self.start_workers_s = 0.0
-        self.predict_s = 0.0
-        self.copied_batches = 0
-        self.info: WorkerInfo | None = None
 
     def __enter__(self) -> "InProcess":
         return self
@@ -88,7 +83,7 @@ class InProcess:
         self._threads.compile(self._replica.load, spec)
 
     def poll(self) -> None:
-        if self.info is None and (answer := self._threads.wait(0.0)):
+        if self.computed.info is None and (answer := self._threads.wait(0.0)):
             self._take_load(answer)
 
     def run(
@@ -96,13 +91,13 @@ class InProcess:
     ) -> Generator[BatchResult | None, None, None]:
         replicas = [self._state]
         note = partial(self._progress.note, event="fault")
-        recovery = Recovery(backlog, self.faults, ids, note, self._timeline.event)
+        recovery = Recovery(backlog, self.computed.faults, ids, note, self._timeline.event)
         self._at_work = Pass(backlog, rates, Dealer(backlog, rates, replicas), recovery, replicas)
-        while self.info is None:
+        while (info := self.computed.info) is None:
             if answer := self._threads.wait(WAIT_S):
                 self._take_load(answer)
             yield None
-        rates.expect(0, self.info.matmul_flops_per_s)
+        rates.expect(0, info.matmul_flops_per_s)
         self._replica.hold_tokens(tokens)
         yield from self._run(backlog)
 
@@ -110,13 +105,13 @@ class InProcess:
         return set(self._state.warm)
 
     def paces(self, shapes: Iterable[BatchShape] | None = None) -> list[Pace]:
-        return self._at_work.paces(time.monotonic(), self.stats, shapes)
+        return self._at_work.paces(time.monotonic(), self.computed.stats, shapes)
 
     def is_measured(self) -> bool:
         return self._at_work.is_measured()
 
     def compile_s(self) -> float:
-        return seconds_to_compile(self.stats, is_new=True)
+        return seconds_to_compile(self.computed.stats, is_new=True)
 
     def predict_in_float(self, batch: Batch, *, within_s: float) -> np.ndarray:
         threads = _Threads(self._timeline.now)
@@ -133,9 +128,9 @@ class InProcess:
     def _take_load(self, answer: "Answer") -> None:
         if answer.error is not None:
             raise answer.error
-        self.info = info = answer.value
+        self.computed.info = info = answer.value
         self._timeline.add(LOADING, 0, 0, answer.asked_s)
-        self.stats[0].introduce(info)
+        self._stats.introduce(info)
         for note in info.notes:
             self._progress.note(note)
 
@@ -172,7 +167,7 @@ class InProcess:
             raise answer.error
         # If memory was short, predicting says so of a batch that can be split.
         info = answer.value or CompileInfo(0.0, cached=False)
-        self.stats[0].count_compiled(info)
+        self._stats.count_compiled(info)
         self._timeline.add(*(COMPILING, 0, 0, answer.asked_s), shape=shape, is_cached=info.cached)
         self._at_work.dealer.compiled(self._state, shape)
         self._state.warm.add(shape)
@@ -182,13 +177,13 @@ class InProcess:
 
     def _take_result(self, result: BatchResult, started: float) -> BatchResult | None:
         """Count a batch that went well, and learn from it; None if it was answered before."""
-        now, stats, work = time.monotonic(), self.stats[0], result.work
+        now, stats, work = time.monotonic(), self._stats, result.work
         self._state.in_flight.remove(result.batch)
         self._state.finished_at = now
         stats.count(len(result.batch.rows), work[0])
         self._timeline.predicted(result.batch, 0, work, 0.0)
-        self.predict_s = now - started
-        stats.idle_s = max(0.0, self.predict_s - stats.busy_s)
+        self.computed.predict_s = now - started
+        stats.idle_s = max(0.0, now - started - stats.busy_s)
         is_first = self._at_work.take_answer(
             self._state, result.batch, began=now - work[0].seconds, ended=now
         )

@@ -15,7 +15,7 @@ import numpy as np
 
 from runner.common.background import in_background
 from runner.common.errors import first_line
-from runner.common.records import Faults, Tally, WorkerInfo, WorkerStats
+from runner.common.records import Computed, Faults, Tally
 from runner.common.versions import versions
 from runner.config.run_config import RunConfig
 from runner.report.facts import make_report, what_happened, write_report, write_rows
@@ -52,18 +52,6 @@ class Outcome:
     tally: Tally = field(default_factory=Tally)
     extra_passes: dict[str, float] | None = None
     stands_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Computed:
-    """What an executor reports about itself."""
-
-    info: WorkerInfo | None
-    stats: Sequence[WorkerStats]
-    faults: Faults
-    copied_batches: int
-    start_workers_s: float
-    predict_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

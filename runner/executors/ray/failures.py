@@ -4,7 +4,6 @@ What becomes of the rows is `recovery.py`'s. Does not know batches that go well.
 """
 
 import time
-from collections.abc import Callable
 
 import ray.exceptions
 
@@ -26,15 +25,10 @@ NODE_COMES_WITHIN_S = 300.0
 
 
 class Failures:
-    """What a run does about workers that fail.
+    """What a run does about workers that fail."""
 
-    Args:
-        go_on: called with a step whose failure does not matter, as if it were done.
-    """
-
-    def __init__(self, crew: Crew, go_on: Callable[[Group, Step], None]) -> None:
+    def __init__(self, crew: Crew) -> None:
         self._crew = crew
-        self._go_on = go_on
         self._deserted_since: float | None = None
         self._looked_for_hung_at = 0.0
 
@@ -44,7 +38,7 @@ class Failures:
         Raises:
             WorkerError: no replica is left.
         """
-        self._crew.faults.worker_deaths += 1
+        self._crew.computed.faults.worker_deaths += 1
         self._bury(group, "its worker died", death)
 
     def failed(self, group: Group, step: Step, failure: ray.exceptions.RayTaskError) -> None:
@@ -66,7 +60,7 @@ class Failures:
             # Predicting says it again, of a batch that can then be split.
             step.answers = [CompileInfo(0.0, cached=False)] * len(step.answers)
             group.forget(step)
-            self._go_on(group, step)
+            self._crew.take_step(group, step)
             return
         if step.what != "predict" or (is_ours and not is_memory):
             raise self._explain(group, step, cause) from failure
@@ -113,7 +107,7 @@ class Failures:
                 limit = self._limit_s(group, step)
                 if now - since <= limit or group.given_up:
                     continue
-                crew.faults.hangs += 1
+                crew.computed.faults.hangs += 1
                 doing = "a batch" if step.what == "predict" else step.what
                 crew.note_fault(
                     group,
@@ -150,7 +144,7 @@ class Failures:
         lost = crew.places.lost
         for group in crew.groups:
             if not group.given_up and any(slot.node in lost for slot in group.slots):
-                crew.faults.worker_deaths += group.loaded
+                crew.computed.faults.worker_deaths += group.loaded
                 self._desert(group)
         if not crew.groups or not all(group.given_up for group in crew.groups):
             self._deserted_since = None

@@ -14,25 +14,30 @@ import numpy as np
 import ray
 import ray.exceptions
 
+from runner.common.errors import WorkerError, first_line
 from runner.common.records import (
     BatchResult,
-    Faults,
+    Computed,
     ModelSpec,
     TokenTable,
-    WorkerInfo,
-    WorkerStats,
     seconds_to_compile,
 )
 from runner.executors.one_pass import Pass, no_rows
-from runner.executors.ray.calls import WAIT_S, finished_steps, ray_errors, store
+from runner.executors.ray.actors import Actors
+from runner.executors.ray.calls import (
+    DEATHS,
+    WAIT_S,
+    finished_steps,
+    get_within,
+    ray_errors,
+    store,
+)
 from runner.executors.ray.crew import Crew
-from runner.executors.ray.failures import Failures
+from runner.executors.ray.failures import MAX_RESTARTS, Failures, load_within_s
 from runner.executors.ray.group import Group, Step
-from runner.executors.ray.in_float import FloatWorker
 from runner.executors.ray.nodes import Nodes
 from runner.executors.ray.places import Here, Places
 from runner.executors.ray.session import join_ray, private_folder, stop_ray
-from runner.executors.ray.setup import Setup
 from runner.executors.recovery import Recovery
 from runner.model.injected_faults import patience_s
 from runner.telemetry.logs import keep_logs_of_ray
@@ -87,15 +92,16 @@ class RayReplicas:
                 note=progress.note,
             )
         groups: list[Group] = []
-        self.faults = Faults()
+        self.computed = Computed()
         self._crew = crew = Crew(
             places=places,
             progress=progress,
             timeline=timeline,
             left_s=left_s,
-            at_work=no_rows(groups, self.faults),
+            at_work=no_rows(groups, self.computed.faults),
             groups=groups,
-            faults=self.faults,
+            computed=self.computed,
+            created_at=time.monotonic(),
         )
         self._make_group = partial(
             Group,
@@ -105,13 +111,11 @@ class RayReplicas:
             timeline=timeline,
             clock=lambda: crew.clock.now,
         )
-        self._setup = Setup(crew)
-        self._failures = Failures(crew, self._setup.take_step)
-        self._float_worker = FloatWorker(crew)
-        self._copied_before = 0
+        self._failures = Failures(crew)
+        # Predicts in float32 after the passes, in the place of a replica.
+        self._in_float: Actors | None = None
         self.kind = "cpu"
         self.replicas = 1
-        self.predict_s = 0.0
 
     def __enter__(self) -> "RayReplicas":
         return self
@@ -126,22 +130,6 @@ class RayReplicas:
         if kind is not None and folder is not None and self._log_folder is not None:
             keep_logs_of_ray(folder / "r" / "session_latest" / "logs", self._log_folder)
         stop_ray()
-
-    @property
-    def info(self) -> WorkerInfo | None:
-        return self._setup.info
-
-    @property
-    def start_workers_s(self) -> float:
-        return self._setup.start_workers_s
-
-    @property
-    def copied_batches(self) -> int:
-        return self._copied_before + self._crew.at_work.dealer.copied_batches
-
-    @property
-    def stats(self) -> list[WorkerStats]:
-        return self._crew.stats
 
     def open(self, dtype: str) -> str:
         if self._address is not None:
@@ -166,6 +154,7 @@ class RayReplicas:
             group = self._make_group(ready)
             for stats, slot in zip(group.stats, ready.slots, strict=True):
                 stats.node = places.name(slot.node)
+            self.computed.stats += group.stats
             self._crew.groups.append(group)
             self._crew.show(group, "starting")
 
@@ -190,42 +179,42 @@ class RayReplicas:
                 if step.what == "predict":
                     group.take_result(step)  # a copy of a batch that another replica ended before
                     continue
-                self._setup.take_step(group, step)
+                self._crew.take_step(group, step)
 
     def run(
         self, backlog: Backlog, tokens: TokenTable, *, rates: Rates, ids: Sequence[str]
     ) -> Generator[BatchResult | None, None, None]:
         crew = self._crew
-        self._copied_before = self.copied_batches
         note = partial(crew.progress.note, event="fault")
         with ray_errors():
             crew.at_work = Pass(
                 backlog,
                 rates,
                 Dealer(backlog, rates, crew.groups, patience_s=patience_s()),
-                Recovery(backlog, self.faults, ids, note, crew.timeline.event),
+                Recovery(backlog, self.computed.faults, ids, note, crew.timeline.event),
                 crew.groups,
                 store(tokens),
             )
             yield from self._run(backlog)
 
     def _run(self, backlog: Backlog) -> Generator[BatchResult | None, None, None]:
-        first_ready = 0.0
+        first_ready, copied_before = 0.0, self.computed.copied_batches
         crew, dealer = self._crew, self._crew.at_work.dealer
         for group in crew.groups:
-            self._setup.hand_tokens(group)
+            crew.hand_tokens(group)
         while backlog:
             self._follow_nodes()
             for group in crew.groups:
                 if not dealer.is_settled(group):
                     self._give_work(group, dealer)
+            self.computed.copied_batches = copied_before + dealer.copied_batches
             for group, step in self._finished_steps():
                 if step.what != "predict":
-                    self._setup.take_step(group, step)
+                    self._crew.take_step(group, step)
                     first_ready = first_ready or group.is_ready * group.ready_at
                     continue
                 result = self._take_result(group, step)
-                self.predict_s = time.monotonic() - (first_ready or self._setup.created_at)
+                self.computed.predict_s = time.monotonic() - (first_ready or crew.created_at)
                 if result is not None:
                     yield result
             self._failures.end_hung()
@@ -234,19 +223,40 @@ class RayReplicas:
             group.stop_clock()
 
     def predict_in_float(self, batch: Batch, *, within_s: float) -> np.ndarray:
-        return self._float_worker.predict(batch, within_s=within_s)
+        crew = self._crew
+        within_s = min(within_s, load_within_s(crew.stored_bytes))
+        group = next((group for group in crew.groups if not group.given_up), crew.groups[0])
+        failure: Exception
+        with ray_errors():
+            for _ in range(MAX_RESTARTS + 1):
+                self._in_float = self._in_float or group.replace_by_one(crew.at_work.tokens)
+                try:
+                    answer: np.ndarray = get_within(
+                        self._in_float.predict_in_float(batch), within_s
+                    )
+                    return answer
+                except DEATHS as death:
+                    # The one that ended may have had nothing to do with these rows.
+                    self.computed.faults.worker_deaths += 1
+                    self._in_float, failure = None, death
+                except (ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError) as error:
+                    self._in_float, failure = None, error
+                    break
+        raise WorkerError(
+            f"{group.noun} {group.number}: {type(failure).__name__}: {first_line(failure)}"
+        ) from failure
 
     def warm(self) -> set[BatchShape]:
         return {shape for group in self._crew.groups for shape in group.warm}
 
     def paces(self, shapes: Iterable[BatchShape] | None = None) -> list[Pace]:
-        return self._crew.at_work.paces(self._crew.clock.now, self.stats, shapes)
+        return self._crew.at_work.paces(self._crew.clock.now, self.computed.stats, shapes)
 
     def is_measured(self) -> bool:
         return self._crew.at_work.is_measured()
 
     def compile_s(self) -> float:
-        return seconds_to_compile(self.stats, is_new=True)
+        return seconds_to_compile(self.computed.stats, is_new=True)
 
     def _take_result(self, group: Group, step: Step) -> BatchResult | None:
         """Count an answer; None if another replica's came before."""
