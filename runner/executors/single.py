@@ -48,8 +48,8 @@ WAIT_S = 0.2
 
 
 class InProcess:
-    """One replica on the first device JAX finds, on all cores if that is the CPU: an `Executor`,
-    whose methods it documents."""
+    """One replica on the first device that JAX finds, all cores if that is the CPU: an `Executor`,
+    which documents its methods."""
 
     def __init__(self, *, verbose: bool, progress: Progress, timeline: Timeline) -> None:
         self._replica = Replica(WorkerSlot(0, "auto"), verbose=verbose)
@@ -151,7 +151,7 @@ class InProcess:
                 yield result
 
     def _give_work(self) -> None:
-        """Keep the device busy, and compile ahead of the batches in the order of use."""
+        """Keep the device busy, and compile shapes ahead of their batches, in the order of use."""
         state, dealer = self._state, self._at_work.dealer
         while batch := dealer.next_batch(state, time.monotonic()):
             state.in_flight.append(batch)
@@ -165,7 +165,7 @@ class InProcess:
     def _take_compiled(self, shape: BatchShape, answer: "Answer") -> None:
         if answer.error is not None and not isinstance(answer.error, DeviceMemoryError):
             raise answer.error
-        # If memory was short, predicting says so of a batch that can be split.
+        # If memory was short, a batch of this shape will fail in the same way, and can be split.
         info = answer.value or CompileInfo(0.0, cached=False)
         self._stats.count_compiled(info)
         self._timeline.add(*(COMPILING, 0, 0, answer.asked_s), shape=shape, is_cached=info.cached)
@@ -176,7 +176,7 @@ class InProcess:
         self._progress.set_worker(0, "busy")
 
     def _take_result(self, result: BatchResult, started: float) -> BatchResult | None:
-        """Count a batch that went well, and learn from it; None if it was answered before."""
+        """Count and return an answer; None if the batch was answered before."""
         now, stats, work = time.monotonic(), self._stats, result.work
         self._state.in_flight.remove(result.batch)
         self._state.finished_at = now
@@ -204,7 +204,7 @@ class InProcess:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came of one task. asked_s: when it was asked for, by the timeline."""
+    """The outcome of one task. asked_s: when it was requested, by the timeline."""
 
     asked: Any
     asked_s: float
@@ -241,7 +241,7 @@ class _Threads:
             return None
 
     def end(self) -> None:
-        """Let the threads end when they have done what they do."""
+        """Let the threads end once their tasks are done."""
         for work in (self._compiling, *(self._predicting,) * BATCHES_IN_FLIGHT):
             work.put(None)
 

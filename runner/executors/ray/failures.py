@@ -1,6 +1,6 @@
-"""Workers that die, hang or raise -> replicas that are started again or given up, or an error.
+"""Workers that die, hang or raise -> replicas that are restarted or given up, or an error.
 
-What becomes of the rows is `recovery.py`'s. Does not know batches that go well.
+`recovery.py` decides what becomes of the rows. Does not know batches that go well.
 """
 
 import time
@@ -15,12 +15,12 @@ from runner.executors.ray.crew import Crew
 from runner.executors.ray.group import Group, Step
 from runner.telemetry.logs import worker_log
 
-# A replica is given up after this many replacements that no batch explains.
+# A replica is given up after this many restarts that no batch explains.
 MAX_RESTARTS = 3
-# A worker that takes longer for a step is taken to hang. The slowest compile and load fit.
+# A worker that takes longer for a step counts as hung. The slowest compile and load fit.
 STEP_WITHIN_S = {"ping": 300.0, "meet": 120.0, "tokens": 300.0, "load": 600.0, "compile": 1800.0}
 SLOWEST_LOAD_BYTES_PER_S = 20e6
-# Seconds that a run whose nodes are all gone waits for another.
+# Seconds that a run waits for another node if all are gone.
 NODE_COMES_WITHIN_S = 300.0
 
 
@@ -42,22 +42,22 @@ class Failures:
         self._bury(group, "its worker died", death)
 
     def failed(self, group: Group, step: Step, failure: ray.exceptions.RayTaskError) -> None:
-        """A worker raised an error: find another way for the batch, or end the run.
+        """A worker raised an error: try the batch in another way, or end the run.
 
         Raises:
-            ArenaRunnerError: that of the worker, if no other way is left.
+            ArenaRunnerError: the worker's error, if there is no other way.
         """
         cause = failure.cause
         while isinstance(cause, ray.exceptions.RayTaskError):
-            cause = cause.cause  # handed on from an earlier stage
+            cause = cause.cause  # passed on from an earlier stage
         is_ours = isinstance(cause, ArenaRunnerError)
         if isinstance(cause, DEATHS) or (not is_ours and group.actors.has_lost_one()):
-            # Those who work with the dead one may hear of it sooner than we do.
+            # The other members may hear of a death before the driver does.
             self.died(group, failure)
             return
         is_memory = isinstance(cause, DeviceMemoryError)
         if step.what == "compile" and is_memory:
-            # Predicting says it again, of a batch that can then be split.
+            # A batch of this shape will fail in the same way, and can be split.
             step.answers = [CompileInfo(0.0, cached=False)] * len(step.answers)
             group.forget(step)
             self._crew.take_step(group, step)
@@ -82,8 +82,8 @@ class Failures:
             crew.spawn(group)
 
     def _explain(self, group: Group, step: Step, cause: BaseException) -> ArenaRunnerError:
-        """Return the error that a worker raised, named by replica and step, or by batch and rows;
-        of files that do not fit nothing more is to be said."""
+        """Return the error of a worker, with replica and step, or batch and rows; the error of a
+        file as it is."""
         replica = f"{group.noun.capitalize()} {group.number}"
         if not isinstance(cause, ArenaRunnerError):
             said = f"{type(cause).__name__}: {first_line(cause)}"
@@ -93,7 +93,7 @@ class Failures:
         return cause
 
     def end_hung(self) -> None:
-        """End groups that take far longer for something than they should.
+        """End and replace groups that take far longer for a step than they should.
 
         Raises:
             WorkerError: no replica is left.
@@ -116,7 +116,7 @@ class Failures:
                     f"{seconds_text(limit)}; ended",
                 )
                 if step.what == "predict":
-                    # Those behind it did no harm.
+                    # The batches behind it are not to blame.
                     for batch in tuple(group.in_flight)[1:]:
                         group.in_flight.remove(batch)
                         crew.at_work.backlog.put_back(batch, group.number)
@@ -124,7 +124,7 @@ class Failures:
                 break
 
     def _limit_s(self, group: Group, step: Step) -> float:
-        """Return the seconds after which a step is taken to hang."""
+        """Return the seconds after which a step counts as hung."""
         crew = self._crew
         if step.what == "predict":
             return crew.at_work.dealer.batch_limit_s(group, step.payload, crew.left_s())
@@ -136,7 +136,7 @@ class Failures:
         """Give up replicas whose node is gone.
 
         Raises:
-            WorkerError: all are, and no other node came.
+            WorkerError: all nodes are gone, and no other came.
         """
         crew = self._crew
         if not crew.places.may_grow:
@@ -158,7 +158,7 @@ class Failures:
             )
 
     def _desert(self, group: Group) -> None:
-        """A node is gone, and a group with it: others do its work, if there are some."""
+        """A node is gone, and this group with it; other groups do its work."""
         crew, batches = self._crew, group.give_up()
         crew.at_work.recovery.lost(group.number, batches, "its node was lost")
         crew.places.forget(group.number)
@@ -170,7 +170,7 @@ class Failures:
         )
 
     def _bury(self, group: Group, reason: str, cause: Exception | None = None) -> None:
-        """Take back the batches of a group that lost a worker and replace it, if it may be."""
+        """Take back the batches of a group that lost a worker, and restart it or give it up."""
         crew = self._crew
         if crew.places.has_lost(slot.node for slot in group.slots):
             self._desert(group)
@@ -196,8 +196,8 @@ class Failures:
         if all(other.given_up for other in crew.groups):
             raise WorkerError(
                 f"Every {group.noun} died {MAX_RESTARTS + 1} times; the last was {group.noun} "
-                f"{group.number}. Is there memory enough for the model and one batch? Fewer "
-                "--num-workers or a smaller --max-tokens-per-batch need less; its last words are "
+                f"{group.number}. Is there enough memory for the model and one batch? Fewer "
+                "--num-workers or a smaller --max-tokens-per-batch need less. Its last output is "
                 f"in {worker_log(group.number, '*')}."
             ) from cause
         crew.note_fault(
@@ -209,5 +209,5 @@ class Failures:
 
 
 def load_within_s(stored_bytes: int) -> float:
-    """Return the seconds in which a model's files are loaded, as slow as they may be."""
+    """Return the seconds that loading a model may take from the slowest disk."""
     return STEP_WITHIN_S["load"] + stored_bytes / SLOWEST_LOAD_BYTES_PER_S

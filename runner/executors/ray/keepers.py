@@ -1,10 +1,8 @@
-"""One actor on each node of a cluster: it says what the node has, and receives the model's files.
+"""One actor on each node of a cluster: it reports what the node has and receives model files.
 
-Does not know which nodes there are, nor what workers do there: `nodes.py` decides where to place
-them.
+Does not know which nodes there are, nor what workers do there: `nodes.py` places them.
 """
 
-import importlib.metadata
 import os
 import platform
 import threading
@@ -23,23 +21,24 @@ from runner.common.errors import ArenaRunnerError, ConfigError, first_line
 from runner.common.files import cache_folder, compilation_cache
 from runner.common.records import ModelSpec
 from runner.common.units import gb, seconds_text
+from runner.common.versions import installed
 from runner.executors.ray.shipping import SHIP, Parcel, Receiver, at, pieces
 from runner.preset.resolve import ANSWERS_DEPEND_ON
 
-# Seconds in which a node must have started a process with the run's code, and in which it must
-# have looked for files or written a piece of one.
+# Seconds in which a node must start a process with the run's code, and in which it must look for
+# files or write a piece of one.
 ANSWERS_WITHIN_S, WRITES_WITHIN_S = 120.0, 300.0
-# Seconds between looks whether the run has ended meanwhile.
+# Seconds between checks whether the run has ended.
 WAIT_S = 0.5
-# Pieces of a file on their way: so much of Ray's object store they take.
+# Pieces of a file in Ray's object store at a time.
 PIECES_IN_FLIGHT = 3
-# A parcel of this size or more is named when it is sent.
+# The user is told when a parcel larger than this is sent.
 WORTH_SAYING_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a node says of itself.
+    """What a node reports about itself.
 
     gpu_dtype: the 16-bit dtype of its GPUs, gpu_memory_bytes: of the smallest; None if it has none.
     cache: its own folder for compiled programs.
@@ -53,13 +52,12 @@ class Facts:
 
 
 class Keeper(Receiver):
-    """The actor that receives a run's files on one node, and knows the node."""
+    """The actor that receives a run's files on one node."""
 
     def __init__(self) -> None:
         super().__init__(cache_folder() / "files")
 
     def facts(self) -> Facts:
-        """Return what this node is."""
         return Facts(
             versions_here(),
             machine.cores_here(),
@@ -73,26 +71,26 @@ class Keepers:
     """The keepers of the nodes that a run may use.
 
     Args:
-        name: of a node's id, what a user calls the node.
+        name: returns what a user calls a node, by its id.
         note: shows a sentence to the user.
-        stop: set when the run ends: nothing is waited for from then on.
+        stop: set when the run ends; nothing waits after that.
 
     Attributes:
-        facts: of each node that was asked. refused: nodes that cannot take part.
+        facts: of each node that answered. refused: nodes that cannot take part.
     """
 
     def __init__(
         self, name: Callable[[str], str], note: Callable[[str], None], stop: threading.Event
     ) -> None:
         self._name, self._note, self._stop = name, note, stop
-        # Whether to send what nodes could read at its own path, as on a shared file system.
+        # Whether to send files that nodes can read at their own paths, as on a shared file system.
         self._even_here = os.environ.get(SHIP) == "always"
         self._running: dict[str, Any] = {}
         self.facts: dict[str, Facts] = {}
         self.refused: set[str] = set()
 
     def hire(self, nodes: Iterable[str]) -> None:
-        """Start a keeper on each node and learn what the node is."""
+        """Start a keeper on each node, and ask it for the node's facts."""
         nodes = list(nodes)
         for node in nodes:
             self._running[node] = (
@@ -109,7 +107,7 @@ class Keepers:
         """Refuse nodes whose versions differ from those of this process.
 
         Raises:
-            ConfigError: one does, and they are the first of the run.
+            ConfigError: they differ, and these are the first nodes of the run.
         """
         ours = versions_here()
         for node in nodes:
@@ -127,8 +125,8 @@ class Keepers:
     def ship(
         self, nodes: list[str], spec: ModelSpec, parcels: Iterable[Parcel]
     ) -> dict[str, ModelSpec]:
-        """Make sure that nodes have the files; return the spec with the paths there, for each node
-        that has them all."""
+        """Bring the files to nodes that lack them; for each node that has all,
+        return the spec with the paths there."""
         self.hire(node for node in nodes if node not in self._running)
         paths: dict[str, dict[str, str]] = {node: {} for node in nodes}
         for parcel in parcels:
@@ -147,7 +145,7 @@ class Keepers:
         self._running.clear()
 
     def _send(self, nodes: list[str], parcel: Parcel) -> dict[str, Any]:
-        """Send a parcel to nodes, each piece once into Ray's object store for all of them."""
+        """Send a parcel to nodes; each piece is stored once in Ray's object store for all."""
         if parcel.field == "preset" or parcel.bytes > WORTH_SAYING_BYTES:
             names = ", ".join(map(self._name, nodes))
             self._note(f"sending {parcel.field} ({gb(parcel.bytes)}) to {names}")
@@ -179,7 +177,7 @@ class Keepers:
         }
 
     def _answers(self, calls: dict[str, Any], within_s: float) -> dict[str, Any]:
-        """Wait for keepers; those that fail or do not answer are left out from now on."""
+        """Wait for keepers; nodes that fail or do not answer are left out from now on."""
         end, waiting = time.monotonic() + within_s, list(calls.values())
         while waiting and not self._stop.is_set() and time.monotonic() < end:
             _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=WAIT_S)
@@ -204,14 +202,10 @@ class Keepers:
 
 
 def versions_here() -> dict[str, str]:
-    """Return the versions that must be alike on all machines of a run."""
-    found = {"python": ".".join(platform.python_version_tuple()[:2])}
-    for package in ANSWERS_DEPEND_ON:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "missing"
-    return found
+    """Return the versions that must be equal on all machines of a run."""
+    python = ".".join(platform.python_version_tuple()[:2])
+    missing = dict.fromkeys(ANSWERS_DEPEND_ON, "missing")
+    return {"python": python} | missing | installed(ANSWERS_DEPEND_ON)
 
 
 def _listed(versions: dict[str, str]) -> str:

@@ -1,9 +1,9 @@
-"""A cluster that was joined -> places for workers on its nodes, with the model's files there, at
-the start and while nodes come and go.
+"""A joined cluster -> places for workers on its nodes, with the model's files there, at the start
+and while nodes come and go.
 
-A thread of its own does what waits for nodes, so that no batch waits for them. Does not know
-batches, actors that predict, or what becomes of a dead worker's rows: `replicas.py` takes the
-replicas that are ready, and asks which nodes are lost.
+A separate thread waits for nodes, so that no batch has to. Does not know batches, actors that
+predict, or what becomes of a dead worker's rows: `replicas.py` takes the replicas that are ready,
+and `failures.py` asks which nodes are lost.
 """
 
 import threading
@@ -29,17 +29,17 @@ from sharding.kinds import KINDS, auto_dtype
 from sharding.strategies import Strategy
 from sharding.topology import Node, WorkerSlot, place_on_nodes
 
-# Seconds between looks at which nodes there are.
+# Seconds between checks which nodes there are.
 LOOK_EVERY_S = 2.0
-# Seconds in which the head must say which nodes there are; Ray ends a driver without one in 60.
+# Seconds in which the head must list its nodes; after 60 s without a head Ray ends the driver.
 HEAD_ANSWERS_WITHIN_S = 40.0
-# Seconds in which what an earlier run held must be free again.
+# Seconds in which the devices of an earlier run must become free.
 ROOM_WITHIN_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What workers load: its paths on this machine, how a replica's members hold it, its files."""
+    """What workers load: paths on this machine, how a replica's members share it, its files."""
 
     spec: ModelSpec
     strategy: Strategy | None
@@ -51,11 +51,11 @@ class Cluster:
 
     def __init__(self) -> None:
         self._names: dict[str, str] = {}
-        # Since when the head is asked which nodes there are, None if it has answered.
+        # Since when the head has been asked for its nodes, None if it has answered.
         self._asking_since: float | None = None
 
     def alive(self, kind: str) -> dict[str, Node]:
-        """Return each node's free places for workers on a kind of device, ordered by name."""
+        """Return each node with its free CPUs and devices of a kind, ordered by name."""
         self._asking_since = time.monotonic()
         free = ray._private.state.available_resources_per_node()
         alive = [one for one in ray.nodes() if one["Alive"]]
@@ -63,7 +63,7 @@ class Cluster:
         names = Counter(one["NodeName"] for one in alive)
         for one in alive:
             name, number = one["NodeName"], one["NodeID"]
-            # Several on one machine share its address, which is their name.
+            # Nodes on one machine share its address as their name.
             self._names[number] = name if names[name] < 2 else f"{name} ({number[:8]})"
         ids = sorted((one["NodeID"] for one in alive), key=lambda node: (self.name(node), node))
         return {node: _free_of(node, free.get(node, {}), kind) for node in ids}
@@ -73,7 +73,7 @@ class Cluster:
         return self._names.get(node, node)
 
     def check_head(self) -> None:
-        """Raise WorkerError if the head has not answered for long."""
+        """Raise WorkerError if the head has not answered for too long."""
         since = self._asking_since
         if since is not None and time.monotonic() - since > HEAD_ANSWERS_WITHIN_S:
             raise WorkerError(
@@ -87,8 +87,8 @@ class Nodes:
     """The nodes of a joined cluster that this run may use.
 
     Args:
-        num_workers: the most workers there are to be, None for as many as the nodes suggest.
-        is_tensor: groups are of the kind that should lie on one node.
+        num_workers: the most workers to start, None for as many as the nodes suggest.
+        is_tensor: whether groups are tensor-parallel, and so should be on one node.
         note: shows a sentence to the user.
 
     Raises (from `open` and `take_ready`):
@@ -114,7 +114,7 @@ class Nodes:
         self._keepers = Keepers(self.name, note, self._stop)
         # Nodes that have had workers.
         self._used: set[str] = set()
-        # Replica -> its places, for as long as it lives or may be started again.
+        # Replica -> its places, for as long as it lives or may be restarted.
         self._placed: dict[int, tuple[WorkerSlot, ...]] = {}
         self._next_replica = 0
         self._ready: SimpleQueue[Ready] = SimpleQueue()
@@ -140,7 +140,7 @@ class Nodes:
         return min((one.gpu_memory_bytes for one in facts if one.gpu_memory_bytes), default=None)
 
     def start(self, spec: ModelSpec, strategy: Strategy | None) -> None:
-        """Begin to bring the model's files to the nodes, and to look for new ones."""
+        """Begin to bring the model's files to the nodes, and to look for new nodes."""
         thread = threading.Thread(
             target=self._work, args=(spec, strategy), daemon=True, name="nodes"
         )
@@ -148,7 +148,6 @@ class Nodes:
         thread.start()
 
     def take_ready(self) -> list[Ready]:
-        """Return the replicas that became ready to be started since the last call."""
         if self._failure is not None:
             raise self._failure
         self._cluster.check_head()
@@ -159,16 +158,13 @@ class Nodes:
         return found
 
     def has_lost(self, nodes: Iterable[str]) -> bool:
-        """Ask now whether one of these nodes is gone: a worker there has died."""
         alive = {one["NodeID"] for one in ray.nodes() if one["Alive"]}
         return not alive.issuperset(nodes)
 
     def forget(self, replica: int) -> None:
-        """A replica lost its node: its workers may be placed elsewhere."""
         self._placed.pop(replica, None)
 
     def close(self) -> None:
-        """Do no more; the files stay where they are."""
         self._stop.set()
         self._at_close.close()
         with suppress(ray.exceptions.RayError):
@@ -181,7 +177,7 @@ class Nodes:
                 raise WorkerError("No node could be made ready; the lines above say why.")
             self._used |= {slot.node for slot in self._first}
             while not self._stop.wait(LOOK_EVERY_S):
-                # What fails here for good fails in the calls to workers too, which say so.
+                # A lasting failure shows in the calls to workers too.
                 with suppress(ray.exceptions.RayError):
                     self._look(model)
         except Exception as failure:
@@ -189,11 +185,11 @@ class Nodes:
                 self._failure = failure
 
     def _look(self, model: Model) -> None:
-        """See which nodes are gone, and put workers on those that came."""
+        """Find out which nodes are gone, and put workers on new ones."""
         alive = self._cluster.alive(self.kind)
         self.lost = frozenset(self._used - alive.keys())
         if self._num_workers is None:
-            # Those that are in use have as many as they should.
+            # Nodes in use have as many workers as they should.
             candidates, wanted = alive.keys() - self._used, None
         else:
             placed = sum(map(len, list(self._placed.values())))
@@ -201,7 +197,7 @@ class Nodes:
         candidates -= self._keepers.refused
         if not candidates or wanted == 0:
             return
-        # In the order of their names, as `alive` has them.
+        # Ordered by name, as in `alive`.
         nodes = {name: node for name, node in alive.items() if name in candidates}
         ready = self._make_ready(self._place(nodes, wanted, is_first=False), model)
         self._used |= {slot.node for slot in ready}
@@ -209,8 +205,8 @@ class Nodes:
             self._note(f"node {self.name(node)} joins with {count} workers")
 
     def _wait_for_room(self) -> dict[str, Node]:
-        """Return the nodes once they have room, or after a while as they are: those who have just
-        left are still counted for some seconds."""
+        """Return the nodes once they have room, or as they are after a while: Ray still counts the
+        workers of a run that has just ended."""
         end = time.monotonic() + ROOM_WITHIN_S
         while True:
             nodes = self._cluster.alive(self.kind)
@@ -222,7 +218,7 @@ class Nodes:
     def _place(
         self, nodes: dict[str, Node], num_workers: int | None, *, is_first: bool
     ) -> tuple[WorkerSlot, ...]:
-        """Choose places, ask those nodes what they are, and leave out those that cannot do it."""
+        """Choose places; leave out nodes whose versions differ."""
         keepers = self._keepers
         while True:
             slots = self._choose(nodes, num_workers)
@@ -265,7 +261,7 @@ class Nodes:
         )
 
     def _with_cores(self, node: Node) -> Node:
-        """A node is this run's alone if all of its cores are free: then workers keep to some."""
+        """Name the node's cores if all are free: the run has it alone, so workers can be pinned."""
         facts = self._keepers.facts.get(node.id)
         is_whole = facts is not None and len(facts.cores) == node.cpus
         return replace(node, cores=facts.cores) if facts is not None and is_whole else node
@@ -283,8 +279,8 @@ class Nodes:
         return next(iter(found.values())) or "auto"
 
     def _make_ready(self, slots: Sequence[WorkerSlot], model: Model) -> tuple[WorkerSlot, ...]:
-        """Bring the files to the nodes of these workers, and hand on the groups that have them;
-        return the places of those."""
+        """Bring the files to the nodes of these workers; queue the groups that have them as ready,
+        and return their places."""
         nodes = list(dict.fromkeys(slot.node for slot in slots))
         specs = self._keepers.ship(nodes, model.spec, model.parcels)
         self._keepers.dismiss()

@@ -1,6 +1,6 @@
-"""Where replicas may be started: on this machine, or on the nodes of a cluster (`nodes.py`).
+"""Where replicas may start: the interface `Places`, and this machine's places.
 
-Both say it in the same way: one `Places`, and the machine's own.
+The places on the nodes of a cluster are in `nodes.py`.
 """
 
 from collections.abc import Iterable
@@ -21,9 +21,9 @@ class Places(Protocol):
     """Places for workers, from the start of a run to its end.
 
     Attributes:
-        kind: of the devices, once it is open.
-        may_grow: whether others may come, so that a run without replicas waits for them.
-        lost: ids of nodes that have had workers and are gone.
+        kind: of the devices, known once it is open.
+        may_grow: whether places may be added, so that a run without replicas waits for them.
+        lost: ids of nodes that had workers and are gone.
     """
 
     kind: str
@@ -31,33 +31,33 @@ class Places(Protocol):
     lost: frozenset[str]
 
     def open(self, dtype: str) -> tuple[int, str]:
-        """Find the devices; return how many replicas they hold, and what `dtype` means on them,
-        `auto` if only a worker can tell."""
+        """Find the devices; return how many replicas fit, and what `dtype` means on the devices:
+        still `auto` if only a worker can tell."""
 
     def memory_bytes(self) -> int | None:
-        """Return the memory of the smallest GPU of these places, None if not known."""
+        """Return the memory of the smallest GPU of these places, None if unknown."""
 
     def start(self, spec: ModelSpec, strategy: Strategy | None) -> None:
-        """Begin to make places ready for a model, held in this way."""
+        """Begin to prepare the places for a model whose weights are shared in this way."""
 
     def take_ready(self) -> list[Ready]:
-        """Return the replicas that became ready to be started since the last call."""
+        """Return the replicas that have become ready to start since the last call."""
 
     def has_lost(self, nodes: Iterable[str]) -> bool:
         """Ask now whether one of these nodes is gone."""
 
     def forget(self, replica: int) -> None:
-        """A replica is gone for good: its places may be given to others."""
+        """Free the places of a replica that is gone for good."""
 
     def name(self, node: str) -> str:
         """Return what a user calls a node."""
 
     def close(self) -> None:
-        """Do no more."""
+        """Stop; files that were sent stay on their nodes."""
 
 
 class Here:
-    """This machine, in a Ray that is started for the run."""
+    """The places of this machine, in a Ray that starts with the run."""
 
     def __init__(self, *, num_workers: int | None, group_size: int, verbose: bool) -> None:
         self._num_workers = num_workers
@@ -105,7 +105,7 @@ class Here:
         return False
 
     def forget(self, replica: int) -> None:
-        """No other replica would take its places."""
+        """No other replica needs its places."""
 
     def name(self, node: str) -> str:
         return node

@@ -1,7 +1,7 @@
 """Replicas fed with batches: a bounded number in flight, results as they come.
 
-Does not know JAX, tables or files, nor how a batch passes through a replica (`actors.py`), where
-one may be started (`places.py`), or what becomes of one that failed (`failures.py`).
+Does not know JAX, tables or files. How a batch passes through a replica is in `actors.py`, where
+replicas may start in `places.py`, and what happens when one fails in `failures.py`.
 """
 
 import time
@@ -52,15 +52,15 @@ from sharding.strategies import Strategy
 
 
 class RayReplicas:
-    """All replicas of a run: an `Executor`, whose methods it documents.
+    """All replicas of a run: an `Executor`, which documents its methods.
 
     Args:
         num_workers: actors in all, None for as many as the devices suggest.
         group_size: how many of them make one replica.
-        is_tensor: whether they hold slices of every weight.
+        is_tensor: whether each member of a group holds a slice of every weight.
         family, timeline: as for `Group`.
-        left_s: the seconds in which rows can still be predicted, infinite if there is no limit.
-        log_folder: where workers write to, None for Ray's own logs.
+        left_s: returns the seconds in which rows can still be predicted, infinite without a limit.
+        log_folder: for the output of workers, None for Ray's own logs.
         address: of a Ray cluster to join, None to start Ray on this machine.
     """
 
@@ -122,7 +122,7 @@ class RayReplicas:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self._crew.places.close()
-        # If Ray itself has failed there is nobody to ask; its processes end all the same.
+        # If Ray itself has failed, nobody answers; its processes end all the same.
         with suppress(ray.exceptions.RayError):
             for group in self._crew.groups:
                 group.end(is_over=True)
@@ -148,7 +148,7 @@ class RayReplicas:
             self._add_groups()
 
     def _add_groups(self) -> None:
-        """Start replicas wherever there is a place ready for one."""
+        """Start a replica wherever a place is ready for one."""
         places = self._crew.places
         for ready in places.take_ready():
             group = self._make_group(ready)
@@ -167,7 +167,7 @@ class RayReplicas:
             self._crew.groups,
             self._crew.clock,
             timeout_s=timeout_s,
-            is_idle_right=not timeout_s or self._crew.places.may_grow,
+            may_be_idle=not timeout_s or self._crew.places.may_grow,
             on_death=self._failures.died,
             on_failure=self._failures.failed,
         )
@@ -177,7 +177,7 @@ class RayReplicas:
             self._follow_nodes()
             for group, step in self._finished_steps(timeout_s=0):
                 if step.what == "predict":
-                    group.take_result(step)  # a copy of a batch that another replica ended before
+                    group.take_result(step)  # a copy of a batch that another replica finished first
                     continue
                 self._crew.take_step(group, step)
 
@@ -236,7 +236,7 @@ class RayReplicas:
                     )
                     return answer
                 except DEATHS as death:
-                    # The one that ended may have had nothing to do with these rows.
+                    # The process may have ended for reasons other than these rows.
                     self.computed.faults.worker_deaths += 1
                     self._in_float, failure = None, death
                 except (ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError) as error:
@@ -259,7 +259,7 @@ class RayReplicas:
         return seconds_to_compile(self.computed.stats, is_new=True)
 
     def _take_result(self, group: Group, step: Step) -> BatchResult | None:
-        """Count an answer; None if another replica's came before."""
+        """Count an answer and return it; None if another replica's came first."""
         at_work, batch = self._crew.at_work, step.payload
         was_alone = len(group.in_flight) == 1 and at_work.backlog.is_suspect(batch)
         result, began = group.take_result(step)
@@ -271,7 +271,7 @@ class RayReplicas:
         return result if is_first else None
 
     def _give_work(self, group: Group, dealer: Dealer) -> None:
-        """Keep a group busy: shapes until all are compiled, and batches of those that are."""
+        """Keep a group busy: compile shapes until it has all, and send batches of those it has."""
         if not group.loaded or group.given_up:
             return
         now = self._crew.clock.now
