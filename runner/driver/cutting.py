@@ -1,6 +1,6 @@
-"""Rows that wait and the time that is left -> shorter rows, or the shortest rows first.
+"""Waiting rows and the time that is left -> truncated rows, or the shortest rows first.
 
-Decides how far rows are cut, not when: `steering.py` does. Does not know Ray, JAX or files.
+Decides how far rows are truncated; `steering.py` decides when. Does not know Ray, JAX or files.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,17 +24,17 @@ from sharding.rates import Rates
 
 
 class Cutter:
-    """Plans the rows that wait anew, cut to another length or in another order.
+    """Plans waiting rows again, truncated to another length or in another order.
 
     Args:
-        has_answer: whether a row has an answer already, cut or whole.
-        replan: (rows, cap, shapes) -> their plan if none is longer than cap tokens; there are
-            programs for these shapes.
-        caps: the lengths that rows may be cut to, ascending, the last for not at all.
-        say: (seconds, sentence) tells the user of a decision.
+        has_answer: whether a row already has an answer, truncated or not.
+        replan: (rows, cap, shapes) -> the plan of rows truncated to `cap` tokens; there are programs
+            for these shapes.
+        caps: the lengths that rows may be truncated to, ascending; the last is full length.
+        say: (seconds, sentence) tells the user about a decision.
 
     Attributes:
-        cap: the length that rows are cut to now, None for none.
+        cap: the length that rows are truncated to now, None for full length.
         is_cheapest_first: whether the shortest rows come first.
     """
 
@@ -65,11 +65,10 @@ class Cutter:
         self.is_cheapest_first = False
 
     def cut(self, now: float, left: float, available: float) -> bool:
-        """Cut the rows that wait to the longest length at which all still fit; return whether there
-        were any.
+        """Truncate waiting rows to the longest length at which all fit; return whether any wait.
 
         Args:
-            left: seconds of the work as it is planned. available: seconds that it may take.
+            left: seconds of the work as planned. available: seconds that it may take.
         """
         backlog, rates, executor = self._backlog, self._rates, self._executor
         waiting = [batch for batch in backlog.waiting() if not backlog.is_suspect(batch)]
@@ -102,7 +101,7 @@ class Cutter:
         ]  # fmt: skip
         cap, now_cut_to = max(fits, default=self._caps[0]), self.cap or self._whole
         if not fits and cap not in compiled and compile_s > FLOOR_SHARE * available:
-            cap = min([now_cut_to, *known])  # there is no time to compile the shortest
+            cap = min([now_cut_to, *known])  # there is no time to compile the shortest length
         affected = self._lengths.count_longer(
             rows if cap in compiled else after_bridge, min(cap, now_cut_to)
         )
@@ -113,7 +112,7 @@ class Cutter:
         return True
 
     def order_cheapest_first(self, now: float, left: float) -> None:
-        """Put the shortest rows first: what does not fit is then the fewest rows."""
+        """Put the shortest rows first, so that the fewest rows do not fit."""
         if self.is_cheapest_first:
             return
         self.is_cheapest_first = True
@@ -125,14 +124,14 @@ class Cutter:
         )
 
     def leave_the_bridge(self) -> None:
-        """Cut the rows that were kept as they are until there is a program for the new length."""
+        """Truncate the rows that were kept as they were, once the new length is compiled."""
         cap = self.cap or self._whole
         if self._is_bridging and any(shape.length == cap for shape in self._executor.warm()):
             self._is_bridging = False
             self._add(self._withdraw(), cap)
 
     def plan_whole(self, rows: Sequence[int]) -> Sequence[Batch]:
-        """Return batches of rows at their full length, the shortest first."""
+        """Return batches of rows at full length, the shortest first."""
         return self._plan(rows, self._whole).batches[::-1]
 
     def _cut_to(self, cap: int, now: float, left: float, bridge: Sequence[Batch]) -> None:
@@ -153,8 +152,8 @@ class Cutter:
         self._say(now, f"{work_for(left, self._deadline.left_s(now))}: {what}")
 
     def _bridge(self, waiting: Iterable[Batch], seconds: float) -> list[Batch]:
-        """Return the batches that go on as they are for so many seconds, while a new length is
-        compiled: without them the replicas would wait for it."""
+        """Return batches that take this many seconds as they are: the replicas compute them while a
+        new length compiles, instead of waiting."""
         warm, paces = self._executor.warm(), self._executor.paces(())
         work = seconds * sum(pace.speed for pace in paces)
         work -= sum(self._rates.work(batch.shape) for batch in self._backlog.under_way())
@@ -168,7 +167,7 @@ class Cutter:
         return chosen
 
     def _withdraw(self, kept: Iterable[Batch] = ()) -> list[int]:
-        """Take back the rows that wait; those that have an answer already keep it."""
+        """Take back waiting rows; return those without an answer."""
         return [row for row in self._backlog.withdraw(kept) if not self._has_answer(row)]
 
     def _unanswered(self, batches: Iterable[Batch]) -> list[int]:
@@ -178,7 +177,7 @@ class Cutter:
         return self._replan(rows, cap, self._executor.warm())
 
     def _add(self, rows: Sequence[int], cap: int) -> None:
-        """Plan rows and let them wait."""
+        """Plan rows and add their batches to the backlog."""
         batches = self._plan(rows, cap).batches
         self._backlog.add(batches[::-1] if self.is_cheapest_first else batches)
 

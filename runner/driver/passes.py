@@ -1,6 +1,6 @@
-"""Rows -> answers: a pass over all, over those that came out broken, and over some once more.
+"""Rows -> answers: a pass over all rows, one over broken answers, and extra passes.
 
-Each pass plans its rows, has the executor compute them and keeps what comes. Does not know what
+Each pass plans its rows, lets the executor compute them, and keeps the answers. Does not know what
 becomes of the answers, nor how an executor computes.
 """
 
@@ -31,12 +31,12 @@ from sharding.batches import Batch, BatchShape, Plan
 from sharding.kinds import KINDS
 from sharding.rates import COMPILING_TAKES, Rates
 
-# Rows that are computed again in float32 at a time.
+# This many rows are computed in float32 at a time.
 ROWS_IN_FLOAT = 8
 
 
 class Passes:
-    """The passes over the rows of a run, from when its executor and its ledger are open."""
+    """The passes over the rows of a run, once its executor and its ledger are open."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Passes:
         self._outcome = outcome
         self._executor = executor
         self._ledger = ledger
-        # A batch's most tokens, asked once: it looks at the devices.
+        # The most tokens of a batch, asked once since it looks at the devices.
         self._budget = (
             tokens_per_batch(
                 setting.config, setting.job.preset, executor.kind, executor.memory_bytes
@@ -67,8 +67,8 @@ class Passes:
         self._next_index = 0
 
     def predict(self) -> None:
-        """Predict the rows that have no full answer yet, for as long as there is time: if it may be
-        short, first those that have none at all."""
+        """Predict the rows that have no answer at full length, while there is time. Under a time
+        limit, only rows without any answer come first."""
         tokens = self._tokens(self._texts)
         if tokens is None:
             return
@@ -155,12 +155,11 @@ class Passes:
                 self._ledger.add(mended, values[finite], how=WIDER, lengths=lengths[finite])
 
     def rows_to_improve(self) -> list[int]:
-        """Return the rows that an extra pass is asked for, the most uncertain first."""
+        """Return the rows for an extra pass, the most uncertain first."""
         return rows_to_swap(self._table) if self._config.extra_passes == "swap" else []
 
     def improve(self) -> None:
-        """Use the time that is left for an extra pass, and write what came of it, whatever ends
-        it."""
+        """Use the time that is left for an extra pass, and write its result however it ends."""
         setting, task, executor = self._setting, self._config.task, self._executor
         rows, began = self.rows_to_improve(), setting.now()
         if not rows or setting.deadline.is_over(began):
@@ -174,16 +173,12 @@ class Passes:
         batches = in_waves(rows, lambda wave: self._plan(tokens.lengths, wave, known=known))
         try:
             predict_swapped(
+                setting,
                 executor,
+                self._ledger,
                 tokens,
                 list(batches),
-                labels=task.swapped_labels,
-                ledger=self._ledger,
-                deadline=setting.deadline,
-                progress=setting.progress,
-                cost=self._shape.batch_flops,
                 first_index=self._next_index,
-                now=setting.now,
                 write=lambda: write(setting, self._rows, self._outcome),
             )
         finally:
@@ -195,7 +190,7 @@ class Passes:
             write(setting, self._rows, self._outcome)
 
     def measure_quantization(self) -> dict[str, Any] | None:
-        """Return how far quantization moved the first rows, or what its preparation measured."""
+        """Return how far quantization moved the first rows, or what `prepare` measured."""
         setting, config = self._setting, self._config
         preset, mode = setting.job.preset, setting.job.quantization
         if preset.quantization is not None:
@@ -217,7 +212,7 @@ class Passes:
         try:
             reference = self._executor.predict_in_float(batch, within_s=float("inf"))
         except WorkerError as error:
-            # The submission stands; a worker without memory for this costs the figure alone.
+            # The submission is written: a worker without memory for this costs only the figure.
             return {"mode": mode, "measured": f"it failed: {first_line(error)}"}
         figures = compare(
             self._table.probabilities(batch.rows),
@@ -228,7 +223,7 @@ class Passes:
         return {"mode": mode, **figures}
 
     def _tokens(self, texts: list[str]) -> TokenTable | None:
-        """Return the token ids of all rows, made while workers start; None if time is over."""
+        """Tokenize all rows while workers start, and return the tokens; None if time is over."""
         tokenizing = in_background(lambda: self._tokenize(texts), name="tokenize")
         while not tokenizing.done():
             self._executor.poll()

@@ -1,7 +1,7 @@
 """The run as one sentence: read, render, tokenize, plan, predict, merge, write, report.
 
-The only file that knows all phases. What each does is in the other rooms; the passes over the rows
-are in `passes.py`, and how a run ends in `ending.py`.
+The only file that knows all phases. The passes over the rows are in `passes.py`, and the ways a run
+can end in `ending.py`.
 """
 
 import time
@@ -37,17 +37,17 @@ def run(
     on_signals_taken: Callable[[], None] = lambda: None,
     owns_process: bool = False,
 ) -> dict[str, Any]:
-    """Do what `config` asks for and return the report, which is also on disk then.
+    """Do what `config` asks for and return the report, which is also on disk.
 
     Args:
-        started: `time.monotonic()` of the process' start, for `seconds.total` and the limit.
-        on_signals_taken: called when Ray has replaced the process' signal handlers.
-        owns_process: whether this process is the command's, whose streams may be taken.
+        started: `time.monotonic()` at the start of the process, for `seconds.total` and the limit.
+        on_signals_taken: called after Ray has replaced the signal handlers of the process.
+        owns_process: whether this process belongs to the command, so that its streams may be taken.
 
     Raises:
-        ConfigError, DataError: the user's to mend; nothing was written.
+        ConfigError, DataError: the user can fix it; nothing was written.
         DeadlineError: the time is over and --on-deadline is fail; the journal is kept.
-        WorkerError, MergeError, JournalError: the run failed; no submission was written. The
+        WorkerError, MergeError, JournalError: the run failed, and no submission was written. The
             message says what is safe in the journal.
     """
     started = time.monotonic() if started is None else started
@@ -96,7 +96,7 @@ def _run(
         dtype = executor.open(config.dtype) if rows.examples else ""
         dtype = job.dtype(config, dtype)
         if config.address is not None and rows.examples:
-            # Until now the memory of the nodes' devices was not known.
+            # The memory of the nodes' devices was unknown until now.
             strategy = _choose_strategy(config, job, progress, executor.memory_bytes)
             setting = replace(setting, strategy=strategy)
             reports = replace(reports, strategy=strategy)
@@ -119,7 +119,7 @@ def _run(
 
 
 def _check_outputs(config: RunConfig) -> None:
-    """Raise ConfigError if a file cannot be written in the end."""
+    """Raise ConfigError if a file could not be written at the end."""
     check_writable("--output", config.output)
     for path in (config.report_path, config.page_path, config.trace_path):
         check_writable("--report", path)
@@ -127,7 +127,7 @@ def _check_outputs(config: RunConfig) -> None:
 
 
 def _settle(config: RunConfig, progress: Progress, logs: RunLogs, started: float) -> Setting:
-    """Find the files, and settle what follows from them."""
+    """Find the files, and resolve the settings that depend on them."""
     job = find_job(config, stand_in(config, progress))
     config = settle(config, job.preset)
     if config.address is None:
@@ -149,7 +149,7 @@ def _settle(config: RunConfig, progress: Progress, logs: RunLogs, started: float
 def _choose_strategy(
     config: RunConfig, job: Job, progress: Progress, memory_bytes: Callable[[], int | None]
 ) -> Strategy | None:
-    """Choose how groups hold a replica in this memory, and say why."""
+    """Choose how groups share a replica in this memory, and tell the user why."""
     strategy = choose_strategy(config, job.preset, memory_bytes)
     if strategy is not None:
         progress.note(strategy.why)

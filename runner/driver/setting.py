@@ -1,6 +1,6 @@
-"""What holds from the start of a run to its end: config, files, clock, limit, logs.
+"""What stays the same during a run: config, files, clock, limit and logs.
 
-Knows no rows' answers and no executor.
+Does not know answers or executors.
 """
 
 import time
@@ -44,21 +44,21 @@ class Setting:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SECONDS, 0.0))
 
     def now(self) -> float:
-        """Seconds since the process started."""
+        """Return the seconds since the process started."""
         return time.monotonic() - self.started
 
     def is_over(self) -> bool:
-        """Whether there is no more time to predict."""
+        """Return whether there is no time left to predict."""
         return self.deadline.is_over(self.now())
 
     def last_call(self, *, is_starting: bool = False) -> float | None:
-        """Return when the run is ended whatever it does, by `time.monotonic()`."""
+        """Return when the guard ends the run, by `time.monotonic()`."""
         last_call_s = self.deadline.last_call_s(is_starting=is_starting)
         return None if last_call_s is None else self.started + last_call_s
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Within, time counts for a phase: a key of `seconds`."""
+        """Within, count the seconds of a phase, a key of `seconds`."""
         began = time.monotonic()
         with self.timeline.phase(PHASES.get(name, name)):
             yield
@@ -67,7 +67,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What is to be predicted: the test set, the text of each row, and the table of answers."""
+    """What to predict: the test set, the text of each row, and the table of answers."""
 
     examples: Examples
     texts: list[str]
@@ -75,10 +75,10 @@ class Rows:
 
 
 def read(setting: Setting) -> Rows:
-    """Read the test set, render its texts, and see that there is room for the output.
+    """Read the test set, render its texts, and check that there is room for the output.
 
     Raises:
-        ConfigError: there is no room. DataError: it is no test set.
+        ConfigError: there is no room. DataError: the file is not a test set.
     """
     config, job = setting.config, setting.job
     width = job.width(config.task)
