@@ -28,8 +28,8 @@ class Cutter:
 
     Args:
         has_answer: whether a row already has an answer, truncated or not.
-        replan: (rows, cap, shapes) -> the plan of rows truncated to `cap` tokens; there are programs
-            for these shapes.
+        replan: (rows, cap, shapes) -> the plan of rows truncated to `cap` tokens, if there are
+            programs for these shapes.
         caps: the lengths that rows may be truncated to, ascending; the last is full length.
         say: (seconds, sentence) tells the user about a decision.
 

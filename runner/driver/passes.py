@@ -46,21 +46,15 @@ class Passes:
         executor: Executor,
         ledger: Ledger,
     ) -> None:
-        self._setting = setting
-        self._config = setting.config
-        self._shape = setting.job.preset.shape
-        self._examples = rows.examples
-        self._texts = rows.texts
-        self._table = rows.table
-        self._rows = rows
+        self._setting, self._config = setting, setting.config
+        self._preset = preset = setting.job.preset
+        self._rows, self._table = rows, rows.table
         self._outcome = outcome
         self._executor = executor
         self._ledger = ledger
         # The most tokens of a batch, asked once since it looks at the devices.
         self._budget = (
-            tokens_per_batch(
-                setting.config, setting.job.preset, executor.kind, executor.memory_bytes
-            )
+            tokens_per_batch(setting.config, preset, executor.kind, executor.memory_bytes)
             if rows.examples
             else 0
         )
@@ -69,7 +63,7 @@ class Passes:
     def predict(self) -> None:
         """Predict the rows that have no answer at full length, while there is time. Under a time
         limit, only rows without any answer come first."""
-        tokens = self._tokens(self._texts)
+        tokens = self._tokens(self._rows.texts)
         if tokens is None:
             return
         setting, executor = self._setting, self._executor
@@ -78,15 +72,15 @@ class Passes:
         may_be_short = setting.deadline.limit_s is not None and setting.deadline.policy != "fail"
         rows = self._table.missing() if may_be_short else self._table.unfinished()
         outcome.plan = plan = self._plan(lengths, rows)
-        backlog = Backlog(plan.batches, cost=self._shape.batch_flops)
-        is_host = KINDS[executor.kind].is_host
-        rates = Rates(self._shape.batch_flops, compiling_takes=COMPILING_TAKES if is_host else 0.0)
+        cost, is_host = self._preset.shape.batch_flops, KINDS[executor.kind].is_host
+        backlog = Backlog(plan.batches, cost=cost)
+        rates = Rates(cost, compiling_takes=COMPILING_TAKES if is_host else 0.0)
         steering = self._steer(backlog, rates, plan, lengths)
         outcome.tally = steering.tally
         setting.progress.expect(rows=len(lengths), done=len(lengths) - len(rows))
         if not backlog:
             steering.improve()
-        results = executor.run(backlog, tokens, rates=rates, ids=self._examples.ids)
+        results = executor.run(backlog, tokens, rates=rates, ids=self._rows.examples.ids)
         for result in results:
             if result is not None:
                 steering.take(result)
@@ -130,7 +124,7 @@ class Passes:
         self._executor.computed.faults.nonfinite_rows += len(broken)
         progress.note(
             f"warning: {len(broken)} rows came out as NaN or infinity "
-            f"({list_ids(self._examples.ids, broken)}); predicted again in float32",
+            f"({list_ids(self._rows.examples.ids, broken)}); predicted again in float32",
             event="fault",
             rows=len(broken),
         )
@@ -166,7 +160,7 @@ class Passes:
             return
         setting.progress.phase("tokenizing rows with their responses swapped")
         predict_s = executor.computed.predict_s
-        tokens = self._tokens(render(swap(self._examples, task), self._config))
+        tokens = self._tokens(render(swap(self._rows.examples, task), self._config))
         if tokens is None:
             return
         known = self._outcome.plan.shapes
@@ -192,12 +186,12 @@ class Passes:
     def measure_quantization(self) -> dict[str, Any] | None:
         """Return how far quantization moved the first rows, or what `prepare` measured."""
         setting, config = self._setting, self._config
-        preset, mode = setting.job.preset, setting.job.quantization
+        preset, mode = self._preset, setting.job.quantization
         if preset.quantization is not None:
             return {"mode": preset.quantization, **preset.accuracy}
         if mode is None or not self._outcome.lengths.size:
             return None
-        first = list(range(min(len(self._examples), ROWS_IN_FLOAT)))
+        first = list(range(min(len(self._rows.examples), ROWS_IN_FLOAT)))
         if setting.deadline.limit_s is not None or any(
             self._table.how[row] != PREDICTED for row in first
         ):
@@ -244,7 +238,7 @@ class Passes:
         with self._setting.timed("tokenize"):
             return to_tokens(
                 texts,
-                self._setting.job.preset,
+                self._preset,
                 sequence_length=self._config.sequence_length,
                 on_progress=count,
             )
@@ -260,7 +254,7 @@ class Passes:
         return plan_run(
             lengths,
             self._config,
-            self._setting.job.preset,
+            self._preset,
             kind=self._executor.kind,
             replicas=self._executor.replicas,
             budget=self._budget,

@@ -119,7 +119,12 @@ def families(figures: Figures) -> Iterator["Metric"]:
         ("tokens_padded", "The same with padding.", figures.padded_tokens),
     ):
         yield CounterMetricFamily(f"{PREFIX}_{name}", help_text, value=count)
-    yield from _of_workers(figures)
+    for field, (kind, name, help_text) in WORKERS.items():
+        make = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
+        family = make(f"{PREFIX}_worker_{name}", help_text, labels=["replica", "member"])
+        for worker in figures.workers:
+            family.add_metric([str(worker.replica), str(worker.member)], getattr(worker, field))
+        yield family
     faults = CounterMetricFamily(
         f"{PREFIX}_faults", "Faults that the run recovered from.", labels=["kind"]
     )
@@ -133,17 +138,6 @@ def families(figures: Figures) -> Iterator["Metric"]:
         # Without its count of shapes: each value would become a time series of its own.
         state.add_metric([str(replica), doing.split()[0]], 1)
     yield state
-
-
-def _of_workers(figures: Figures) -> Iterator["Metric"]:
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
-    for field, (kind, name, help_text) in WORKERS.items():
-        make = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
-        family = make(f"{PREFIX}_worker_{name}", help_text, labels=["replica", "member"])
-        for worker in figures.workers:
-            family.add_metric([str(worker.replica), str(worker.member)], getattr(worker, field))
-        yield family
 
 
 ROWS = {
