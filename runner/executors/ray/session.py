@@ -210,8 +210,8 @@ def _check_address(address: str) -> None:
         ) from None
     except OSError as error:
         raise ConfigError(
-            f"No Ray cluster answers at this address: {error.strerror or error}. Expected: the address that "
-            f"`ray status` or `ray start --head` prints. Received: --address {address}"
+            f"No Ray cluster answers at this address: {error.strerror or error}. Expected: the "
+            f"address that `ray status` or `ray start --head` prints. Received: --address {address}"
         ) from None
 
 
