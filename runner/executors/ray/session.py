@@ -375,9 +375,9 @@ def find_devices() -> tuple[str, int]:
     platforms = os.environ.get("JAX_PLATFORMS", "")
     kind = named_by_jax(platforms) or next((name for name, count in found.items() if count), "cpu")
     if kind not in KINDS:
-        known = ", ".join(known.platform for known in KINDS.values())
+        *others, last = (known.platform for known in KINDS.values())
         raise ConfigError(
-            f"JAX_PLATFORMS must begin with a known kind of device: {known}. Received: "
+            f"JAX_PLATFORMS must begin with {', '.join(others)} or {last}. Received: "
             f"JAX_PLATFORMS={platforms}"
         )
     return kind, found.get(kind, 0)
