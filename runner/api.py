@@ -1,7 +1,7 @@
 """A run in the caller's process: a script, one of its threads, the kernel of a notebook.
 
 Does what the command does, and leaves the process as it was: signal handlers, environment, warning
-filters, modules. Does not know the stages of a run.
+filters, modules. Does not know the phases of a run.
 """
 
 import faulthandler

@@ -99,12 +99,12 @@ def ensure_demo(cache: Path, progress: Progress) -> DemoFiles:
 
 
 def _make(folder: Path, progress: Progress) -> None:
-    progress.stage("making the demo test set and training its tokenizer (first use)")
+    progress.phase("making the demo test set and training its tokenizer (first use)")
     rows = make_rows(ROWS, SEED)
     write_test_set(folder / "test.csv", rows)
     vocabulary = folder / "vocabulary.spm"
     train_tokenizer(vocabulary, [text for row in rows for text in row[1:]])
-    progress.stage("saving the demo preset, a small Gemma 2 with random weights (first use)")
+    progress.phase("saving the demo preset, a small Gemma 2 with random weights (first use)")
     done = subprocess.run(
         [sys.executable, "-m", "runner.demo", str(folder)],
         env=python_environment(),

@@ -57,14 +57,14 @@ def prepare(config: PrepareConfig, *, started: float | None = None) -> Preset:
     named = config.head_kernel or preset.classifier
     has_head = named is not None or config.task.head == "none"
     with Progress(started=started) as progress, whole_folder(config.output) as folder:
-        progress.stage(f"loading {preset.path}")
+        progress.phase(f"loading {preset.path}")
         _start_keras()
         from runner.model.loading import load_backbone
 
         backbone = load_backbone(
             spec.preset, spec.lora_weights, dtype=spec.dtype, quantization=spec.quantization
         )
-        progress.stage(f"writing {config.output}")
+        progress.phase(f"writing {config.output}")
         backbone.save_to_preset(str(folder))
         for name in COPIED:
             if (preset.path / name).is_dir():
@@ -73,7 +73,7 @@ def prepare(config: PrepareConfig, *, started: float | None = None) -> Preset:
                 shutil.copy2(preset.path / name, folder / name)
         figures: dict[str, Any] = {"measured": "no head was named when the preset was prepared"}
         if spec.quantization and has_head:
-            progress.stage("comparing with float32")
+            progress.phase("comparing with float32")
             figures = _measure(config, spec, preset, backbone)
         if spec.quantization:
             (folder / ACCURACY_FILE).write_text(json.dumps(figures, indent=1) + "\n")
@@ -100,7 +100,7 @@ def _convert(config: PrepareConfig, started: float) -> Preset:
 
     try:
         with Progress(started=started) as progress, whole_folder(made) as folder:
-            progress.stage(f"converting {config.preset}")
+            progress.phase(f"converting {config.preset}")
             dtype = "float32" if config.dtype == "auto" else config.dtype
             convert(config.preset, folder, dtype=dtype)
         if not is_all:

@@ -331,7 +331,7 @@ class TestNotebook:
 
     def test_a_bar_is_drawn_in_its_place(self, drawn, monkeypatch, capsys):
         with Progress() as progress:
-            progress.stage("reading <test>.csv")
+            progress.phase("reading <test>.csv")
             progress.expect(rows=8, done=1)
             progress.advance(rows=1, tokens=5)
             progress.note("warning: said once")
@@ -345,7 +345,7 @@ class TestNotebook:
         assert capsys.readouterr().err == "warning: said once\n"
         drawn.clear()
         with Progress() as progress:
-            progress.stage("reading <test>.csv")
+            progress.phase("reading <test>.csv")
         assert "&lt;test&gt;" in drawn[-1][0]["text/html"]
 
     def test_not_elsewhere(self, drawn, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""The records that the stages of a run hand to each other, and the estimate of a compile."""
+"""The records that the rooms hand to each other, and the estimate of a compile."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -269,6 +269,23 @@ class Faults:
     retried_batches: int = 0
     nonfinite_rows: int = 0
     quarantined_rows: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Computed:
+    """What an executor has done so far; it changes while the executor works.
+
+    info: of a worker that has loaded, None before one has. stats: one a worker. copied_batches:
+    that two replicas computed. start_workers_s: until the last process was up. predict_s: from the
+    first replica that was ready to the last answer.
+    """
+
+    info: WorkerInfo | None = None
+    stats: list[WorkerStats] = field(default_factory=list)
+    faults: Faults = field(default_factory=Faults)
+    copied_batches: int = 0
+    start_workers_s: float = 0.0
+    predict_s: float = 0.0
 
 
 @dataclass(slots=True)

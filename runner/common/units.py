@@ -10,6 +10,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 100 * 3600 else f"{seconds / 3600:,.0f} h"
 
 
+def seconds_text(seconds: float) -> str:
+    """Return seconds in whole ones, or with a decimal below ten: 8.5 s, 1,234 s."""
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:,.0f} s"
+
+
 def clock(seconds: float) -> str:
     """Return seconds as on a clock: 73 -> 1:13, 3700 -> 1:01:40, less than 0 -> 0:00."""
     minutes, second = divmod(round(max(0.0, seconds)), 60)

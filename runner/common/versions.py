@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+from collections.abc import Iterable
 
 from runner import __version__
 
@@ -9,9 +10,15 @@ PACKAGES = ("jax", "keras", "keras-hub", "keras-nlp", "numpy", "pandas", "ray", 
 
 
 def versions() -> dict[str, str]:
-    """Return name -> version of this program, Python and those of `PACKAGES` that are there."""
-    found = {"arena-runner": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
+    """Return the versions of this program, Python and `PACKAGES`, by name."""
+    own = {"arena-runner": __version__, "python": platform.python_version()}
+    return own | installed(PACKAGES)
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those packages that are installed, by name."""
+    found = {}
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -1,1 +1,1 @@
-"""The run: read, tokenize, plan, predict, write. Its passes, steering, deadline and guard."""
+"""The run: read, tokenize, plan, predict and write, within a time limit."""

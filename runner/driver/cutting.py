@@ -1,11 +1,11 @@
-"""Waiting rows and the time left -> truncated rows, or the shortest rows first.
+"""Waiting rows and the time that is left -> truncated rows, or the shortest rows first.
 
-Decides how far to truncate rows; `steering.py` decides when. Does not know Ray, JAX or files.
+Decides how far rows are truncated; `steering.py` decides when. Does not know Ray, JAX or files.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 
-from runner.common.units import duration
+from runner.common.units import seconds_text
 from runner.driver.deadline import (
     BRIDGE_SHARE,
     COMPILE_SHARE,
@@ -27,14 +27,14 @@ class Cutter:
     """Plans waiting rows again, truncated to another length or in another order.
 
     Args:
-        has_answer: whether a row already has an answer, truncated or full.
-        replan: (rows, cap, shapes) -> a plan for rows of at most `cap` tokens; `shapes` are already
-            compiled.
-        caps: the lengths that rows may be truncated to, ascending; the last truncates none.
-        say: (seconds, sentence) tells the user of a decision.
+        has_answer: whether a row already has an answer, truncated or not.
+        replan: (rows, cap, shapes) -> the plan of rows truncated to `cap` tokens, if there are
+            programs for these shapes.
+        caps: the lengths that rows may be truncated to, ascending; the last is full length.
+        say: (seconds, sentence) tells the user about a decision.
 
     Attributes:
-        cap: the length that rows are truncated to now, None for no limit.
+        cap: the length that rows are truncated to now, None for full length.
         is_cheapest_first: whether the shortest rows come first.
     """
 
@@ -68,7 +68,7 @@ class Cutter:
         """Truncate waiting rows to the longest length at which all fit; return whether any wait.
 
         Args:
-            left: seconds of the planned work. available: seconds that it may take.
+            left: seconds of the work as planned. available: seconds that it may take.
         """
         backlog, rates, executor = self._backlog, self._rates, self._executor
         waiting = [batch for batch in backlog.waiting() if not backlog.is_suspect(batch)]
@@ -101,7 +101,7 @@ class Cutter:
         ]  # fmt: skip
         cap, now_cut_to = max(fits, default=self._caps[0]), self.cap or self._whole
         if not fits and cap not in compiled and compile_s > FLOOR_SHARE * available:
-            cap = min([now_cut_to, *known])  # no time to compile the shortest
+            cap = min([now_cut_to, *known])  # there is no time to compile the shortest length
         affected = self._lengths.count_longer(
             rows if cap in compiled else after_bridge, min(cap, now_cut_to)
         )
@@ -112,7 +112,7 @@ class Cutter:
         return True
 
     def order_cheapest_first(self, now: float, left: float) -> None:
-        """Put the shortest rows first, so that as few rows as possible do not fit."""
+        """Put the shortest rows first, so that the fewest rows do not fit."""
         if self.is_cheapest_first:
             return
         self.is_cheapest_first = True
@@ -124,14 +124,14 @@ class Cutter:
         )
 
     def leave_the_bridge(self) -> None:
-        """Truncate the rows that were kept until the new length was compiled."""
+        """Truncate the rows that were kept as they were, once the new length is compiled."""
         cap = self.cap or self._whole
         if self._is_bridging and any(shape.length == cap for shape in self._executor.warm()):
             self._is_bridging = False
             self._add(self._withdraw(), cap)
 
     def plan_whole(self, rows: Sequence[int]) -> Sequence[Batch]:
-        """Plan rows at their full length; return the batches, the shortest first."""
+        """Return batches of rows at full length, the shortest first."""
         return self._plan(rows, self._whole).batches[::-1]
 
     def _cut_to(self, cap: int, now: float, left: float, bridge: Sequence[Batch]) -> None:
@@ -152,7 +152,8 @@ class Cutter:
         self._say(now, f"{work_for(left, self._deadline.left_s(now))}: {what}")
 
     def _bridge(self, waiting: Iterable[Batch], seconds: float) -> list[Batch]:
-        """Return batches that keep replicas busy for some seconds, while a new length compiles."""
+        """Return batches that take this many seconds as they are: the replicas compute them while a
+        new length compiles, instead of waiting."""
         warm, paces = self._executor.warm(), self._executor.paces(())
         work = seconds * sum(pace.speed for pace in paces)
         work -= sum(self._rates.work(batch.shape) for batch in self._backlog.under_way())
@@ -166,7 +167,7 @@ class Cutter:
         return chosen
 
     def _withdraw(self, kept: Iterable[Batch] = ()) -> list[int]:
-        """Take back the waiting rows; rows that already have an answer keep it."""
+        """Take back waiting rows; return those without an answer."""
         return [row for row in self._backlog.withdraw(kept) if not self._has_answer(row)]
 
     def _unanswered(self, batches: Iterable[Batch]) -> list[int]:
@@ -176,7 +177,7 @@ class Cutter:
         return self._replan(rows, cap, self._executor.warm())
 
     def _add(self, rows: Sequence[int], cap: int) -> None:
-        """Plan rows and queue them."""
+        """Plan rows and add their batches to the backlog."""
         batches = self._plan(rows, cap).batches
         self._backlog.add(batches[::-1] if self.is_cheapest_first else batches)
 
@@ -186,4 +187,4 @@ class Cutter:
 
 
 def work_for(work_s: float, left_s: float) -> str:
-    return f"{duration(work_s)} of work are left for {duration(left_s)} of time"
+    return f"{seconds_text(work_s)} of work are left for {seconds_text(left_s)} of time"

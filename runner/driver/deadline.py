@@ -1,4 +1,4 @@
-"""A time limit, a forecast and a clock -> what to give up, and when to stop.
+"""A time limit and a forecast -> what is given up, and when to stop.
 
 Pure: times are seconds since the process started, and nothing here reads a clock.
 """
@@ -6,42 +6,42 @@ Pure: times are seconds since the process started, and nothing here reads a cloc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-# Shares of the time left. Forecasts err: rows are truncated so that they take `AIM` of it, further
-# if they would take more than `TOO_MUCH`, and less if they would take less than `TOO_LITTLE`.
-# Time left at the end is used to predict truncated rows at full length.
+# Shares of the time that is left. Since forecasts err, rows are truncated so that they take `AIM`
+# of it, truncated again if they take more than `TOO_MUCH`, and less if they take less than
+# `TOO_LITTLE`. Time that is left at the end goes to predicting truncated rows at full length.
 TOO_MUCH, AIM, TOO_LITTLE = 0.99, 0.95, 0.85
-# While a new length compiles, rows keep their length for at most this share of the time.
+# While a length compiles, rows are computed as they are for at most this share of the time.
 BRIDGE_SHARE = 0.25
-# If compiling the shortest length takes more than this share of the time, it is not used.
+# If compiling the shortest length would take more of the time than this, it is not used.
 FLOOR_SHARE = 0.6
-# The most that is reserved for the last batch.
+# At most this share is also kept for the last batch.
 LAST_BATCH_SHARE = 0.1
-# Reserved for merging and writing: a multiple of what a rehearsal took, some seconds, and a share
-# of the limit, up to a maximum.
+# The margin for merging and writing: this many times what a rehearsal took, these seconds, and a
+# share of the limit, up to a maximum.
 MARGIN_FACTOR = 3.0
 MARGIN_S = 1.0
 MARGIN_SHARE, MOST_MARGIN_S = 0.005, 4.0
-# A run that has not stopped is ended when this share of the margin is left. While it starts, the
-# whole margin is left: nothing is lost, and Ray's start keeps other threads from running.
+# A run that has not stopped is ended when this share of the margin is left. During the start it is
+# ended when all of it is left: no answer is lost, and a starting Ray delays other threads.
 LAST_CALL = 0.5
-# Between decisions: at least so many seconds, and this share of the time left.
+# At least these seconds, and this share of the time that is left, pass between decisions.
 DECIDE_S = 0.5
 DECIDE_SHARE = 0.03
-# The first decision waits for measured batches, but at most this share of the time.
+# A first decision waits for measured batches, but no longer than this share of the time.
 PATIENCE = 0.1
-# Truncated lengths differ by at least this share, and by so many times the share of the time left
-# that compiling takes.
+# Lengths that rows are truncated to differ by at least this much, and by this many times the share
+# of the time that a compile takes.
 STEP, STEP_FOR_A_COMPILE = 0.02, 2.0
-# Lengths grow again in steps of at least this share, and to a length that must be compiled only if
-# that takes at most this share of the time: rows truncated too far are predicted again at the end.
+# Rows are made longer again in steps of at least this much, and to a length that must be compiled
+# only if that takes no more than this share of the time: the end of the run makes up for the rest.
 STEP_BACK, COMPILE_SHARE = 0.08, 0.1
 
 
 @dataclass(slots=True)
 class Deadline:
-    """A run's time limit and the decisions that it forced, with reasons.
+    """The time limit of a run, and the decisions that it led to.
 
-    limit_s: None if there is none. policy: a choice of --on-deadline. margin_s: see `rehearsed`.
+    limit_s: None for no limit. policy: a choice of --on-deadline. margin_s: see `rehearsed`.
     """
 
     limit_s: float | None
@@ -50,7 +50,7 @@ class Deadline:
     events: list[dict[str, float | str]] = field(default_factory=list)
 
     def rehearsed(self, seconds: float) -> None:
-        """Learn the margin from how long writing a submission of this size took."""
+        """Set the margin by the seconds that writing a submission of this size took."""
         share = min(MARGIN_SHARE * (self.limit_s or 0.0), MOST_MARGIN_S)
         self.margin_s = MARGIN_S + share + MARGIN_FACTOR * seconds
 
@@ -73,11 +73,11 @@ class Deadline:
         return max(DECIDE_S, DECIDE_SHARE * self.left_s(now_s))
 
     def needs_less(self, forecast_s: float, now_s: float) -> bool:
-        """Whether the remaining work does not fit."""
+        """Return whether the remaining work does not fit."""
         return forecast_s > TOO_MUCH * self.left_s(now_s)
 
     def has_room(self, forecast_s: float, now_s: float) -> bool:
-        """Whether enough time would be left for longer rows."""
+        """Return whether enough time would be left for longer rows."""
         return forecast_s < TOO_LITTLE * self.left_s(now_s)
 
     def aim_s(self, now_s: float) -> float:
@@ -85,7 +85,7 @@ class Deadline:
         return AIM * self.left_s(now_s)
 
     def note(self, now_s: float, what: str) -> str:
-        """Record a decision for the report; return it as a sentence for the user."""
+        """Keep a decision for the report, and return it."""
         self.events.append({"at_s": round(now_s, 3), "what": what})
         return what
 
@@ -93,11 +93,11 @@ class Deadline:
 def longest_that_fits(
     lengths: Sequence[int], forecast_s: Callable[[int], float], within_s: float
 ) -> int | None:
-    """Return the longest length at which everything fits, None if there is none.
+    """Return the longest length at which all rows fit, None if there is none.
 
     Args:
-        lengths: the choices, ascending.
-        forecast_s: length -> seconds that all rows take, truncated to it; grows with the length.
+        lengths: those to choose from, ascending.
+        forecast_s: length -> the seconds that all rows take if truncated to it; must grow with it.
     """
     low, high = 0, len(lengths)
     while low < high:
@@ -112,16 +112,16 @@ def longest_that_fits(
 def lengths_to_cut_to(
     floor: int, top: int, *, multiple_of: int, others: Iterable[int] = ()
 ) -> list[int]:
-    """Return the lengths that rows may be truncated to, ascending: `floor`, the multiples and
-    others between, and `top`, which truncates none."""
+    """Return the lengths that rows may be truncated to, ascending: `floor`, `top` for full length,
+    and the multiples and others between them."""
     first = floor + multiple_of - floor % multiple_of
     between = [*range(first, top, multiple_of), *others]
     return sorted({floor, top, *(length for length in between if floor < length < top)})
 
 
 def spread(lengths: Sequence[int], share: float) -> list[int]:
-    """Leave out lengths, of ascending ones, that differ too little from those before: each that is
-    taken costs a compile, which is this share of the time that is left."""
+    """Return ascending lengths without those that differ too little from the one before: each costs
+    a compile, which takes this share of the time that is left."""
     step, chosen = 1 + max(STEP, STEP_FOR_A_COMPILE * share), list(lengths[:1])
     for length in lengths[1:]:
         if length >= chosen[-1] * step:

@@ -24,13 +24,13 @@ from runner.results.journal import Journal
 from runner.results.ledger import Ledger
 from runner.results.table import FILLED
 
-# Numbers of a row that a message names.
+# A message shows at most this many numbers of a row.
 MOST_NAMED = 8
 
 
 @contextmanager
 def open_ledger(setting: Setting, rows: Rows, outcome: Outcome, dtype: str) -> Iterator[Ledger]:
-    """Take up the journal or start one; errors within say what is safe in it."""
+    """Resume the journal or start one; errors within say which rows are safe in it."""
     config, job = setting.config, setting.job
     fingerprint = job.fingerprint(config, dtype, rows.examples.ids, rows.texts)
     outcome.fingerprint = fingerprint.digest
@@ -63,22 +63,22 @@ def open_ledger(setting: Setting, rows: Rows, outcome: Outcome, dtype: str) -> I
 
 
 def fill(setting: Setting, rows: Rows, ledger: Ledger | None) -> None:
-    """Give rows without an answer the fallback, or end the run if that is not wanted.
+    """Give rows without an answer the fallback, or end the run with an error.
 
     Args:
-        ledger: takes them, if the thread that calls may write to it; else the table alone.
+        ledger: None if the calling thread must not write to it; then only the table takes them.
 
     Raises:
         DeadlineError: the time is over and --on-deadline is fail.
-        WorkerError: no row at all has an answer though there was time.
+        WorkerError: no row has an answer although there was time.
     """
     table, count = rows.table, len(rows.examples)
     missing, over = table.missing(), setting.is_over()
     unfinished = table.unfinished()
     if over and unfinished and setting.deadline.policy == "fail":
         raise DeadlineError(
-            f"The time limit came with {len(unfinished):,} of {count:,} rows not "
-            "predicted; --on-deadline fail writes no submission then."
+            f"The time limit passed with {len(unfinished):,} of {count:,} rows not "
+            "predicted; --on-deadline fail writes no submission."
         )
     if not missing:
         return
@@ -95,7 +95,7 @@ def fill(setting: Setting, rows: Rows, ledger: Ledger | None) -> None:
         ledger.add(missing, filled, how=FILLED, lengths=none)
     else:
         table.add(missing, filled, how=FILLED, lengths=none, again=True)
-    said = f"have no answer of the model and get the fallback {_some(values)}"
+    said = f"have no answer from the model and get the fallback {_some(values)}"
     if over:
         setting.deadline.note(setting.now(), f"{len(missing):,} rows {said}")
     named = list_ids(rows.examples.ids, missing)
@@ -103,7 +103,7 @@ def fill(setting: Setting, rows: Rows, ledger: Ledger | None) -> None:
 
 
 def write(setting: Setting, rows: Rows, outcome: Outcome) -> None:
-    """Write the submission as it is now, and note when it stood."""
+    """Write the submission as it is now, and record when."""
     with setting.timed("merge"):
         write_submission(
             setting.config.output,
@@ -118,14 +118,14 @@ def write(setting: Setting, rows: Rows, outcome: Outcome) -> None:
 def end_without(
     setting: Setting, rows: Rows, outcome: Outcome, report: Callable[[], dict[str, Any]]
 ) -> int:
-    """Write the submission although the run is inside something that does not end; return the
-    exit code. Runs in a thread of its own, after which the process ends.
+    """Write the submission although the main thread hangs, and return the exit code. The guard's
+    thread calls this, and then ends the process.
 
     Args:
-        report: writes the report of what there is, and returns it.
+        report: writes the report so far, and returns it.
     """
     setting.logs.release()
-    where = "the run had not come to its end and was ended"
+    where = "the run had not finished and was ended"
     setting.progress.note(f"deadline: {setting.deadline.note(setting.now(), where)}")
     try:
         fill(setting, rows, None)
@@ -139,7 +139,7 @@ def end_without(
 
 
 def how_to_resume(setting: Setting, outcome: Outcome) -> str:
-    """Say what is safe in the journal, if there is one by now."""
+    """Return a sentence about what is safe in the journal, if there is one yet."""
     if not len(outcome.in_journal):
         return "No row is done yet; the same command goes on from the start."
     return (
@@ -149,6 +149,6 @@ def how_to_resume(setting: Setting, outcome: Outcome) -> str:
 
 
 def _some(values: np.ndarray) -> str:
-    """Name the first of a row's numbers: an embedding has thousands."""
+    """Return the first numbers of a row as text: an embedding has thousands."""
     named = ", ".join(f"{value:.4f}" for value in values[:MOST_NAMED])
     return named + (", ..." if len(values) > MOST_NAMED else "")

@@ -1,8 +1,7 @@
-"""A moment and what to do then -> done, though the main thread is inside something that does not
-return.
+"""A time and an action -> the action, even if the main thread is in a call that does not return.
 
-Starting Ray or a device, a hung disk or driver: none of them looks at a clock. Does not know what
-is done, nor what a run is.
+Starting Ray or a device may hang, and so may a disk or a driver. Does not know the action, nor what
+a run is.
 """
 
 import os
@@ -10,18 +9,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 
 from runner.common.errors import EXIT_FAILED, first_line
 
 
 class Guard:
-    """A context manager: within, at a moment, `act` is called in a thread of its own and the
-    process ends with the exit code it returns, unless the guard has been called off before.
+    """A context manager that calls `act` in a separate thread at a given time, and ends the process
+    with the exit code that it returns, unless the guard is called off before.
 
     Args:
         at: by `time.monotonic()`, None for never.
-        act: what the main thread did not come to. Whatever it needs must be there by then.
+        act: must not need anything that the main thread has yet to make.
     """
 
     def __init__(self, at: float | None, act: Callable[[], int]) -> None:
@@ -36,22 +34,17 @@ class Guard:
             threading.Thread(target=self._watch, daemon=True, name="guard").start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.call_off()
 
     def call_off(self) -> None:
-        """Go on without the guard. If it acts already, this does not return: the process ends."""
+        """Stop guarding. If the guard already acts, this does not return: the process ends."""
         with self._lock:
             self._is_off.set()
         self._stop_if_it_acts()
 
     def postpone(self, at: float | None) -> None:
-        """Let it act at another moment, no earlier than before."""
+        """Act at another time, which must not be earlier."""
         with self._lock:
             self._at = at
         self._stop_if_it_acts()

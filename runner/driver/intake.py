@@ -13,7 +13,7 @@ from runner.results.table import PREDICTED, SHORTENED
 from runner.telemetry.progress import Progress
 from sharding.batches import Batch
 
-# If no row has come out as numbers, so many NaN rows mean that the model is broken.
+# If the first rows are NaN and this many, the model is broken.
 MOST_BROKEN_ROWS = 64
 
 
@@ -21,27 +21,27 @@ MOST_BROKEN_ROWS = 64
 class Lengths:
     """The lengths of a pass' rows, in tokens.
 
-    of_rows: int64 (rows,), at full length. padded_to: the length that rows are padded to if the
-    pooling sees padding, else None.
+    of_rows: int64 (rows,), at full length. padded_to: the length that every row is padded to if the
+    pooling sees padding; else None.
     """
 
     of_rows: np.ndarray
     padded_to: int | None
 
     def computed(self, batch: Batch) -> np.ndarray:
-        """Return the computed tokens of each row of a batch: int64 (len(batch.rows),)."""
+        """Return how many tokens of each row a batch computes: int64 (len(batch.rows),)."""
         lengths: np.ndarray = np.minimum(self.of_rows[list(batch.rows)], batch.shape.length)
         return lengths
 
     def is_cut(self, batch: Batch) -> np.ndarray:
-        """Return which rows of a batch are truncated more than the run asked for, as bools."""
+        """Return which rows of a batch are truncated below their full length: bool (rows,)."""
         if self.padded_to is not None:
             return np.full(len(batch.rows), batch.shape.length < self.padded_to)
         is_longer: np.ndarray = self.of_rows[list(batch.rows)] > batch.shape.length
         return is_longer
 
     def count_longer(self, rows: Sequence[int], cap: int) -> int:
-        """Return how many rows become shorter if they are truncated to `cap` tokens."""
+        """Return how many rows are truncated by a limit of `cap` tokens."""
         if self.padded_to is not None:
             return len(rows) if cap < self.padded_to else 0
         return int((self.of_rows[list(rows)] > cap).sum())
@@ -51,7 +51,7 @@ class Intake:
     """Keeps the answers of one pass.
 
     Args:
-        uncounted: the rows of the pass, to count each once.
+        uncounted: the rows of the pass, so that each counts once.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class Intake:
         """Keep the answers of a batch, on disk and in the table.
 
         Raises:
-            WorkerError: nothing but NaN and infinity comes out.
-            JournalError: they cannot be written.
+            WorkerError: all answers so far are NaN or infinity.
+            JournalError: the answers cannot be saved.
         """
         batch, tally = result.batch, self.tally
         finite = result.finite

@@ -1,7 +1,7 @@
-"""Rows -> answers: a pass over all rows, one over broken rows, and extra passes.
+"""Rows -> answers: a pass over all rows, one over broken answers, and extra passes.
 
-Each pass plans its rows, lets the executor compute them and keeps the answers. Does not know what
-happens to the answers or how an executor computes.
+Each pass plans its rows, lets the executor compute them, and keeps the answers. Does not know what
+becomes of the answers, nor how an executor computes.
 """
 
 import time
@@ -31,12 +31,12 @@ from sharding.batches import Batch, BatchShape, Plan
 from sharding.kinds import KINDS
 from sharding.rates import COMPILING_TAKES, Rates
 
-# Rows in a batch that is computed again in float32.
+# This many rows are computed in float32 at a time.
 ROWS_IN_FLOAT = 8
 
 
 class Passes:
-    """The passes over the rows of a run; they need an open executor and an open ledger."""
+    """The passes over the rows of a run, once its executor and its ledger are open."""
 
     def __init__(
         self,
@@ -46,32 +46,24 @@ class Passes:
         executor: Executor,
         ledger: Ledger,
     ) -> None:
-        self._setting = setting
-        self._config = setting.config
-        self._shape = setting.job.preset.shape
-        self._examples = rows.examples
-        self._texts = rows.texts
-        self._table = rows.table
-        self._rows = rows
+        self._setting, self._config = setting, setting.config
+        self._preset = preset = setting.job.preset
+        self._rows, self._table = rows, rows.table
         self._outcome = outcome
         self._executor = executor
         self._ledger = ledger
-        # The most tokens in a batch. Asked once, since the answer may need a look at the devices.
+        # The most tokens of a batch, asked once since it looks at the devices.
         self._budget = (
-            tokens_per_batch(
-                setting.config, setting.job.preset, executor.kind, executor.memory_bytes
-            )
+            tokens_per_batch(setting.config, preset, executor.kind, executor.memory_bytes)
             if rows.examples
             else 0
         )
         self._next_index = 0
 
     def predict(self) -> None:
-        """Predict the rows without a full answer while time is left.
-
-        If time may run short, only rows without any answer come first.
-        """
-        tokens = self._tokens(self._texts)
+        """Predict the rows that have no answer at full length, while there is time. Under a time
+        limit, only rows without any answer come first."""
+        tokens = self._tokens(self._rows.texts)
         if tokens is None:
             return
         setting, executor = self._setting, self._executor
@@ -80,15 +72,15 @@ class Passes:
         may_be_short = setting.deadline.limit_s is not None and setting.deadline.policy != "fail"
         rows = self._table.missing() if may_be_short else self._table.unfinished()
         outcome.plan = plan = self._plan(lengths, rows)
-        backlog = Backlog(plan.batches, cost=self._shape.batch_flops)
-        is_host = KINDS[executor.kind].is_host
-        rates = Rates(self._shape.batch_flops, compiling_takes=COMPILING_TAKES if is_host else 0.0)
+        cost, is_host = self._preset.shape.batch_flops, KINDS[executor.kind].is_host
+        backlog = Backlog(plan.batches, cost=cost)
+        rates = Rates(cost, compiling_takes=COMPILING_TAKES if is_host else 0.0)
         steering = self._steer(backlog, rates, plan, lengths)
         outcome.tally = steering.tally
         setting.progress.expect(rows=len(lengths), done=len(lengths) - len(rows))
         if not backlog:
             steering.improve()
-        results = executor.run(backlog, tokens, rates=rates, ids=self._examples.ids)
+        results = executor.run(backlog, tokens, rates=rates, ids=self._rows.examples.ids)
         for result in results:
             if result is not None:
                 steering.take(result)
@@ -129,14 +121,14 @@ class Passes:
         broken, progress = self._outcome.tally.broken, self._setting.progress
         if not broken:
             return
-        self._executor.faults.nonfinite_rows += len(broken)
+        self._executor.computed.faults.nonfinite_rows += len(broken)
         progress.note(
             f"warning: {len(broken)} rows came out as NaN or infinity "
-            f"({list_ids(self._examples.ids, broken)}); predicted again in float32",
+            f"({list_ids(self._rows.examples.ids, broken)}); predicted again in float32",
             event="fault",
             rows=len(broken),
         )
-        progress.stage(f"predicting {len(broken)} rows again in float32")
+        progress.phase(f"predicting {len(broken)} rows again in float32")
         config = self._config
         for start in range(0, len(broken), ROWS_IN_FLOAT):
             rows = broken[start : start + ROWS_IN_FLOAT]
@@ -161,30 +153,26 @@ class Passes:
         return rows_to_swap(self._table) if self._config.extra_passes == "swap" else []
 
     def improve(self) -> None:
-        """Use the remaining time for an extra pass, and write its answers however it ends."""
+        """Use the time that is left for an extra pass, and write its result however it ends."""
         setting, task, executor = self._setting, self._config.task, self._executor
         rows, began = self.rows_to_improve(), setting.now()
         if not rows or setting.deadline.is_over(began):
             return
-        setting.progress.stage("tokenizing rows with their responses swapped")
-        predict_s = executor.predict_s
-        tokens = self._tokens(render(swap(self._examples, task), self._config))
+        setting.progress.phase("tokenizing rows with their responses swapped")
+        predict_s = executor.computed.predict_s
+        tokens = self._tokens(render(swap(self._rows.examples, task), self._config))
         if tokens is None:
             return
         known = self._outcome.plan.shapes
         batches = in_waves(rows, lambda wave: self._plan(tokens.lengths, wave, known=known))
         try:
             predict_swapped(
+                setting,
                 executor,
+                self._ledger,
                 tokens,
                 list(batches),
-                labels=task.swapped_labels,
-                ledger=self._ledger,
-                deadline=setting.deadline,
-                progress=setting.progress,
-                cost=self._shape.batch_flops,
                 first_index=self._next_index,
-                now=setting.now,
                 write=lambda: write(setting, self._rows, self._outcome),
             )
         finally:
@@ -192,23 +180,23 @@ class Passes:
                 "rows": self._table.how.count(SWAPPED),
                 "seconds": round(setting.now() - began, 4),
             }
-            executor.predict_s = predict_s
+            executor.computed.predict_s = predict_s
             write(setting, self._rows, self._outcome)
 
     def measure_quantization(self) -> dict[str, Any] | None:
-        """Measure how far quantization moved the first rows, or return what `prepare` measured."""
+        """Return how far quantization moved the first rows, or what `prepare` measured."""
         setting, config = self._setting, self._config
-        preset, mode = setting.job.preset, setting.job.quantization
+        preset, mode = self._preset, setting.job.quantization
         if preset.quantization is not None:
             return {"mode": preset.quantization, **preset.accuracy}
         if mode is None or not self._outcome.lengths.size:
             return None
-        first = list(range(min(len(self._examples), ROWS_IN_FLOAT)))
+        first = list(range(min(len(self._rows.examples), ROWS_IN_FLOAT)))
         if setting.deadline.limit_s is not None or any(
             self._table.how[row] != PREDICTED for row in first
         ):
             return {"mode": mode, "measured": "not in this run: its time or its rows were cut"}
-        setting.progress.stage("the submission is written; comparing its first rows with float32")
+        setting.progress.phase("the submission is written; comparing its first rows with float32")
         started = time.monotonic()
         batch = reference_batch(
             self._outcome.lengths,
@@ -218,7 +206,7 @@ class Passes:
         try:
             reference = self._executor.predict_in_float(batch, within_s=float("inf"))
         except WorkerError as error:
-            # The submission is written; if a worker lacks the memory, only this figure is missing.
+            # The submission is written: a worker without memory for this costs only the figure.
             return {"mode": mode, "measured": f"it failed: {first_line(error)}"}
         figures = compare(
             self._table.probabilities(batch.rows),
@@ -229,7 +217,7 @@ class Passes:
         return {"mode": mode, **figures}
 
     def _tokens(self, texts: list[str]) -> TokenTable | None:
-        """Tokenize all rows while workers start; return None if the time is up."""
+        """Tokenize all rows while workers start, and return the tokens; None if time is over."""
         tokenizing = in_background(lambda: self._tokenize(texts), name="tokenize")
         while not tokenizing.done():
             self._executor.poll()
@@ -241,7 +229,7 @@ class Passes:
     def _tokenize(self, texts: list[str]) -> TokenTable:
         def count(rows: int) -> None:
             done = rows == len(texts)
-            self._setting.progress.stage(
+            self._setting.progress.phase(
                 "starting, loading and compiling"
                 if done
                 else f"tokenizing {rows:,}/{len(texts):,} rows"
@@ -250,7 +238,7 @@ class Passes:
         with self._setting.timed("tokenize"):
             return to_tokens(
                 texts,
-                self._setting.job.preset,
+                self._preset,
                 sequence_length=self._config.sequence_length,
                 on_progress=count,
             )
@@ -266,7 +254,7 @@ class Passes:
         return plan_run(
             lengths,
             self._config,
-            self._setting.job.preset,
+            self._preset,
             kind=self._executor.kind,
             replicas=self._executor.replicas,
             budget=self._budget,

@@ -1,7 +1,7 @@
 """The run as one sentence: read, render, tokenize, plan, predict, merge, write, report.
 
-Only this file knows all stages. The other rooms do their work; `passes.py` has the passes over the
-rows, `ending.py` the end of a run.
+The only file that knows all phases. The passes over the rows are in `passes.py`, and the ways a run
+can end in `ending.py`.
 """
 
 import time
@@ -22,7 +22,7 @@ from runner.executors.executor import Executor
 from runner.preset.auto import choose_strategy
 from runner.preset.resolve import Job, find_job, settle
 from runner.report.facts import say_summary, summarize
-from runner.report.gather import Computed, Outcome, Reports
+from runner.report.gather import Outcome, Reports
 from runner.telemetry.logs import LogEvent, RunLogs
 from runner.telemetry.metrics import Metrics
 from runner.telemetry.progress import Progress
@@ -37,17 +37,17 @@ def run(
     on_signals_taken: Callable[[], None] = lambda: None,
     owns_process: bool = False,
 ) -> dict[str, Any]:
-    """Run `config` and return the report, which is also written to disk.
+    """Do what `config` asks for and return the report, which is also on disk.
 
     Args:
-        started: `time.monotonic()` when the process started, for `seconds.total` and the limit.
-        on_signals_taken: called after Ray has replaced the process' signal handlers.
-        owns_process: whether the process is the command's own, so its streams may be redirected.
+        started: `time.monotonic()` at the start of the process, for `seconds.total` and the limit.
+        on_signals_taken: called after Ray has replaced the signal handlers of the process.
+        owns_process: whether this process belongs to the command, so that its streams may be taken.
 
     Raises:
-        ConfigError, DataError: the user must fix something; nothing was written.
-        DeadlineError: the time is up and --on-deadline is fail; the journal is kept.
-        WorkerError, MergeError, JournalError: the run failed; no submission was written. The
+        ConfigError, DataError: the user can fix it; nothing was written.
+        DeadlineError: the time is over and --on-deadline is fail; the journal is kept.
+        WorkerError, MergeError, JournalError: the run failed, and no submission was written. The
             message says what is safe in the journal.
     """
     started = time.monotonic() if started is None else started
@@ -77,7 +77,7 @@ def _run(
 ) -> dict[str, Any]:
     """Read, predict, write and report."""
     config, job, progress = setting.config, setting.job, setting.progress
-    progress.stage(f"reading {job.test_set.name}")
+    progress.phase(f"reading {job.test_set.name}")
     rows = read(setting)
     if not rows.examples:
         progress.note(f"warning: {job.test_set} has no rows; the submission is a header.")
@@ -86,17 +86,17 @@ def _run(
     _open_logs(setting)
 
     def end() -> int:
-        return end_without(setting, rows, outcome, lambda: reports.write(_computed(executor)))
+        return end_without(setting, rows, outcome, lambda: reports.write(executor.computed))
 
     with (
         _open_executor(setting, rows) as executor,
         Guard(setting.last_call(is_starting=True), end) as guard,
     ):
-        metrics.watch(lambda: reports.figures(_computed(executor)))
+        metrics.watch(lambda: reports.figures(executor.computed))
         dtype = executor.open(config.dtype) if rows.examples else ""
         dtype = job.dtype(config, dtype)
         if config.address is not None and rows.examples:
-            # Only now is the memory of the nodes' devices known.
+            # The memory of the nodes' devices was unknown until now.
             strategy = _choose_strategy(config, job, progress, executor.memory_bytes)
             setting = replace(setting, strategy=strategy)
             reports = replace(reports, strategy=strategy)
@@ -111,15 +111,15 @@ def _run(
                 passes.repeat_broken_rows()
             guard.call_off()
             fill(setting, rows, ledger)
-            progress.stage("merging and writing")
+            progress.phase("merging and writing")
             write(setting, rows, outcome)
             passes.improve()
             quantization = passes.measure_quantization()
-    return reports.write(_computed(executor), quantization)
+    return reports.write(executor.computed, quantization)
 
 
 def _check_outputs(config: RunConfig) -> None:
-    """Raise ConfigError if an output file could not be written."""
+    """Raise ConfigError if a file could not be written at the end."""
     check_writable("--output", config.output)
     for path in (config.report_path, config.page_path, config.trace_path):
         check_writable("--report", path)
@@ -127,7 +127,7 @@ def _check_outputs(config: RunConfig) -> None:
 
 
 def _settle(config: RunConfig, progress: Progress, logs: RunLogs, started: float) -> Setting:
-    """Find the files and resolve all settings that depend on them."""
+    """Find the files, and resolve the settings that depend on them."""
     job = find_job(config, stand_in(config, progress))
     config = settle(config, job.preset)
     if config.address is None:
@@ -149,7 +149,7 @@ def _settle(config: RunConfig, progress: Progress, logs: RunLogs, started: float
 def _choose_strategy(
     config: RunConfig, job: Job, progress: Progress, memory_bytes: Callable[[], int | None]
 ) -> Strategy | None:
-    """Choose how groups split a replica, given the devices' memory, and say why."""
+    """Choose how groups share a replica in this memory, and tell the user why."""
     strategy = choose_strategy(config, job.preset, memory_bytes)
     if strategy is not None:
         progress.note(strategy.why)
@@ -166,7 +166,7 @@ def _open_logs(setting: Setting) -> None:
 
 def _open_executor(setting: Setting, rows: Rows) -> Executor:
     config, progress, timeline = setting.config, setting.progress, setting.timeline
-    progress.stage("starting")
+    progress.phase("starting")
     if config.mode == "single" or not rows.examples:
         from runner.executors.single import InProcess
 
@@ -200,15 +200,4 @@ def _reports(setting: Setting, rows: Rows, outcome: Outcome) -> Reports:
         limit_s=setting.deadline.limit_s,
         events=setting.deadline.events,
         now=setting.now,
-    )
-
-
-def _computed(executor: Executor) -> Computed:
-    return Computed(
-        info=executor.info,
-        stats=executor.stats,
-        faults=executor.faults,
-        copied_batches=executor.copied_batches,
-        start_workers_s=executor.start_workers_s,
-        predict_s=executor.predict_s,
     )

@@ -1,6 +1,6 @@
-"""What holds from the start of a run to its end: config, files, clock, limit, logs.
+"""What stays the same during a run: config, files, clock, limit and logs.
 
-Knows no rows' answers and no executor.
+Does not know answers or executors.
 """
 
 import time
@@ -20,17 +20,17 @@ from runner.telemetry.progress import Progress
 from runner.telemetry.timeline import Timeline
 from sharding.strategies import Strategy
 
-# Stages of the run itself, as its page names them.
-STAGES = {"read": "reading", "tokenize": "tokenizing", "merge": "merging and writing"}
+# Phases of the run itself, as its page names them.
+PHASES = {"read": "reading", "tokenize": "tokenizing", "merge": "merging and writing"}
 # Keys of the report's `seconds`.
 SECONDS = ("total", "read", "tokenize", "start_workers", "load", "compile", "predict", "merge")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What one run needs at every stage.
+    """What one run needs in every phase.
 
-    started: of the process, by `time.monotonic()`. seconds: of the stages that `timed` has seen.
+    started: of the process, by `time.monotonic()`. seconds: of the phases that `timed` has seen.
     """
 
     config: RunConfig
@@ -44,30 +44,30 @@ class Setting:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SECONDS, 0.0))
 
     def now(self) -> float:
-        """Seconds since the process started."""
+        """Return the seconds since the process started."""
         return time.monotonic() - self.started
 
     def is_over(self) -> bool:
-        """Whether there is no more time to predict."""
+        """Return whether there is no time left to predict."""
         return self.deadline.is_over(self.now())
 
     def last_call(self, *, is_starting: bool = False) -> float | None:
-        """Return when the run is ended whatever it does, by `time.monotonic()`."""
+        """Return when the guard ends the run, by `time.monotonic()`."""
         last_call_s = self.deadline.last_call_s(is_starting=is_starting)
         return None if last_call_s is None else self.started + last_call_s
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Within, time goes to a stage: a key of `seconds`."""
+        """Within, count the seconds of a phase, a key of `seconds`."""
         began = time.monotonic()
-        with self.timeline.stage(STAGES.get(name, name)):
+        with self.timeline.phase(PHASES.get(name, name)):
             yield
         self.seconds[name] += time.monotonic() - began
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What is to be predicted: the test set, the text of each row, and the table of answers."""
+    """What to predict: the test set, the text of each row, and the table of answers."""
 
     examples: Examples
     texts: list[str]
@@ -75,10 +75,10 @@ class Rows:
 
 
 def read(setting: Setting) -> Rows:
-    """Read the test set, render its texts, and see that there is room for the output.
+    """Read the test set, render its texts, and check that there is room for the output.
 
     Raises:
-        ConfigError: there is no room. DataError: it is no test set.
+        ConfigError: there is no room. DataError: the file is not a test set.
     """
     config, job = setting.config, setting.job
     width = job.width(config.task)

@@ -1,7 +1,7 @@
-"""The clock and a forecast -> when to truncate rows, give them up, or predict them at full length.
+"""A clock and a forecast -> when rows are truncated, given up, or predicted again at full length.
 
-Stands between an executor and the rest of the run while rows are predicted: `intake.py` keeps the
-answers, `cutting.py` decides how far rows are truncated. Does not know Ray, JAX or files.
+Connects an executor to the rest of the run while rows are predicted: `intake.py` keeps the answers,
+`cutting.py` decides how far rows are truncated. Does not know Ray, JAX or files.
 """
 
 import time
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from runner.common.records import BatchResult
-from runner.common.units import duration
+from runner.common.units import seconds_text
 from runner.driver.cutting import Cutter, work_for
 from runner.driver.deadline import LAST_BATCH_SHARE, PATIENCE, Deadline
 from runner.driver.intake import Intake, Lengths
@@ -23,10 +23,10 @@ from sharding.batches import Batch, BatchShape, Plan
 from sharding.forecast import seconds_left, seconds_of
 from sharding.rates import Rates
 
-# Between forecasts: at least so many seconds, and so many times what one took, since a large test
-# set has many batches; at most this share of the time left.
+# Between forecasts pass these seconds, or this many times as long as a forecast took, which is long
+# for a large test set; but at most this share of the time that is left.
 FORECAST_S, FORECAST_TIMES, FORECAST_SHARE = 0.5, 20.0, 0.05
-# Forecasts kept for the report.
+# The report keeps at most this many forecasts.
 MOST_FORECASTS = 400
 
 
@@ -36,11 +36,11 @@ class Steering:
     Args:
         lengths: int64 (rows,), tokens of each row at full length.
         replan, caps: as for `Cutter`.
-        full_length: the length that rows are padded to if the pooling sees padding, else None.
-        started: the process' start, by `clock`.
+        full_length: the length that every row is padded to if the pooling sees padding; else None.
+        started: of the process, by `clock`.
 
     Attributes:
-        tally: the counts so far.
+        tally: counts of the answers so far.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Steering:
 
     @property
     def cap(self) -> int | None:
-        """The length that rows are truncated to now, None for no limit."""
+        """The length that rows are truncated to now, None for full length."""
         return self._cutter.cap
 
     def take(self, result: BatchResult) -> None:
@@ -126,10 +126,8 @@ class Steering:
             self._decide(now, left)
 
     def improve(self) -> None:
-        """If no row waits and time is left, predict truncated rows again at full length.
-
-        Takes as many as fit, the shortest first. They keep their answers if that fails.
-        """
+        """If nothing waits and time is left, predict truncated rows again at full length: as many
+        as fit, the shortest first. A row keeps its answer until the new one is there."""
         if self._deadline.policy == "fail":
             return
         now = self._clock() - self._started
@@ -157,17 +155,17 @@ class Steering:
             self._improving = True
             self._say(
                 now,
-                f"{duration(self._deadline.left_s(now))} are left over: rows that were cut are "
-                "predicted again at their full length, the shortest first, while there is time",
+                f"{seconds_text(self._deadline.left_s(now))} are left over: rows that were cut are "
+                "predicted again at full length, the shortest first, while there is time",
             )
 
     def _is_done_but_for_length(self) -> bool:
-        """Whether no row waits, and all rows in flight already have an answer."""
+        """Return whether nothing waits, and all rows that are computed now have an answer."""
         backlog = self._backlog
         return not backlog.counts() and all(self._table.how[row] for row in backlog.rows_left)
 
     def _decide(self, now: float, left: float) -> None:
-        """Give up no more than the time requires, and take back what it does not."""
+        """Give up as little as the time requires, and take back what it no longer requires."""
         deadline = self._deadline
         needed = left + self._last_batch_s(now)
         less = deadline.needs_less(needed, now)
@@ -175,11 +173,11 @@ class Steering:
             if less and not deadline.events and self._is_sure(now):
                 self._say(
                     now,
-                    f"{work_for(left, deadline.left_s(now))}: it will not fit, and then this run "
-                    "ends without a submission, its rows kept in the journal",
+                    f"{work_for(left, deadline.left_s(now))}: it will not fit, so this run "
+                    "will end without a submission, with its rows kept in the journal",
                 )
         elif deadline.policy == "fill":
-            # Another order loses no row, so the forecast need not be sure.
+            # The order costs no row, so the forecast need not be sure.
             if less and not self._cutter.is_cheapest_first:
                 self._cutter.order_cheapest_first(now, left)
                 self._decided_at = now
@@ -189,7 +187,7 @@ class Steering:
                 self._decided_at = now
 
     def _last_batch_s(self, now: float) -> float:
-        """Return the seconds of the largest batch on the slowest replica: it may come last."""
+        """Return the seconds of the largest batch on the slowest replica, which may be the last."""
         shapes = self._backlog.counts()
         speeds = [pace.speed for pace in self._executor.paces(()) if pace.speed]
         largest = max(map(self._rates.work, shapes), default=0.0)
@@ -197,7 +195,7 @@ class Steering:
         return min(seconds, LAST_BATCH_SHARE * self._deadline.left_s(now))
 
     def _is_sure(self, now: float) -> bool:
-        """Whether the forecast uses measured batches, or no time is left to wait for them."""
+        """Return whether the forecast is by measured batches, or cannot wait for them."""
         assert self._first_forecast_at is not None, "this is a bug: a decision without a forecast"
         if self._executor.is_measured():
             return True

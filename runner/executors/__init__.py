@@ -1,1 +1,1 @@
-"""Who computes a plan: this process, or replicas that Ray keeps. Knows no rows and no files."""
+"""Who computes a plan: this process, or replicas run by Ray. Does not know texts or files."""

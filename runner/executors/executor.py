@@ -1,7 +1,7 @@
-"""What the driver asks of whoever computes a plan: one process, or replicas that Ray keeps.
+"""The interface of an executor, which computes a plan: in one process, or on replicas run by Ray.
 
-The life of an executor: enter, `open`, `start`, `poll` until there are tokens, `run` for each pass
-over rows, leave. Does not know how a batch is computed, nor what becomes of its answer.
+An executor is entered, opened, started, polled until there are tokens, run for each pass over the
+rows, and left. Does not know how a batch is computed, nor what becomes of its answer.
 """
 
 from collections.abc import Generator, Iterable, Sequence
@@ -9,14 +9,7 @@ from typing import Protocol, Self
 
 import numpy as np
 
-from runner.common.records import (
-    BatchResult,
-    Faults,
-    ModelSpec,
-    TokenTable,
-    WorkerInfo,
-    WorkerStats,
-)
+from runner.common.records import BatchResult, Computed, ModelSpec, TokenTable
 from sharding.backlog import Backlog
 from sharding.batches import Batch, BatchShape
 from sharding.forecast import Pace
@@ -25,35 +18,17 @@ from sharding.strategies import Strategy
 
 
 class Executor(Protocol):
-    """All replicas of a run. A context manager: leaving it ends every process that it started.
+    """All replicas of a run. A context manager: leaving it ends all processes that it started.
 
     Attributes:
-        kind: of its devices: cpu, gpu or tpu; known once it is open, as is `replicas`.
+        kind: of its devices, a name in `sharding.kinds`; known once it is open, as is `replicas`.
         replicas: how many there are.
-        faults: what it has survived.
-        predict_s: seconds from the first replica that was ready to the last answer.
+        computed: what it has done so far.
     """
 
     kind: str
     replicas: int
-    faults: Faults
-    predict_s: float
-
-    @property
-    def info(self) -> WorkerInfo | None:
-        """Of a worker that has loaded, None before one has."""
-
-    @property
-    def start_workers_s(self) -> float:
-        """Seconds until the last process was up."""
-
-    @property
-    def stats(self) -> list[WorkerStats]:
-        """One a worker."""
-
-    @property
-    def copied_batches(self) -> int:
-        """Batches that two replicas computed."""
+    computed: Computed
 
     def __enter__(self) -> Self: ...
 
@@ -68,31 +43,31 @@ class Executor(Protocol):
         """
 
     def memory_bytes(self) -> int | None:
-        """Return the memory of the smallest GPU among its devices, None if not known."""
+        """Return the memory of the smallest GPU among its devices, None if unknown."""
 
     def start(self, spec: ModelSpec, strategy: Strategy | None) -> None:
-        """Begin to load the model; return before it is there.
+        """Begin to load the model, and return before it is loaded.
 
         Args:
-            strategy: how the members of a group hold a replica, None if a worker holds it whole.
+            strategy: how the members of a group share a replica, None if each worker has one.
         """
 
     def poll(self) -> None:
-        """Take what workers have answered so far: finds bad files early.
+        """Take the answers of workers so far, which finds bad files early.
 
         Raises:
             DataError: the model files do not fit each other.
-            WorkerError: no replica is left that can work, or one cannot load.
+            WorkerError: no replica is left, or one cannot load.
         """
 
     def run(
         self, backlog: Backlog, tokens: TokenTable, *, rates: Rates, ids: Sequence[str]
     ) -> Generator[BatchResult | None, None, None]:
-        """Yield the first answer to every batch as it arrives, and None a few times a second
-        between them.
+        """Yield the first answer to each batch as it arrives, and None several times a second in
+        between.
 
         Args:
-            rates: learns what batches take.
+            rates: learns how long batches take.
             ids: one a row, to name rows in errors.
 
         Raises:
@@ -100,24 +75,24 @@ class Executor(Protocol):
         """
 
     def warm(self) -> set[BatchShape]:
-        """Return the shapes of which some replica has a program."""
+        """Return the shapes for which some replica has a program."""
 
     def paces(self, shapes: Iterable[BatchShape] | None = None) -> list[Pace]:
-        """Return how fast each replica is, and how long it will load and compile besides.
+        """Return how fast each replica is, and how long it still has to load and compile.
 
         Args:
-            shapes: those that are to come, None for those of the backlog.
+            shapes: those to come, None for those of the backlog.
         """
 
     def is_measured(self) -> bool:
-        """Whether enough batches have finished to rest a decision on."""
+        """Return whether enough batches have finished to decide by their times."""
 
     def compile_s(self) -> float:
-        """Return the seconds that a shape takes to compile that was in no plan before."""
+        """Return the seconds that a shape takes to compile if it is new."""
 
     def predict_in_float(self, batch: Batch, *, within_s: float) -> np.ndarray:
         """Return a batch's probabilities in float32, after `run`.
 
         Raises:
-            WorkerError: that failed or took longer than `within_s`.
+            WorkerError: it failed, or took longer than `within_s`.
         """

@@ -1,6 +1,6 @@
-"""One pass over rows as an executor computes it: what is left, how long it takes, who gets what.
+"""One pass over rows: what is left, who gets what, and how long it takes.
 
-Both executors deal, learn and forecast through it. Does not know Ray, JAX or files.
+Both executors deal, learn and forecast by it. Does not know Ray, JAX or files.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,10 @@ from sharding.rates import Rates
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """replicas: those of the run; more may be appended. tokens: what workers read them from."""
+    """What an executor works with during one pass.
+
+    replicas: those of the run; more may be appended. tokens: from which workers read them.
+    """
 
     backlog: Backlog
     rates: Rates
@@ -30,10 +33,10 @@ class Pass:
     def take_answer(
         self, replica: ReplicaState, batch: Batch, *, began: float, ended: float, learn: bool = True
     ) -> bool:
-        """Learn from a batch that a replica has computed; return whether its answer is the first.
+        """Learn from a computed batch; return whether this answer to it is the first.
 
         Args:
-            learn: whether its time says how fast the replica is.
+            learn: whether its time shows how fast the replica is.
         """
         if learn:
             self.rates.learn(
@@ -64,7 +67,7 @@ class Pass:
 
 
 def no_rows(replicas: Sequence[ReplicaState], faults: Faults) -> Pass:
-    """Return the pass before the first."""
+    """Return an empty pass, for before the first."""
     backlog, rates = Backlog((), cost=lambda shape: 0.0), Rates(lambda shape: 0.0)
     recovery = Recovery(backlog, faults, (), note=lambda said: None)
     return Pass(backlog, rates, Dealer(backlog, rates, replicas), recovery, replicas)

@@ -1,6 +1,6 @@
 """A batch or a replica that failed -> what becomes of its rows, told to the user and counted.
 
-Shared by the executors. Does not know Ray or JAX: it is told what happened.
+Both executors use it. Does not know Ray or JAX.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,7 +10,7 @@ from runner.common.records import Faults
 from sharding.backlog import Backlog
 from sharding.batches import Batch
 
-# Failures that a batch explains, in a run. More are not about rows, whatever they look like.
+# Failures in a run that may be blamed on a batch. If there are more, rows are not the cause.
 MOST_EXPLAINED = 40
 # Batches that may fail before any has been answered.
 MOST_BEFORE_THE_FIRST = 3
@@ -22,7 +22,7 @@ class Recovery:
     Args:
         ids: one a row, to name rows.
         note: shows a sentence to the user.
-        mark: records a sentence without ids, (what, replica).
+        mark: (what, replica) records a sentence without ids.
     """
 
     def __init__(
@@ -42,14 +42,15 @@ class Recovery:
         self._answered = False
 
     def answered(self) -> None:
-        """A batch was answered, so the model and the device work."""
+        """A batch was answered, so model and device work."""
         self._answered = True
 
     def lost(self, replica: int, batches: Sequence[Batch], reason: str) -> bool:
-        """A replica ended while these batches were under way. Return whether they explain it: one
-        batch that was computed alone because it had been there before.
+        """A replica ended while these batches were under way. Return whether they explain it: a
+        single batch does that was computed alone, since it had been under way at a failure before.
 
-        reason: in words, to follow the name of a row.
+        Args:
+            reason: in words that follow the name of a row.
         """
         suspect = batches[0] if len(batches) == 1 else None
         explains = suspect is not None and self._backlog.is_suspect(suspect) and self._answered
@@ -61,10 +62,10 @@ class Recovery:
         return explains and self._explained <= MOST_EXPLAINED
 
     def failed(self, replica: int, batch: Batch, error: BaseException, said: str) -> None:
-        """A batch ended in an error and its replica works on.
+        """A batch ended in an error, and its replica works on.
 
         Raises:
-            WorkerError: the rows are not what is wrong.
+            WorkerError: so many failed that rows are not the cause.
         """
         self._faults.retried_batches += 1
         self._explained += 1
@@ -78,7 +79,7 @@ class Recovery:
         self._setback(batch, replica, f"it ended in an error ({said})")
 
     def too_large(self, replica: int, alike: Iterable[int], batch: Batch) -> None:
-        """A batch does not fit the memory of a replica's device, nor of those that are alike."""
+        """A batch does not fit the memory of a replica's device, nor of devices that are alike."""
         self._faults.memory_splits += 1
         self._faults.retried_batches += 1
         budget = self._backlog.too_large(
@@ -94,9 +95,10 @@ class Recovery:
             self._quarantined(batch, replica, "it does not fit the device's memory")
 
     def explain(self, replica: str, batch: Batch, error: ArenaRunnerError) -> ArenaRunnerError:
-        """Return an error that ends the run, named by the replica, the batch and its rows.
+        """Return an error that ends the run, with the names of replica, batch and rows.
 
-        replica: in words, the first of a sentence.
+        Args:
+            replica: in words that begin a sentence.
         """
         return type(error)(f"{replica} failed at {self.name(batch)}: {error}")
 

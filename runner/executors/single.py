@@ -22,13 +22,13 @@ from runner.common.machine import device_memory_bytes
 from runner.common.records import (
     BatchResult,
     CompileInfo,
-    Faults,
+    Computed,
     ModelSpec,
     TokenTable,
-    WorkerInfo,
     WorkerStats,
     seconds_to_compile,
 )
+from runner.common.units import seconds_text
 from runner.executors.one_pass import Pass, no_rows
 from runner.executors.recovery import Recovery
 from runner.model import cpu_allocator
@@ -48,8 +48,8 @@ WAIT_S = 0.2
 
 
 class InProcess:
-    """One replica on the first device JAX finds, on all cores if that is the CPU: an `Executor`,
-    whose methods it documents."""
+    """One replica on the first device that JAX finds, all cores if that is the CPU: an `Executor`,
+    which documents its methods."""
 
     def __init__(self, *, verbose: bool, progress: Progress, timeline: Timeline) -> None:
         self._replica = Replica(WorkerSlot(0, "auto"), verbose=verbose)
@@ -57,15 +57,11 @@ class InProcess:
         self._timeline = timeline
         self._threads = _Threads(timeline.now)
         self._state = ReplicaState(0)
-        self.stats = [WorkerStats(replica=0)]
-        self.faults = Faults()
-        self._at_work = no_rows([self._state], self.faults)
+        self._stats = WorkerStats(replica=0)
+        self.computed = Computed(stats=[self._stats])
+        self._at_work = no_rows([self._state], self.computed.faults)
         self.kind = "cpu"
         self.replicas = 1
-        self.start_workers_s = 0.0
-        self.predict_s = 0.0
-        self.copied_batches = 0
-        self.info: WorkerInfo | None = None
 
     def __enter__(self) -> "InProcess":
         return self
@@ -81,13 +77,13 @@ class InProcess:
     def memory_bytes(self) -> int | None:
         return device_memory_bytes()
 
-    def start(self, spec: ModelSpec, strategy: Strategy | None) -> None:  # noqa: ARG002 - one holds all
+    def start(self, spec: ModelSpec, strategy: Strategy | None) -> None:  # noqa: ARG002 - one worker, not a group
         self._progress.set_worker(0, "loading")
         self._spec = spec
         self._threads.compile(self._replica.load, spec)
 
     def poll(self) -> None:
-        if self.info is None and (answer := self._threads.wait(0.0)):
+        if self.computed.info is None and (answer := self._threads.wait(0.0)):
             self._take_load(answer)
 
     def run(
@@ -95,13 +91,13 @@ class InProcess:
     ) -> Generator[BatchResult | None, None, None]:
         replicas = [self._state]
         note = partial(self._progress.note, event="fault")
-        recovery = Recovery(backlog, self.faults, ids, note, self._timeline.event)
+        recovery = Recovery(backlog, self.computed.faults, ids, note, self._timeline.event)
         self._at_work = Pass(backlog, rates, Dealer(backlog, rates, replicas), recovery, replicas)
-        while self.info is None:
+        while (info := self.computed.info) is None:
             if answer := self._threads.wait(WAIT_S):
                 self._take_load(answer)
             yield None
-        rates.expect(0, self.info.matmul_flops_per_s)
+        rates.expect(0, info.matmul_flops_per_s)
         self._replica.hold_tokens(tokens)
         yield from self._run(backlog)
 
@@ -109,13 +105,13 @@ class InProcess:
         return set(self._state.warm)
 
     def paces(self, shapes: Iterable[BatchShape] | None = None) -> list[Pace]:
-        return self._at_work.paces(time.monotonic(), self.stats, shapes)
+        return self._at_work.paces(time.monotonic(), self.computed.stats, shapes)
 
     def is_measured(self) -> bool:
         return self._at_work.is_measured()
 
     def compile_s(self) -> float:
-        return seconds_to_compile(self.stats, is_new=True)
+        return seconds_to_compile(self.computed.stats, is_new=True)
 
     def predict_in_float(self, batch: Batch, *, within_s: float) -> np.ndarray:
         threads = _Threads(self._timeline.now)
@@ -123,7 +119,7 @@ class InProcess:
         threads.end()
         answer = threads.wait(min(within_s, threading.TIMEOUT_MAX))
         if answer is None:
-            raise WorkerError(f"no answer within {within_s:.0f} s")
+            raise WorkerError(f"no answer within {seconds_text(within_s)}")
         if answer.error is not None:
             raise WorkerError(f"{type(answer.error).__name__}: {first_line(answer.error)}")
         values: np.ndarray = answer.value
@@ -132,9 +128,9 @@ class InProcess:
     def _take_load(self, answer: "Answer") -> None:
         if answer.error is not None:
             raise answer.error
-        self.info = info = answer.value
+        self.computed.info = info = answer.value
         self._timeline.add(LOADING, 0, 0, answer.asked_s)
-        self.stats[0].introduce(info)
+        self._stats.introduce(info)
         for note in info.notes:
             self._progress.note(note)
 
@@ -155,7 +151,7 @@ class InProcess:
                 yield result
 
     def _give_work(self) -> None:
-        """Keep the device busy, and compile ahead of the batches in the order of use."""
+        """Keep the device busy, and compile shapes ahead of their batches, in the order of use."""
         state, dealer = self._state, self._at_work.dealer
         while batch := dealer.next_batch(state, time.monotonic()):
             state.in_flight.append(batch)
@@ -169,9 +165,9 @@ class InProcess:
     def _take_compiled(self, shape: BatchShape, answer: "Answer") -> None:
         if answer.error is not None and not isinstance(answer.error, DeviceMemoryError):
             raise answer.error
-        # If memory was short, predicting says so of a batch that can be split.
+        # If memory was short, a batch of this shape will fail in the same way, and can be split.
         info = answer.value or CompileInfo(0.0, cached=False)
-        self.stats[0].count_compiled(info)
+        self._stats.count_compiled(info)
         self._timeline.add(*(COMPILING, 0, 0, answer.asked_s), shape=shape, is_cached=info.cached)
         self._at_work.dealer.compiled(self._state, shape)
         self._state.warm.add(shape)
@@ -180,14 +176,14 @@ class InProcess:
         self._progress.set_worker(0, "busy")
 
     def _take_result(self, result: BatchResult, started: float) -> BatchResult | None:
-        """Count a batch that went well, and learn from it; None if it was answered before."""
-        now, stats, work = time.monotonic(), self.stats[0], result.work
+        """Count and return an answer; None if the batch was answered before."""
+        now, stats, work = time.monotonic(), self._stats, result.work
         self._state.in_flight.remove(result.batch)
         self._state.finished_at = now
         stats.count(len(result.batch.rows), work[0])
         self._timeline.predicted(result.batch, 0, work, 0.0)
-        self.predict_s = now - started
-        stats.idle_s = max(0.0, self.predict_s - stats.busy_s)
+        self.computed.predict_s = now - started
+        stats.idle_s = max(0.0, now - started - stats.busy_s)
         is_first = self._at_work.take_answer(
             self._state, result.batch, began=now - work[0].seconds, ended=now
         )
@@ -208,7 +204,7 @@ class InProcess:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came of one task. asked_s: when it was asked for, by the timeline."""
+    """The outcome of one task. asked_s: when it was requested, by the timeline."""
 
     asked: Any
     asked_s: float
@@ -245,7 +241,7 @@ class _Threads:
             return None
 
     def end(self) -> None:
-        """Let the threads end when they have done what they do."""
+        """Let the threads end once their tasks are done."""
         for work in (self._compiling, *(self._predicting,) * BATCHES_IN_FLIGHT):
             work.put(None)
 

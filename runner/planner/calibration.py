@@ -57,11 +57,11 @@ def calibrate(job: PlanInput, option: Option, examples: Examples, progress: Prog
     plan = of_sample.plan(budget=option.budget, replicas=replicas)
     lengths = ", ".join(str(one.length) for one in plan.shapes)
     progress.note(f"calibrating: {len(plan.batches)} batches of {lengths} tokens a row")
-    progress.stage("calibrating: a run of a few batches")
+    progress.phase("calibrating: a run of a few batches")
     runs = [_measure(job, sample)]
     if job.devices.is_host and any(worker["compiled_shapes"] for worker in runs[0]["workers"]):
         # Compiling took cores from the batches. Now the programs are in the cache.
-        progress.stage("calibrating: the same again, with nothing left to compile")
+        progress.phase("calibrating: the same again, with nothing left to compile")
         runs.append(_measure(job, sample))
     return _evaluate(job, option, plan, replicas, runs)
 

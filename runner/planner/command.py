@@ -56,7 +56,7 @@ def plan(config: RunConfig, *, started: float | None = None) -> dict[str, Any]:
         devices = (
             named_devices(config.device, config.num_workers) if config.device else devices_here()
         )
-        progress.stage(f"reading {input_path.name}")
+        progress.phase(f"reading {input_path.name}")
         read_started = time.monotonic()
         examples, texts = read_rows(input_path, config)
         tokenize_started = time.monotonic()
@@ -64,7 +64,7 @@ def plan(config: RunConfig, *, started: float | None = None) -> dict[str, Any]:
             texts,
             preset,
             sequence_length=UNCUT,
-            on_progress=lambda done: progress.stage(f"tokenizing {done:,}/{len(texts):,} rows"),
+            on_progress=lambda done: progress.phase(f"tokenizing {done:,}/{len(texts):,} rows"),
         )
         uncut = tokens.lengths
         job = PlanInput(
@@ -76,7 +76,7 @@ def plan(config: RunConfig, *, started: float | None = None) -> dict[str, Any]:
             tokenize_s=time.monotonic() - tokenize_started,
             file_bytes=_file_bytes(preset),
         )
-        progress.stage("planning")
+        progress.phase("planning")
         options = all_options(job)
         if config.calibrate and examples:
             measured = calibrate(job, asked_option(job, options), examples, progress)
@@ -85,7 +85,7 @@ def plan(config: RunConfig, *, started: float | None = None) -> dict[str, Any]:
         document = describe(job, uncut, options)
         if config.compile is not None:
             best, _ = recommend(job, options)
-            document["compiled"] = compile_ways(job, options, best, progress.stage)
+            document["compiled"] = compile_ways(job, options, best, progress.phase)
         write_whole(config.plan_path, json.dumps(document, indent=1) + "\n")
     print(render(document, encoding=sys.stdout.encoding or "ascii"), flush=True)
     return document

@@ -21,7 +21,7 @@ from runner.report.canvas import (
     time_axis,
 )
 from runner.report.lanes import PADDING, SLOWER, WORKING, Lane
-from runner.telemetry.timeline import COMPILING, LOADING, LOST, Event, Span, Stage
+from runner.telemetry.timeline import COMPILING, LOADING, LOST, Event, Phase, Span
 
 # Cells that a lane is cut into, and cells of all lanes together, at most.
 CELLS, MOST_CELLS = 1200, 60_000
@@ -41,7 +41,7 @@ def gantt(
     labels: Sequence[str],
     *,
     spans: Sequence[Span],
-    stages: Sequence[Stage],
+    phases: Sequence[Phase],
     faults: Sequence[Event],
     decisions_s: Sequence[float],
     end_s: float,
@@ -61,9 +61,9 @@ def gantt(
             end = min(max(span.end_s, span.start_s + least), end_s)
             box = (span.start_s, end, row + 0.24, row + 0.38)
             runs.setdefault(COMPILING, []).append(box)
-    for stage in stages:
-        end = max(stage.end_s, stage.start_s + least)
-        runs.setdefault("soft", []).append((stage.start_s, end, -0.2, 0.2))
+    for phase in phases:
+        end = max(phase.end_s, phase.start_s + least)
+        runs.setdefault("soft", []).append((phase.start_s, end, -0.2, 0.2))
     for state, boxes in runs.items():
         draw_boxes(axes, boxes, state)
     marked = [(event.at_s, place.get((event.replica or 0, 0), 0)) for event in faults]

@@ -15,7 +15,7 @@ import numpy as np
 
 from runner.common.background import in_background
 from runner.common.errors import first_line
-from runner.common.records import Faults, Tally, WorkerInfo, WorkerStats
+from runner.common.records import Computed, Faults, Tally
 from runner.common.versions import versions
 from runner.config.run_config import RunConfig
 from runner.report.facts import make_report, what_happened, write_report, write_rows
@@ -55,22 +55,10 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Computed:
-    """What an executor reports about itself."""
-
-    info: WorkerInfo | None
-    stats: Sequence[WorkerStats]
-    faults: Faults
-    copied_batches: int
-    start_workers_s: float
-    predict_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Reports:
     """Writes the reports of one run; made once its rows are read.
 
-    seconds: of each stage of the driver. limit_s, events: of the deadline, whose list of events
+    seconds: of each phase of the driver. limit_s, events: of the deadline, whose list of events
     grows during the run. now: returns the seconds since the process started.
     """
 
@@ -91,7 +79,7 @@ class Reports:
         tally, rows = self.outcome.tally, self._rows()
         return Figures(
             build=versions() | {"mode": self.config.mode},
-            standing=self.progress.standing(),
+            status=self.progress.status(),
             rows=rows | {"done": rows["total"] - self.table.how.count("")},
             real_tokens=tally.real_tokens,
             padded_tokens=tally.padded_tokens,
@@ -182,7 +170,7 @@ class Reports:
         decisions = (Event(float(one["at_s"]), str(one["what"])) for one in self.events)
         events = make_trace(
             timeline.spans,
-            timeline.stages,
+            timeline.phases,
             [*timeline.events, *decisions],
             devices={
                 (worker["replica"], worker["member"]): worker["device"]
@@ -203,7 +191,7 @@ class Reports:
         story = Story(
             report=report,
             spans=self.timeline.spans,
-            stages=self.timeline.stages,
+            phases=self.timeline.phases,
             events=self.timeline.events,
             lengths=lengths if lengths.size else table.lengths,
             values=table.probabilities(own[::every]),

@@ -17,7 +17,7 @@ from runner.report import charts, lanes, page_text
 from runner.report.canvas import COLOURS, draw, variable
 from runner.report.lanes import PARTS, SLOWER, Lane
 from runner.report.markup import Html, fill
-from runner.telemetry.timeline import Event, Span, Stage
+from runner.telemetry.timeline import Event, Phase, Span
 from sharding.kinds import KINDS
 
 # Rows of the table of workers, and events, at most.
@@ -30,14 +30,14 @@ FEWEST_POINTS, MOST_POINTS = 12, 120
 class Story:
     """All that a page tells.
 
-    report: see `facts.py`. spans, stages, events: see `timeline.py`. lengths: int64 (rows,), the
+    report: see `facts.py`. spans, phases, events: see `timeline.py`. lengths: int64 (rows,), the
     tokens of each row, zero if unknown. values: (rows, columns), the model's own predictions, in
     the order of `labels`, for one row of `every`. summary: sentences, see `facts.what_happened`.
     """
 
     report: dict[str, Any]
     spans: Sequence[Span]
-    stages: Sequence[Stage]
+    phases: Sequence[Phase]
     events: Sequence[Event]
     lengths: np.ndarray
     values: np.ndarray
@@ -115,7 +115,7 @@ def _workers(story: Story, own: Sequence[Lane]) -> Iterator[Html]:
         charts.gantt,
         *(own, story.names),
         spans=story.spans,
-        stages=story.stages,
+        phases=story.phases,
         faults=story.faults,
         decisions_s=decisions_s,
         end_s=story.end_s,

@@ -14,7 +14,7 @@ import numpy as np
 
 from runner.common.files import write_whole
 from runner.report.lanes import answers, rate_over_time
-from runner.telemetry.timeline import COMPILING, Event, Span, Stage
+from runner.telemetry.timeline import COMPILING, Event, Phase, Span
 
 # Points of the curve of rows per second, at most.
 MOST_POINTS = 200
@@ -29,7 +29,7 @@ def write_trace(path: Path, events: list[dict[str, Any]]) -> None:
 
 def make_trace(
     spans: Sequence[Span],
-    stages: Iterable[Stage],
+    phases: Iterable[Phase],
     events: Iterable[Event],
     *,
     devices: dict[tuple[int, int], str],
@@ -41,7 +41,7 @@ def make_trace(
         devices: of each worker, by (replica, member). noun: for a replica, worker or group.
     """
     made = [*_names(devices, noun)]
-    made += [_complete(stage, stage.what, RUN, 0, {}) for stage in stages]
+    made += [_complete(phase, phase.what, RUN, 0, {}) for phase in phases]
     for span in spans:
         thread = 2 * span.member + (span.what == COMPILING)
         made.append(_complete(span, _name(span), span.replica + 1, thread, _arguments(span)))
@@ -69,7 +69,7 @@ def _metadata(what: str, process: int, thread: int, name: str) -> dict[str, Any]
 
 
 def _complete(
-    what: Span | Stage, name: str, process: int, thread: int, arguments: dict[str, Any]
+    what: Span | Phase, name: str, process: int, thread: int, arguments: dict[str, Any]
 ) -> dict[str, Any]:
     start, end = _us(what.start_s), _us(what.end_s)
     where = {"pid": process, "tid": thread, "ts": start, "dur": max(0, end - start)}

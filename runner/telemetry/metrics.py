@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner.common.errors import ConfigError
 from runner.common.records import Faults, WorkerStats
-from runner.telemetry.progress import Standing
+from runner.telemetry.progress import Status
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -29,7 +29,7 @@ class Figures:
     """
 
     build: dict[str, str]
-    standing: Standing
+    status: Status
     rows: dict[str, int]
     real_tokens: int
     padded_tokens: int
@@ -101,7 +101,7 @@ def families(figures: Figures) -> Iterator["Metric"]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 
     yield InfoMetricFamily(f"{PREFIX}_build", "Versions and mode of this run.", value=figures.build)
-    now = figures.standing
+    now = figures.status
     # Names that end in _total are reserved for counters.
     rows = {"rows" if name == "total" else f"rows_{name}": name for name in ROWS}
     for name, help_text, value in (
@@ -119,7 +119,12 @@ def families(figures: Figures) -> Iterator["Metric"]:
         ("tokens_padded", "The same with padding.", figures.padded_tokens),
     ):
         yield CounterMetricFamily(f"{PREFIX}_{name}", help_text, value=count)
-    yield from _of_workers(figures)
+    for field, (kind, name, help_text) in WORKERS.items():
+        make = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
+        family = make(f"{PREFIX}_worker_{name}", help_text, labels=["replica", "member"])
+        for worker in figures.workers:
+            family.add_metric([str(worker.replica), str(worker.member)], getattr(worker, field))
+        yield family
     faults = CounterMetricFamily(
         f"{PREFIX}_faults", "Faults that the run recovered from.", labels=["kind"]
     )
@@ -133,17 +138,6 @@ def families(figures: Figures) -> Iterator["Metric"]:
         # Without its count of shapes: each value would become a time series of its own.
         state.add_metric([str(replica), doing.split()[0]], 1)
     yield state
-
-
-def _of_workers(figures: Figures) -> Iterator["Metric"]:
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
-    for field, (kind, name, help_text) in WORKERS.items():
-        make = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
-        family = make(f"{PREFIX}_worker_{name}", help_text, labels=["replica", "member"])
-        for worker in figures.workers:
-            family.add_metric([str(worker.replica), str(worker.member)], getattr(worker, field))
-        yield family
 
 
 ROWS = {

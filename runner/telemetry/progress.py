@@ -1,8 +1,8 @@
-"""Stages, counts and forecasts of a run -> the status line, and events for the log.
+"""Phases, counts and forecasts of a run -> the status line, and events for the log.
 
-The status line shows the current stage, then the progress of the rows. On a terminal it is a tqdm
+The status line shows the current phase, then the progress of the rows. On a terminal it is a tqdm
 line, in a notebook a bar in the cell, elsewhere plain lines or one JSON object a line. A thread
-redraws it while the main thread is inside Ray or JAX. Does not know what the stages do.
+redraws it while the main thread is inside Ray or JAX. Does not know what the phases do.
 """
 
 import html
@@ -36,14 +36,14 @@ LISTED_WORKERS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class Status:
     """The progress of a run. Rates are since the first finished batch; None is not known yet.
 
     workers: the state of each replica, by its number. left_s: forecast of the remaining work.
     slack_s: time to the limit minus that, negative if it is too late.
     """
 
-    stage: str
+    phase: str
     workers: dict[int, str]
     elapsed_s: float
     rows_done: int
@@ -77,7 +77,7 @@ class Progress:
         self._record = record
         self._started = time.monotonic() if started is None else started
         self._lock = threading.RLock()
-        self._stage = "starting"
+        self._phase = "starting"
         self._states: dict[int, str] = {}
         self._rows = self._rows_before = self._total_rows = 0
         self._tokens = self._timed_rows = 0
@@ -118,12 +118,12 @@ class Progress:
         elif self._cell is not None:
             self._draw_cell(self._cell)
 
-    def stage(self, text: str) -> None:
-        """Show a new stage."""
+    def phase(self, text: str) -> None:
+        """Show what the run does now, such as `planning`."""
         with self._lock:
-            # If only the counts in its text change, it is the same stage and not an event.
-            is_new = re.sub("[0-9,]+", "", text) != re.sub("[0-9,]+", "", self._stage)
-            self._stage = text
+            # If only the counts in its text change, it is the same phase and not an event.
+            is_new = re.sub("[0-9,]+", "", text) != re.sub("[0-9,]+", "", self._phase)
+            self._phase = text
             if is_new:
                 self._say(LogEvent("stage", text))
 
@@ -158,7 +158,7 @@ class Progress:
             else:
                 self._print(text)
 
-    def standing(self) -> Standing:
+    def status(self) -> Status:
         """Return the progress of the run."""
         with self._lock:
             now = time.monotonic()
@@ -166,8 +166,8 @@ class Progress:
             if self._tokens and self._first_row_at is not None:
                 took = now - self._first_row_at
                 rates = [self._timed_rows / took, self._tokens / took]
-            return Standing(
-                stage=self._stage,
+            return Status(
+                phase=self._phase,
                 workers=dict(sorted(self._states.items())),
                 elapsed_s=now - self._started,
                 rows_done=self._rows_before + self._rows,
@@ -233,9 +233,9 @@ class Progress:
             print(event.as_json(), file=self._stream, flush=True)
 
     def _progress_event(self) -> LogEvent:
-        now = self.standing()
+        now = self.status()
         fields = {
-            "stage": now.stage,
+            "stage": now.phase,
             "rows_done": now.rows_done,
             "rows_total": now.rows_total,
             "rows_per_s": now.rows_per_s,
@@ -250,7 +250,7 @@ class Progress:
 
     def _draw_bar(self, bar: tqdm) -> None:
         if self._rows:
-            now = self.standing()
+            now = self.status()
             bar.total, bar.n = now.rows_total, now.rows_done
             bar.bar_format = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows, {desc}"
             bar.set_description_str(f"{_rates(now)}; {_workers(now)}", refresh=False)
@@ -259,12 +259,12 @@ class Progress:
         bar.refresh()
 
     def _draw_cell(self, cell: "_Cell") -> None:
-        now = self.standing()
+        now = self.status()
         cell.show(now.rows_done / now.rows_total if self._rows else None, self._line())
 
     def _line(self) -> str:
-        now = self.standing()
-        what = f"{now.rows_done}/{now.rows_total} rows, {_rates(now)}" if self._rows else now.stage
+        now = self.status()
+        what = f"{now.rows_done}/{now.rows_total} rows, {_rates(now)}" if self._rows else now.phase
         return f"[{clock(now.elapsed_s)}] " + "; ".join(filter(None, [what, _workers(now)]))
 
     def _print(self, text: str) -> None:
@@ -272,7 +272,7 @@ class Progress:
         print(text, file=self._stream, flush=True)
 
 
-def _rates(now: Standing) -> str:
+def _rates(now: Status) -> str:
     if now.left_s is None:
         return "time left ?"
     said = f"{clock(now.left_s)} left"
@@ -283,7 +283,7 @@ def _rates(now: Standing) -> str:
     return said
 
 
-def _workers(now: Standing) -> str:
+def _workers(now: Status) -> str:
     if len(now.workers) <= LISTED_WORKERS:
         return ", ".join(f"w{number} {state}" for number, state in now.workers.items())
     counts = Counter(state.split()[0] for state in now.workers.values())

@@ -44,7 +44,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class Phase:
     """What the driver did from `start_s` to `end_s`, in seconds since the process started."""
 
     what: str
@@ -79,7 +79,7 @@ class Timeline:
         self._free_at: dict[tuple[int, int, bool], float] = {}
         self._answered: set[int] = set()
         self.spans: list[Span] = []
-        self.stages: list[Stage] = []
+        self.phases: list[Phase] = []
         self.events: list[Event] = []
 
     def now(self) -> float:
@@ -87,13 +87,13 @@ class Timeline:
         return self._clock() - self._started
 
     @contextmanager
-    def stage(self, what: str) -> Iterator[None]:
+    def phase(self, what: str) -> Iterator[None]:
         """Record what the driver does within; any thread may call it."""
         began = self.now()
         try:
             yield
         finally:
-            self.stages.append(Stage(what, began, self.now()))
+            self.phases.append(Phase(what, began, self.now()))
 
     def event(self, what: str, replica: int | None = None) -> None:
         """Record a fault or a decision now."""

@@ -353,7 +353,7 @@ class TestProgress:
             return wait_until(lambda: re.search(text, stream.getvalue()), text)
 
         with Progress(stream=stream) as progress:
-            progress.stage("reading test.csv")
+            progress.phase("reading test.csv")
             progress.set_worker(0, "loading")
             until(r"\[\d:\d\d\] reading test.csv; w0 loading\n")
             progress.expect(rows=10, done=1)

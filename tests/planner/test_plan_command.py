@@ -465,7 +465,7 @@ class TestCalibration:
             }
 
         monkeypatch.setattr(calibration, "_measure", run)
-        progress = SimpleNamespace(note=lambda text: None, stage=lambda text: None)
+        progress = SimpleNamespace(note=lambda text: None, phase=lambda text: None)
         measured = calibrate(job, asked, examples, progress)
         assert len(calls) == 2
         assert measured.flops_per_s == pytest.approx(40e9)

@@ -173,7 +173,7 @@ class TestTrace:
             (one["replica"], one["member"]): one["device"] for one in story.report["workers"]
         }
         return make_trace(
-            story.spans, story.stages, story.events, devices=devices, noun="group"
+            story.spans, story.phases, story.events, devices=devices, noun="group"
         )  # fmt: skip
 
     def test_slices_of_a_thread_do_not_overlap(self):

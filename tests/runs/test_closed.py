@@ -19,7 +19,7 @@ import ray
 
 from runner.common.errors import WorkerError
 from runner.executors.ray import session
-from runner.executors.ray.folders import LOCK, LONGEST_SOCKET, make_private_folder
+from runner.executors.ray.session import LOCK, LONGEST_SOCKET, make_private_folder
 from runner.model.injected_faults import VARIABLE
 from tests.conftest import LONGEST_RUN_S, ROOT, SLOW, environment
 
@@ -196,7 +196,7 @@ def test_a_ray_that_would_listen_to_others_is_refused(monkeypatch):
     monkeypatch.setattr(ray, "init", lambda **flags: folders.append(Path(flags["_temp_dir"])))
     monkeypatch.setattr(ray, "shutdown", lambda **_: None)
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "192.0.2.7")
-    with pytest.raises(WorkerError, match=r"Expected: .* loopback .* Received: 192\.0\.2\.7"):
+    with pytest.raises(WorkerError, match=r"expected .* loopback .* Received: 192\.0\.2\.7"):
         session.start_ray(1, verbose=False)
     assert not folders[0].parent.exists()
 
@@ -206,7 +206,7 @@ def test_folders_of_killed_runs_are_swept(monkeypatch):
     with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as short:
         monkeypatch.setenv("RAY_TMPDIR", short)
         script = (
-            "import os; from runner.executors.ray.folders import make_private_folder as make;"
+            "import os; from runner.executors.ray.session import make_private_folder as make;"
             "print(make()[0], flush=True); os.kill(os.getpid(), 9)"
         )
         done = subprocess.run(

@@ -42,6 +42,7 @@ import runner.driver.setting
 import runner.driver.swap_pass
 import runner.executors.ray.actors
 import runner.executors.ray.calls
+import runner.executors.ray.crew
 import runner.executors.ray.failures
 import runner.executors.ray.group
 import runner.executors.ray.keepers
@@ -49,7 +50,6 @@ import runner.executors.ray.nodes
 import runner.executors.ray.places
 import runner.executors.ray.replicas
 import runner.executors.ray.session
-import runner.executors.ray.setup
 import runner.executors.single
 import runner.model.injected_faults
 import runner.model.stage_worker
@@ -968,7 +968,7 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, *, cores: int = 2) ->
     ray_rooms = executors.calls, executors.keepers, executors.nodes, executors.replicas
     for module in (
         *(runner.cli, runner.common.files, runner.data.submission, *ray_rooms),
-        *(executors.failures, executors.group, executors.setup),
+        *(executors.crew, executors.failures, executors.group),
         *(runner.driver.passes, runner.driver.run, runner.driver.setting, runner.driver.swap_pass),
         *(runner.model.injected_faults, runner.model.stage_worker, runner.model.worker),
         runner.telemetry.timeline,
@@ -984,13 +984,13 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, *, cores: int = 2) ->
     patch(
         runner.executors.ray.replicas,
         "join_ray",
-        lambda address, verbose: patch(executors.session._session, "folder", None),
+        lambda address, verbose: patch(executors.session._session, "started_in", None),
     )
     patch(executors.replicas, "stop_ray", lambda: None)
     patch(executors.places, "find_devices", lambda: ("cpu", 0))
     patch(executors.nodes, "find_devices", lambda: ("cpu", 0))
     patch(executors.places, "cores_here", lambda: tuple(range(cores)))
-    patch(executors.session._session, "folder", folder)
+    patch(executors.session._session, "started_in", (folder, -1))
     server = SimpleNamespace(dead_processes=lambda: world.dead_servers)
     patch(ray._private.worker, "_global_node", server)
     patch(

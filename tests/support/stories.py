@@ -12,8 +12,8 @@ from runner.telemetry.timeline import (
     PREDICTING,
     STARTING,
     Event,
+    Phase,
     Span,
-    Stage,
 )
 from sharding.batches import Batch, BatchShape
 
@@ -30,7 +30,7 @@ def make_story(**changes: Any) -> Story:
     found = {
         "report": report,
         "spans": make_spans(),
-        "stages": [Stage("reading", 0.5, 1.5), Stage("tokenizing", 2, 4), Stage("merging", 58, 59)],
+        "phases": [Phase("reading", 0.5, 1.5), Phase("tokenizing", 2, 4), Phase("merging", 58, 59)],
         "events": [Event(30.0, "its worker died; it is started again", 1)],
         "lengths": lengths,
         "values": values[:-2],

@@ -222,7 +222,7 @@ class TestEvents:
         heard = []
         with Progress(log_format="json", record=heard.append) as progress:
             for count in (1, 2_000):
-                progress.stage(f"tokenizing {count:,}/3,000 rows")
+                progress.phase(f"tokenizing {count:,}/3,000 rows")
             progress.note("warning: no rows")
             progress.note("deadline: rows are cut")
             progress.note("worker 0 died", event="fault", replica=0)

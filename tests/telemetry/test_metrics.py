@@ -17,14 +17,14 @@ from runner.common.errors import ConfigError
 from runner.common.records import Faults, WorkerStats
 from runner.config.flags import flag
 from runner.telemetry.metrics import Figures, Metrics
-from runner.telemetry.progress import Progress, Standing
+from runner.telemetry.progress import Progress, Status
 from tests.conftest import ROOT
 from tests.support.fakes import FakeReplica, write_fake_job
 
 FIGURES = Figures(
     build={"arena-runner": "1", "mode": "single"},
-    standing=Standing(
-        stage="starting",
+    status=Status(
+        phase="starting",
         workers={0: "busy", 1: "compiling 1/8"},
         elapsed_s=9.0,
         rows_done=4,
@@ -92,7 +92,7 @@ def test_values():
 
 
 def test_what_is_not_known_is_left_out():
-    nothing = Progress().standing()
+    nothing = Progress().status()
     text = written(Figures({}, nothing, FIGURES.rows, 0, 0, [], Faults()))
     assert "arena_runner_left_seconds" not in text
     assert "arena_runner_slack_seconds" not in text

@@ -1,7 +1,7 @@
 """The Ray actors of one replica: one worker, pipeline stages, or slices of every weight.
 
-Knows how each kind is started, what to call on which of them, and how a batch passes through. Does
-not know what was asked before, nor what answers mean: `group.py` does.
+Knows how each kind starts, which member to call, and how a batch passes through them. Does not know
+what was asked before, nor what answers mean: `group.py` does.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ from sharding.kinds import GPU, KINDS
 from sharding.strategies import Strategy
 from sharding.topology import WorkerSlot
 
-# Seconds in which the end of a process is known to all.
+# Seconds within which all processes hear that one has ended.
 DEATH_IS_KNOWN_WITHIN_S = 3.0
-# One batch computes while the next is brought to the device. The members of a tensor group must
+# One batch computes while the next is copied to the device. The members of a tensor group must
 # start batches in the same order.
 PREDICTING_THREADS = {None: 2, "pipeline": 2, "tensor": 1}
 ACTORS = {None: Replica, "pipeline": PipelineStage, "tensor": TensorMember}
@@ -32,8 +32,11 @@ ACTORS = {None: Replica, "pipeline": PipelineStage, "tensor": TensorMember}
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A replica that can be started: its places, for each the model's paths on that node, and how
-    its members hold it together, None if one worker holds it whole."""
+    """A replica that can be started.
+
+    slots: its places. specs: for each, the model with its paths on that node. strategy: how its
+    members share the weights, None if one worker holds all of them.
+    """
 
     slots: tuple[WorkerSlot, ...]
     specs: tuple[ModelSpec, ...]
@@ -44,17 +47,17 @@ class Ready:
         return self.strategy.name if self.strategy else None
 
     def first_alone(self) -> "Ready":
-        """Return one whole replica in the place of the first member."""
+        """Return a replica of one worker, in the place of the first member."""
         return replace(self, slots=self.slots[:1], specs=self.specs[:1], strategy=None)
 
 
 class Actors:
-    """One set of actors, from their start to their end. What is asked of them returns references.
+    """One set of actors, from start to end. Methods return the references of their calls.
 
     Args:
         placement: what `reserve` returned for the places.
         family: the backbone's class, which names the layout rules of tensor parallelism.
-        log_folder: where workers write to, None for Ray's own logs.
+        log_folder: for the output of workers, None for Ray's own logs.
     """
 
     def __init__(
@@ -94,8 +97,8 @@ class Actors:
         ]
 
     def hold_tokens(self, tokens: Any) -> list[Any]:
-        """Give the reference of the token table to those who read it."""
-        # Of a pipeline only the first stage sees tokens.
+        """Give the reference of the token table to the members that read it."""
+        # In a pipeline, only the first stage sees tokens.
         readers = self._actors[:1] if self._ready.strategy_name == "pipeline" else self._actors
         return [actor.hold_tokens.remote(tokens) for actor in readers]
 
@@ -120,16 +123,16 @@ class Actors:
         return [call(last.finish, batch, activations)]
 
     def predict_in_float(self, batch: Batch) -> Any:
-        """Ask a whole replica that may hold no model; see `Replica.predict_in_float`."""
+        """Ask a replica of one worker, which need not hold a model; see `Replica`."""
         return self._actors[0].predict_in_float.remote(self._ready.specs[0], batch)
 
     def has_lost_one(self) -> bool:
-        """Whether one of several processes has ended: what another then fails with says nothing
-        of the work."""
+        """Return whether one of several processes has ended: then the errors of the others say
+        nothing about the batch."""
         if len(self._actors) < 2:
             return False
         pings = self.ping()
-        # Those that still wait for the dead one do not answer.
+        # Members that still wait for the dead one do not answer.
         ready, _ = ray.wait(pings, num_returns=len(pings), timeout=DEATH_IS_KNOWN_WITHIN_S)
         for ping in ready:
             try:
@@ -141,18 +144,18 @@ class Actors:
         return False
 
     def kill(self) -> None:
-        """End them all; they may hang, and cannot go on without each other."""
+        """End all of them: they may hang, and none can go on alone."""
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
 
     def _actor_class(self, plain: type, slot: WorkerSlot) -> Any:
-        """Return the Ray actor class of a plain one, for the device of a member."""
+        """Return the Ray actor class of a plain class, for the device of a member."""
         threads = {"compile": 1, "predict": PREDICTING_THREADS[self._ready.strategy_name]}
         devices = _devices(slot)
         return ray.remote(concurrency_groups=threads)(plain).options(
             num_cpus=slot.cpus,
-            num_gpus=devices.pop(GPU.resource, 0),  # Ray takes it by this name alone
+            num_gpus=devices.pop(GPU.resource, 0),  # Ray accepts GPUs by this name only
             resources=devices or None,
             max_restarts=0,
             max_task_retries=0,
@@ -163,8 +166,8 @@ class Actors:
 
 
 def reserve(slots: Sequence[WorkerSlot]) -> Any:
-    """Reserve what a group's members need: in a cluster on the nodes that were chosen, else on
-    one node if one has room for them."""
+    """Reserve what a group's members need: in a cluster on the chosen nodes, else on one node if it
+    has room for all."""
     bundles = [{"CPU": float(slot.cpus), **_devices(slot)} for slot in slots]
     nodes = [slot.node for slot in slots]
     if not all(nodes):
@@ -177,6 +180,6 @@ def reserve(slots: Sequence[WorkerSlot]) -> Any:
 
 
 def _devices(slot: WorkerSlot) -> dict[str, int]:
-    """What a worker takes of a machine beside CPUs, as Ray names it."""
+    """Return what a worker needs besides CPUs, by Ray's name."""
     kind = KINDS[slot.kind]
     return {} if kind.is_host else {kind.resource: 1}

@@ -1,4 +1,4 @@
-"""Calls to workers -> answers and failures as they arrive, and the clock that times them.
+"""Calls to workers -> their answers and failures, as they come; and the clock that measures waits.
 
 All answers arrive through one `ray.wait`, so a dead worker shows as a failed call. Does not know
 what was asked or what happens after a failure.
@@ -20,9 +20,9 @@ from runner.executors.ray.session import check_ray
 
 # Seconds to wait for an answer before the clock is read again.
 WAIT_S = 0.2
-# If the clock is read later than this, the machine was suspended, and the workers with it.
+# If a look at the clock comes later than this, the machine was suspended, and its workers with it.
 LONGEST_LOOK_S = 10.0
-# What Ray raises when a worker's process or its machine is gone.
+# What Ray raises if a worker's process or machine has ended.
 DEATHS = (
     ray.exceptions.RayActorError,
     ray.exceptions.WorkerCrashedError,
@@ -34,13 +34,13 @@ STORE_FULL = (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError
 
 
 class Clock:
-    """The seconds that workers have had; it stops while the machine is suspended."""
+    """Counts the seconds in which workers could work: it stops while the machine is suspended."""
 
     def __init__(self) -> None:
         self.now, self._looked_at = 0.0, time.monotonic()
 
     def look(self) -> None:
-        """Advance it to this moment."""
+        """Advance to this moment."""
         now = time.monotonic()
         self.now += min(now - self._looked_at, LONGEST_LOOK_S)
         self._looked_at = now
@@ -51,19 +51,19 @@ def finished_steps(
     clock: Clock,
     *,
     timeout_s: float,
-    is_idle_right: bool,
+    may_be_idle: bool,
     on_death: Callable[[Group, Exception], None],
     on_failure: Callable[[Group, Step, ray.exceptions.RayTaskError], None],
 ) -> Iterator[tuple[Group, Step]]:
     """Wait for calls to end and yield the steps whose last answer has come.
 
     Args:
-        is_idle_right: whether it is right that no call is in flight.
-        on_death: called when a group's worker has died. on_failure: when one has raised an error.
+        may_be_idle: whether it is right that no call is under way.
+        on_death: called if a worker of a group has died. on_failure: if one has raised an error.
     """
     owners = {reference: group for group in groups for reference in group.calls}
     if not owners:
-        assert is_idle_right, "this is a bug: rows are missing and no worker has work"
+        assert may_be_idle, "this is a bug: rows are missing and no worker has work"
         time.sleep(timeout_s)
         clock.look()
         return
@@ -71,23 +71,20 @@ def finished_steps(
     ready, _ = ray.wait(references, num_returns=1, timeout=timeout_s)
     if ready:
         ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
-    # First: if Ray itself has ended, the workers' deaths are not their own.
+    # First: if Ray has ended, its workers' ends must not count as deaths of their own.
     check_ray()
     clock.look()
     for reference in ready:
         group = owners[reference]
         if reference not in group.calls:
-            continue  # of an actor that was found dead in this loop
+            continue  # its actor was found dead a moment ago
         step, place = group.calls.pop(reference)
         try:
             step.answers[place] = ray.get(reference)
         except DEATHS as death:
             on_death(group, death)
         except STORE_FULL as error:
-            raise WorkerError(
-                "Ray's object store is full: make room in /dev/shm and in the folder for "
-                f"temporary files. ({first_line(error)})"
-            ) from error
+            raise WorkerError(f"Ray's object store is full: {_make_room(error)}") from error
         except ray.exceptions.RayTaskError as failure:
             on_failure(group, step, failure)
         else:
@@ -107,13 +104,20 @@ def store(tokens: TokenTable) -> ray.ObjectRef:
     except STORE_FULL as error:
         size = mb(tokens.values.nbytes + tokens.offsets.nbytes)
         raise WorkerError(
-            f"Ray's object store has no room for the {size} of token ids: make room in "
-            f"/dev/shm and in the folder for temporary files. ({first_line(error)})"
+            f"Ray's object store has no room for the {size} of token ids: {_make_room(error)}"
         ) from error
 
 
+def _make_room(error: Exception) -> str:
+    return f"make room in /dev/shm and in the folder for temporary files. ({first_line(error)})"
+
+
 def get_within(asked: ray.ObjectRef, within_s: float) -> Any:
-    """Return an answer; check that Ray still runs while waiting."""
+    """Wait for an answer and return it; check meanwhile that Ray still runs.
+
+    Raises:
+        GetTimeoutError: it did not come within so many seconds.
+    """
     end = time.monotonic() + within_s
     while True:
         left_s = end - time.monotonic()
@@ -125,7 +129,7 @@ def get_within(asked: ray.ObjectRef, within_s: float) -> Any:
 
 @contextmanager
 def ray_errors() -> Iterator[None]:
-    """Turn Ray's own errors into WorkerError."""
+    """Within, an error of Ray itself becomes a WorkerError."""
     try:
         yield
     except ray.exceptions.RayError as error:

@@ -1,15 +1,15 @@
 """Workers that die, hang or raise -> replicas that are restarted or given up, or an error.
 
-`recovery.py` decides what happens to their rows. Does not know batches that succeed.
+`recovery.py` decides what becomes of the rows. Does not know batches that go well.
 """
 
 import time
-from collections.abc import Callable
 
 import ray.exceptions
 
 from runner.common.errors import ArenaRunnerError, DeviceMemoryError, WorkerError, first_line
 from runner.common.records import CompileInfo
+from runner.common.units import seconds_text
 from runner.executors.ray.calls import DEATHS, WAIT_S
 from runner.executors.ray.crew import Crew
 from runner.executors.ray.group import Group, Step
@@ -17,23 +17,18 @@ from runner.telemetry.logs import worker_log
 
 # A replica is given up after this many restarts that no batch explains.
 MAX_RESTARTS = 3
-# A worker hangs if a step takes longer. The slowest compile and load fit.
+# A worker that takes longer for a step counts as hung. The slowest compile and load fit.
 STEP_WITHIN_S = {"ping": 300.0, "meet": 120.0, "tokens": 300.0, "load": 600.0, "compile": 1800.0}
 SLOWEST_LOAD_BYTES_PER_S = 20e6
-# Seconds that a run without nodes waits for a new one.
+# Seconds that a run waits for another node if all are gone.
 NODE_COMES_WITHIN_S = 300.0
 
 
 class Failures:
-    """Handles workers that fail.
+    """What a run does about workers that fail."""
 
-    Args:
-        go_on: called with a step whose failure does not matter, as if it were done.
-    """
-
-    def __init__(self, crew: Crew, go_on: Callable[[Group, Step], None]) -> None:
+    def __init__(self, crew: Crew) -> None:
         self._crew = crew
-        self._go_on = go_on
         self._deserted_since: float | None = None
         self._looked_for_hung_at = 0.0
 
@@ -43,29 +38,29 @@ class Failures:
         Raises:
             WorkerError: no replica is left.
         """
-        self._crew.faults.worker_deaths += 1
+        self._crew.computed.faults.worker_deaths += 1
         self._bury(group, "its worker died", death)
 
     def failed(self, group: Group, step: Step, failure: ray.exceptions.RayTaskError) -> None:
-        """Handle an error that a worker raised: try the batch in another way, or end the run.
+        """A worker raised an error: try the batch in another way, or end the run.
 
         Raises:
-            ArenaRunnerError: the worker's error, if no other way is left.
+            ArenaRunnerError: the worker's error, if there is no other way.
         """
         cause = failure.cause
         while isinstance(cause, ray.exceptions.RayTaskError):
-            cause = cause.cause  # handed on from an earlier stage
+            cause = cause.cause  # passed on from an earlier stage
         is_ours = isinstance(cause, ArenaRunnerError)
         if isinstance(cause, DEATHS) or (not is_ours and group.actors.has_lost_one()):
-            # The other members may notice a death before the driver does.
+            # The other members may hear of a death before the driver does.
             self.died(group, failure)
             return
         is_memory = isinstance(cause, DeviceMemoryError)
         if step.what == "compile" and is_memory:
-            # Predicting will fail in the same way, and that batch can be split.
+            # A batch of this shape will fail in the same way, and can be split.
             step.answers = [CompileInfo(0.0, cached=False)] * len(step.answers)
             group.forget(step)
-            self._go_on(group, step)
+            self._crew.take_step(group, step)
             return
         if step.what != "predict" or (is_ours and not is_memory):
             raise self._explain(group, step, cause) from failure
@@ -87,10 +82,8 @@ class Failures:
             crew.spawn(group)
 
     def _explain(self, group: Group, step: Step, cause: BaseException) -> ArenaRunnerError:
-        """Return a worker's error with its replica and step, or its batch and rows.
-
-        Errors about the user's files need no more words.
-        """
+        """Return the error of a worker, with replica and step, or batch and rows; the error of a
+        file as it is."""
         replica = f"{group.noun.capitalize()} {group.number}"
         if not isinstance(cause, ArenaRunnerError):
             said = f"{type(cause).__name__}: {first_line(cause)}"
@@ -100,7 +93,7 @@ class Failures:
         return cause
 
     def end_hung(self) -> None:
-        """End groups whose oldest step has run far longer than it should.
+        """End and replace groups that take far longer for a step than they should.
 
         Raises:
             WorkerError: no replica is left.
@@ -114,12 +107,13 @@ class Failures:
                 limit = self._limit_s(group, step)
                 if now - since <= limit or group.given_up:
                     continue
-                crew.faults.hangs += 1
+                crew.computed.faults.hangs += 1
                 doing = "a batch" if step.what == "predict" else step.what
                 crew.note_fault(
                     group,
-                    f"warning: {group.noun} {group.number} hangs: {now - since:.0f} s in "
-                    f"{doing}, at most {limit:.0f} are expected; ended",
+                    f"warning: {group.noun} {group.number} hangs: "
+                    f"{seconds_text(now - since)} in {doing}, expected at most "
+                    f"{seconds_text(limit)}; ended",
                 )
                 if step.what == "predict":
                     # The batches behind it are not to blame.
@@ -142,7 +136,7 @@ class Failures:
         """Give up replicas whose node is gone.
 
         Raises:
-            WorkerError: all nodes are gone, and no new one came.
+            WorkerError: all nodes are gone, and no other came.
         """
         crew = self._crew
         if not crew.places.may_grow:
@@ -150,7 +144,7 @@ class Failures:
         lost = crew.places.lost
         for group in crew.groups:
             if not group.given_up and any(slot.node in lost for slot in group.slots):
-                crew.faults.worker_deaths += group.loaded
+                crew.computed.faults.worker_deaths += group.loaded
                 self._desert(group)
         if not crew.groups or not all(group.given_up for group in crew.groups):
             self._deserted_since = None
@@ -158,12 +152,13 @@ class Failures:
         self._deserted_since = self._deserted_since or time.monotonic()
         if time.monotonic() - self._deserted_since > NODE_COMES_WITHIN_S:
             raise WorkerError(
-                f"All nodes with workers are gone, and no other came in {NODE_COMES_WITHIN_S:.0f} "
-                "s: expected one with free devices, as `ray status` shows them."
+                "All nodes with workers are gone, and no other came in "
+                f"{seconds_text(NODE_COMES_WITHIN_S)}: expected one with free devices, as `ray "
+                "status` shows them."
             )
 
     def _desert(self, group: Group) -> None:
-        """Give up a group whose node is gone; other groups take its work."""
+        """A node is gone, and this group with it; other groups do its work."""
         crew, batches = self._crew, group.give_up()
         crew.at_work.recovery.lost(group.number, batches, "its node was lost")
         crew.places.forget(group.number)
@@ -175,7 +170,7 @@ class Failures:
         )
 
     def _bury(self, group: Group, reason: str, cause: Exception | None = None) -> None:
-        """Take back the batches of a group that lost a worker, and restart or give up the group."""
+        """Take back the batches of a group that lost a worker, and restart it or give it up."""
         crew = self._crew
         if crew.places.has_lost(slot.node for slot in group.slots):
             self._desert(group)
@@ -201,8 +196,8 @@ class Failures:
         if all(other.given_up for other in crew.groups):
             raise WorkerError(
                 f"Every {group.noun} died {MAX_RESTARTS + 1} times; the last was {group.noun} "
-                f"{group.number}. Is there memory enough for the model and one batch? Fewer "
-                "--num-workers or a smaller --max-tokens-per-batch need less; its last words are "
+                f"{group.number}. Is there enough memory for the model and one batch? Fewer "
+                "--num-workers or a smaller --max-tokens-per-batch need less. Its last output is "
                 f"in {worker_log(group.number, '*')}."
             ) from cause
         crew.note_fault(
@@ -214,5 +209,5 @@ class Failures:
 
 
 def load_within_s(stored_bytes: int) -> float:
-    """Return the most seconds that loading a model's files may take."""
+    """Return the seconds that loading a model may take from the slowest disk."""
     return STEP_WITHIN_S["load"] + stored_bytes / SLOWEST_LOAD_BYTES_PER_S

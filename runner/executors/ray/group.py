@@ -1,6 +1,6 @@
-"""One replica that Ray runs: the calls to its actors, their answers, and restarts.
+"""One replica that Ray runs: the requests to its actors, their answers, and its restarts.
 
-Does not know other replicas, the plan, or when to give up: `failures.py` decides that.
+Does not know other replicas, the plan, or when to give up, which `failures.py` decides.
 """
 
 import secrets
@@ -20,15 +20,16 @@ from runner.telemetry.timeline import COMPILING, LOADING, LOST, STARTING, Timeli
 from sharding.batches import Batch, BatchShape
 from sharding.dealing import BATCHES_IN_FLIGHT, ReplicaState
 
-# Batches in flight in a pipeline beyond one a stage, so that no stage waits for the one before.
+# Batches in flight in a pipeline beyond one per stage, so that no stage waits for a hand-over.
 EXTRA_IN_PIPELINE = 2
 
 
 @dataclass(slots=True, eq=False)
 class Step:
-    """One request to a group, with the answers of the members that take part.
+    """One request to a group, and the answers of the members that take part.
 
-    asked_at: seconds by the dispatcher's clock. asked_s: seconds by the timeline's.
+    missing: how many answers have yet to come. asked_at: seconds by the dispatcher's clock.
+    asked_s: by the timeline's.
     """
 
     what: str
@@ -40,15 +41,15 @@ class Step:
 
 
 class Group(ReplicaState):
-    """The workers of one replica; after a restart, new actors in the same places.
+    """The workers of one replica, over all sets of actors that they have been.
 
-    Actors pass through steps: ping, (meet,) load, tokens, compile for each shape, predict for each
-    batch. `calls` holds the calls in flight: reference -> (step, index of its answer).
+    Actors go through steps: ping, meet (if tensor-parallel), load, tokens, compile for each shape,
+    predict for each batch. `calls` has those under way: reference -> (step, place of its answer).
 
     Args:
         family, verbose: as for `Actors`.
-        timeline: records what each member did and when.
-        clock: returns the dispatcher's time, in seconds.
+        timeline: records what each member did when.
+        clock: the dispatcher's, in seconds.
     """
 
     def __init__(
@@ -76,9 +77,9 @@ class Group(ReplicaState):
         self.stats = [WorkerStats(slot.replica, slot.member, slot.kind) for slot in slots]
         self.calls: dict[Any, tuple[Step, int]] = {}
         self.loaded = self.has_tokens = False
-        # Only restarts that no batch explains.
+        # Only those that count against it; a batch explains the others.
         self.restarts = 0
-        # By `time.monotonic()`: when it last became ready.
+        # When it last became ready, by `time.monotonic()`; and seconds that it was ready before.
         self.ready_at = self._alive_s = 0.0
         self._timeline = timeline
         self._clock = clock
@@ -89,7 +90,7 @@ class Group(ReplicaState):
             placement=self._placement,
             family=family,
             verbose=verbose,
-            # Absolute: a worker's own folder is another.
+            # Absolute, since a worker has another working directory.
             log_folder=str(log_folder.resolve()) if log_folder is not None else None,
         )
         self.spawn()
@@ -99,12 +100,12 @@ class Group(ReplicaState):
         self.spawned_at = self._clock()
         self.actors = self._start(self._ready)
         self._ask("ping", self.actors.ping())
-        # Members of a tensor group load once they know where to meet.
+        # The members of a tensor group load once they know where to meet.
         if self.strategy_name != "tensor":
             self._ask("load", self.actors.load())
 
     def go_on_after(self, step: Step) -> None:
-        """Record a finished step of starting up, and start the next one."""
+        """Record a finished step of the start, and request the next."""
         if what := {"ping": STARTING, "load": LOADING}.get(step.what):
             for slot in self.slots:
                 self._timeline.add(what, slot.replica, slot.member, step.asked_s)
@@ -129,7 +130,7 @@ class Group(ReplicaState):
             stats.introduce(info)
 
     def hand_tokens(self, tokens: Any) -> None:
-        """Pass the reference of the token table to the members that read it."""
+        """Give the reference of the token table to the members that read it."""
         self.has_tokens = False
         self._ask("tokens", self.actors.hold_tokens(tokens))
 
@@ -155,9 +156,9 @@ class Group(ReplicaState):
         self._ask("predict", self.actors.predict(batch), batch)
 
     def replace_by_one(self, tokens: Any) -> Actors:
-        """End the group; return a new actor, without a model, in the place of its first member.
+        """End the group; return a new actor without a model in the place of its first member.
 
-        Members of a tensor group cannot compute alone, and a device has no room for another worker.
+        The members of a tensor group cannot compute alone, and the device has no room for both.
         """
         self.end()
         self.actors = self._start(self._ready.first_alone())
@@ -165,12 +166,13 @@ class Group(ReplicaState):
         return self.actors
 
     def take_result(self, step: Step) -> tuple[BatchResult, float]:
-        """Count a finished batch; return its result, and when it began after those before it."""
+        """Count a finished batch; return its result, and when it began, which is not before the end
+        of the batch ahead of it."""
         self.in_flight.remove(step.payload)
         began = self._began(step)
         self.finished_at = self._clock()
         result: BatchResult = step.answers[0]
-        # Each member of a tensor group answers; in a pipeline, the last stage answers for all.
+        # Each member of a tensor group answers for itself, a pipeline's last stage for all.
         work = [entry for answer in step.answers for entry in answer.work]
         for stats, entry in zip(self.stats, work, strict=True):
             stats.count(len(result.batch.rows), entry)
@@ -178,7 +180,7 @@ class Group(ReplicaState):
         return result, began
 
     def drop(self, step: Step) -> None:
-        """Forget a batch that failed, with the other members' calls."""
+        """Forget a batch that failed, and the calls of other members for it."""
         for slot in self.slots:
             lane = (slot.replica, slot.member)
             self._timeline.add(LOST, *lane, step.asked_s, batch=step.payload)
@@ -192,7 +194,7 @@ class Group(ReplicaState):
             del self.calls[reference]
 
     def oldest(self) -> Iterator[tuple[Step, float]]:
-        """Yield each step that runs and when it began; a batch in line has not begun."""
+        """Yield each step at which actors work, and since when; only the first batch counts."""
         steps = dict.fromkeys(step for step, _ in self.calls.values())
         predicting = [step for step in steps if step.what == "predict"]
         for step in steps:
@@ -205,7 +207,7 @@ class Group(ReplicaState):
         """End all actors and return the batches in flight, the oldest first.
 
         Args:
-            is_over: whether the run has ended; a worker that was starting is then no fault.
+            is_over: whether the run is over; then work that was under way is not lost by a fault.
         """
         batches = tuple(self.in_flight)
         self._mark_lost(is_over)
@@ -217,14 +219,14 @@ class Group(ReplicaState):
         return batches
 
     def give_up(self) -> tuple[Batch, ...]:
-        """End all actors for good, and release their places."""
+        """End all actors for good, and free their places."""
         self.given_up = True
         batches = self.end()
         remove_placement_group(self._placement)
         return batches
 
     def stop_clock(self) -> None:
-        """Compute how long the workers have been ready, and how long idle."""
+        """Update how long the workers were ready, and how much of that they were idle."""
         if self.is_ready:
             self._alive_s += time.monotonic() - self.ready_at
             self.is_ready = False
@@ -235,7 +237,7 @@ class Group(ReplicaState):
         return max(step.asked_at, self.finished_at)
 
     def _mark_lost(self, is_over: bool) -> None:
-        """Record the work that was lost: a batch, if there was one, else another step."""
+        """Record the work that gets no answer, a batch above all."""
         steps = sorted((step for step, _ in self.oldest()), key=lambda one: one.what != "predict")
         for step in steps[:1]:
             batch = step.payload if step.what == "predict" else None

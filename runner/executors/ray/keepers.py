@@ -1,9 +1,8 @@
-"""One actor for each node of a cluster: it describes the node and receives the model's files.
+"""One actor on each node of a cluster: it reports what the node has and receives model files.
 
-Does not know which nodes exist or what workers do there: `nodes.py` places them.
+Does not know which nodes there are, nor what workers do there: `nodes.py` places them.
 """
 
-import importlib.metadata
 import os
 import platform
 import threading
@@ -21,24 +20,25 @@ from runner.common import machine
 from runner.common.errors import ArenaRunnerError, ConfigError, first_line
 from runner.common.files import cache_folder, compilation_cache
 from runner.common.records import ModelSpec
-from runner.common.units import gb
+from runner.common.units import gb, seconds_text
+from runner.common.versions import installed
 from runner.executors.ray.shipping import SHIP, Parcel, Receiver, at, pieces
 from runner.preset.resolve import ANSWERS_DEPEND_ON
 
-# Seconds in which a node must start a process with the run's code, and in which it must find
+# Seconds in which a node must start a process with the run's code, and in which it must look for
 # files or write a piece of one.
 ANSWERS_WITHIN_S, WRITES_WITHIN_S = 120.0, 300.0
 # Seconds between checks whether the run has ended.
 WAIT_S = 0.5
-# Pieces of a file in flight, which take room in Ray's object store.
+# Pieces of a file in Ray's object store at a time.
 PIECES_IN_FLIGHT = 3
-# Sending a parcel of this size or more is announced.
+# The user is told when a parcel larger than this is sent.
 WORTH_SAYING_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """A node's description of itself.
+    """What a node reports about itself.
 
     gpu_dtype: the 16-bit dtype of its GPUs, gpu_memory_bytes: of the smallest; None if it has none.
     cache: its own folder for compiled programs.
@@ -52,13 +52,12 @@ class Facts:
 
 
 class Keeper(Receiver):
-    """The actor that receives a run's files on one node and describes the node."""
+    """The actor that receives a run's files on one node."""
 
     def __init__(self) -> None:
         super().__init__(cache_folder() / "files")
 
     def facts(self) -> Facts:
-        """Describe this node."""
         return Facts(
             versions_here(),
             machine.cores_here(),
@@ -72,26 +71,26 @@ class Keepers:
     """The keepers of the nodes that a run may use.
 
     Args:
-        name: turns a node's id into its name for users.
+        name: returns what a user calls a node, by its id.
         note: shows a sentence to the user.
-        stop: set when the run ends, so that nothing waits any longer.
+        stop: set when the run ends; nothing waits after that.
 
     Attributes:
-        facts: of each node that has answered. refused: nodes that cannot take part.
+        facts: of each node that answered. refused: nodes that cannot take part.
     """
 
     def __init__(
         self, name: Callable[[str], str], note: Callable[[str], None], stop: threading.Event
     ) -> None:
         self._name, self._note, self._stop = name, note, stop
-        # Whether to send even files that nodes can read at their path, as on a shared file system.
+        # Whether to send files that nodes can read at their own paths, as on a shared file system.
         self._even_here = os.environ.get(SHIP) == "always"
         self._running: dict[str, Any] = {}
         self.facts: dict[str, Facts] = {}
         self.refused: set[str] = set()
 
     def hire(self, nodes: Iterable[str]) -> None:
-        """Start a keeper on each node and ask it for the node's facts."""
+        """Start a keeper on each node, and ask it for the node's facts."""
         nodes = list(nodes)
         for node in nodes:
             self._running[node] = (
@@ -108,7 +107,7 @@ class Keepers:
         """Refuse nodes whose versions differ from those of this process.
 
         Raises:
-            ConfigError: one differs, and these are the run's first nodes.
+            ConfigError: they differ, and these are the first nodes of the run.
         """
         ours = versions_here()
         for node in nodes:
@@ -126,7 +125,8 @@ class Keepers:
     def ship(
         self, nodes: list[str], spec: ModelSpec, parcels: Iterable[Parcel]
     ) -> dict[str, ModelSpec]:
-        """Make sure that nodes have the files; return each ready node's spec with its paths."""
+        """Bring the files to nodes that lack them; for each node that has all,
+        return the spec with the paths there."""
         self.hire(node for node in nodes if node not in self._running)
         paths: dict[str, dict[str, str]] = {node: {} for node in nodes}
         for parcel in parcels:
@@ -145,7 +145,7 @@ class Keepers:
         self._running.clear()
 
     def _send(self, nodes: list[str], parcel: Parcel) -> dict[str, Any]:
-        """Send a parcel to nodes; each piece goes into Ray's object store once."""
+        """Send a parcel to nodes; each piece is stored once in Ray's object store for all."""
         if parcel.field == "preset" or parcel.bytes > WORTH_SAYING_BYTES:
             names = ", ".join(map(self._name, nodes))
             self._note(f"sending {parcel.field} ({gb(parcel.bytes)}) to {names}")
@@ -177,7 +177,7 @@ class Keepers:
         }
 
     def _answers(self, calls: dict[str, Any], within_s: float) -> dict[str, Any]:
-        """Wait for keepers; nodes whose keeper fails or does not answer are refused."""
+        """Wait for keepers; nodes that fail or do not answer are left out from now on."""
         end, waiting = time.monotonic() + within_s, list(calls.values())
         while waiting and not self._stop.is_set() and time.monotonic() < end:
             _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=WAIT_S)
@@ -186,7 +186,7 @@ class Keepers:
             try:
                 answers[node] = ray.get(reference, timeout=0)
             except ray.exceptions.GetTimeoutError:
-                self._refuse(node, f"no answer within {within_s:.0f} s")
+                self._refuse(node, f"no answer within {seconds_text(within_s)}")
             except (ray.exceptions.RayError, ArenaRunnerError) as error:
                 cause = getattr(error, "cause", None)
                 self._refuse(node, first_line(cause if isinstance(cause, Exception) else error))
@@ -202,14 +202,10 @@ class Keepers:
 
 
 def versions_here() -> dict[str, str]:
-    """Return the versions that all machines of a run must share."""
-    found = {"python": ".".join(platform.python_version_tuple()[:2])}
-    for package in ANSWERS_DEPEND_ON:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "missing"
-    return found
+    """Return the versions that must be equal on all machines of a run."""
+    python = ".".join(platform.python_version_tuple()[:2])
+    missing = dict.fromkeys(ANSWERS_DEPEND_ON, "missing")
+    return {"python": python} | missing | installed(ANSWERS_DEPEND_ON)
 
 
 def _listed(versions: dict[str, str]) -> str:

@@ -1,8 +1,9 @@
-"""Nodes of a joined cluster -> places for workers, with the model's files, as nodes come and go.
+"""A joined cluster -> places for workers on its nodes, with the model's files there, at the start
+and while nodes come and go.
 
-Everything that waits for nodes runs in its own thread, so no batch waits for it. Does not know
-batches, the actors that predict, or what happens to a dead worker's rows: `replicas.py` takes the
-replicas that are ready, and asks which nodes are lost.
+A separate thread waits for nodes, so that no batch has to. Does not know batches, actors that
+predict, or what becomes of a dead worker's rows: `replicas.py` takes the replicas that are ready,
+and `failures.py` asks which nodes are lost.
 """
 
 import threading
@@ -18,6 +19,7 @@ import ray.exceptions
 
 from runner.common.errors import ConfigError, WorkerError
 from runner.common.records import ModelSpec
+from runner.common.units import seconds_text
 from runner.executors.ray.actors import Ready
 from runner.executors.ray.calls import ray_errors
 from runner.executors.ray.keepers import WAIT_S, Keepers
@@ -27,17 +29,17 @@ from sharding.kinds import KINDS, auto_dtype
 from sharding.strategies import Strategy
 from sharding.topology import Node, WorkerSlot, place_on_nodes
 
-# Seconds between checks for new and lost nodes.
+# Seconds between checks which nodes there are.
 LOOK_EVERY_S = 2.0
-# Seconds in which the head must answer; after 60, Ray ends a driver without a head.
+# Seconds in which the head must list its nodes; after 60 s without a head Ray ends the driver.
 HEAD_ANSWERS_WITHIN_S = 40.0
-# Seconds to wait for resources that an earlier run has just released.
+# Seconds in which the devices of an earlier run must become free.
 ROOM_WITHIN_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What workers load: its paths here, how a replica's members split it, and its files."""
+    """What workers load: paths on this machine, how a replica's members share it, its files."""
 
     spec: ModelSpec
     strategy: Strategy | None
@@ -49,11 +51,11 @@ class Cluster:
 
     def __init__(self) -> None:
         self._names: dict[str, str] = {}
-        # When the unanswered question to the head was asked, None if there is none.
+        # Since when the head has been asked for its nodes, None if it has answered.
         self._asking_since: float | None = None
 
     def alive(self, kind: str) -> dict[str, Node]:
-        """Return each node's free places for workers on a kind of device, ordered by name."""
+        """Return each node with its free CPUs and devices of a kind, ordered by name."""
         self._asking_since = time.monotonic()
         free = ray._private.state.available_resources_per_node()
         alive = [one for one in ray.nodes() if one["Alive"]]
@@ -61,7 +63,7 @@ class Cluster:
         names = Counter(one["NodeName"] for one in alive)
         for one in alive:
             name, number = one["NodeName"], one["NodeID"]
-            # Nodes on one machine share its address, which Ray uses as their name.
+            # Nodes on one machine share its address as their name.
             self._names[number] = name if names[name] < 2 else f"{name} ({number[:8]})"
         ids = sorted((one["NodeID"] for one in alive), key=lambda node: (self.name(node), node))
         return {node: _free_of(node, free.get(node, {}), kind) for node in ids}
@@ -71,12 +73,13 @@ class Cluster:
         return self._names.get(node, node)
 
     def check_head(self) -> None:
-        """Raise WorkerError if the head has not answered for long."""
+        """Raise WorkerError if the head has not answered for too long."""
         since = self._asking_since
         if since is not None and time.monotonic() - since > HEAD_ANSWERS_WITHIN_S:
             raise WorkerError(
-                f"The cluster's head has not answered for {HEAD_ANSWERS_WITHIN_S:.0f} s: was it "
-                "stopped, or is the network down? `ray status` asks it too."
+                "The cluster's head has not answered for "
+                f"{seconds_text(HEAD_ANSWERS_WITHIN_S)}: was it stopped, or is the network down? "
+                "`ray status` asks it too."
             )
 
 
@@ -84,8 +87,8 @@ class Nodes:
     """The nodes of a joined cluster that this run may use.
 
     Args:
-        num_workers: the most workers to place, None for one on each free device.
-        is_tensor: whether the members of a group should be on one node.
+        num_workers: the most workers to start, None for as many as the nodes suggest.
+        is_tensor: whether groups are tensor-parallel, and so should be on one node.
         note: shows a sentence to the user.
 
     Raises (from `open` and `take_ready`):
@@ -111,7 +114,7 @@ class Nodes:
         self._keepers = Keepers(self.name, note, self._stop)
         # Nodes that have had workers.
         self._used: set[str] = set()
-        # Replica -> its places, while it lives or may be restarted.
+        # Replica -> its places, for as long as it lives or may be restarted.
         self._placed: dict[int, tuple[WorkerSlot, ...]] = {}
         self._next_replica = 0
         self._ready: SimpleQueue[Ready] = SimpleQueue()
@@ -137,7 +140,7 @@ class Nodes:
         return min((one.gpu_memory_bytes for one in facts if one.gpu_memory_bytes), default=None)
 
     def start(self, spec: ModelSpec, strategy: Strategy | None) -> None:
-        """Start to copy the model's files to the nodes and to watch for new nodes."""
+        """Begin to bring the model's files to the nodes, and to look for new nodes."""
         thread = threading.Thread(
             target=self._work, args=(spec, strategy), daemon=True, name="nodes"
         )
@@ -145,7 +148,6 @@ class Nodes:
         thread.start()
 
     def take_ready(self) -> list[Ready]:
-        """Return the replicas that have become ready to start since the last call."""
         if self._failure is not None:
             raise self._failure
         self._cluster.check_head()
@@ -156,16 +158,13 @@ class Nodes:
         return found
 
     def has_lost(self, nodes: Iterable[str]) -> bool:
-        """Ask Ray whether one of these nodes is gone; called when a worker there has died."""
         alive = {one["NodeID"] for one in ray.nodes() if one["Alive"]}
         return not alive.issuperset(nodes)
 
     def forget(self, replica: int) -> None:
-        """Release the places of a replica that has lost its node."""
         self._placed.pop(replica, None)
 
     def close(self) -> None:
-        """Stop all work; the copied files stay on the nodes."""
         self._stop.set()
         self._at_close.close()
         with suppress(ray.exceptions.RayError):
@@ -178,7 +177,7 @@ class Nodes:
                 raise WorkerError("No node could be prepared; the lines above say why.")
             self._used |= {slot.node for slot in self._first}
             while not self._stop.wait(LOOK_EVERY_S):
-                # A lasting failure also shows in the calls to workers, which report it.
+                # A lasting failure shows in the calls to workers too.
                 with suppress(ray.exceptions.RayError):
                     self._look(model)
         except Exception as failure:
@@ -186,11 +185,11 @@ class Nodes:
                 self._failure = failure
 
     def _look(self, model: Model) -> None:
-        """Find lost nodes, and place workers on new ones."""
+        """Find out which nodes are gone, and put workers on new ones."""
         alive = self._cluster.alive(self.kind)
         self.lost = frozenset(self._used - alive.keys())
         if self._num_workers is None:
-            # Nodes in use already have all their workers.
+            # Nodes in use have as many workers as they should.
             candidates, wanted = alive.keys() - self._used, None
         else:
             placed = sum(map(len, list(self._placed.values())))
@@ -198,7 +197,7 @@ class Nodes:
         candidates -= self._keepers.refused
         if not candidates or wanted == 0:
             return
-        # Keep the order of `alive`, by name.
+        # Ordered by name, as in `alive`.
         nodes = {name: node for name, node in alive.items() if name in candidates}
         ready = self._make_ready(self._place(nodes, wanted, is_first=False), model)
         self._used |= {slot.node for slot in ready}
@@ -206,10 +205,8 @@ class Nodes:
             self._note(f"node {self.name(node)} joins with {count} workers")
 
     def _wait_for_room(self) -> dict[str, Node]:
-        """Return the nodes once they have room, at the latest after `ROOM_WITHIN_S`.
-
-        Ray counts workers that have just ended for some seconds.
-        """
+        """Return the nodes once they have room, or as they are after a while: Ray still counts the
+        workers of a run that has just ended."""
         end = time.monotonic() + ROOM_WITHIN_S
         while True:
             nodes = self._cluster.alive(self.kind)
@@ -221,7 +218,7 @@ class Nodes:
     def _place(
         self, nodes: dict[str, Node], num_workers: int | None, *, is_first: bool
     ) -> tuple[WorkerSlot, ...]:
-        """Choose places, check their nodes, and leave out the nodes that cannot take part."""
+        """Choose places; leave out nodes whose versions differ."""
         keepers = self._keepers
         while True:
             slots = self._choose(nodes, num_workers)
@@ -264,7 +261,7 @@ class Nodes:
         )
 
     def _with_cores(self, node: Node) -> Node:
-        """Add a node's cores, to pin workers to them, if the run has the whole node."""
+        """Name the node's cores if all are free: the run has it alone, so workers can be pinned."""
         facts = self._keepers.facts.get(node.id)
         is_whole = facts is not None and len(facts.cores) == node.cpus
         return replace(node, cores=facts.cores) if facts is not None and is_whole else node
@@ -282,11 +279,8 @@ class Nodes:
         return next(iter(found.values())) or "auto"
 
     def _make_ready(self, slots: Sequence[WorkerSlot], model: Model) -> tuple[WorkerSlot, ...]:
-        """Copy the files to these workers' nodes and queue the groups that have them all.
-
-        Returns:
-            The places of those groups.
-        """
+        """Bring the files to the nodes of these workers; queue the groups that have them as ready,
+        and return their places."""
         nodes = list(dict.fromkeys(slot.node for slot in slots))
         specs = self._keepers.ship(nodes, model.spec, model.parcels)
         self._keepers.dismiss()

@@ -1,5 +1,6 @@
-"""Where replicas may start: the protocol `Places`, and this machine's places (`nodes.py`: a
-cluster's).
+"""Where replicas may start: the interface `Places`, and this machine's places.
+
+The places on the nodes of a cluster are in `nodes.py`.
 """
 
 from collections.abc import Iterable
@@ -20,9 +21,9 @@ class Places(Protocol):
     """Places for workers, from the start of a run to its end.
 
     Attributes:
-        kind: of the devices, known after `open`.
-        may_grow: whether more places may come, so a run without replicas waits for them.
-        lost: ids of nodes that have had workers and are gone.
+        kind: of the devices, known once it is open.
+        may_grow: whether places may be added, so that a run without replicas waits for them.
+        lost: ids of nodes that had workers and are gone.
     """
 
     kind: str
@@ -30,16 +31,14 @@ class Places(Protocol):
     lost: frozenset[str]
 
     def open(self, dtype: str) -> tuple[int, str]:
-        """Find the devices; return how many replicas they hold, and what `dtype` means on them.
-
-        `auto` stays `auto` if only a worker can tell.
-        """
+        """Find the devices; return how many replicas fit, and what `dtype` means on the devices:
+        still `auto` if only a worker can tell."""
 
     def memory_bytes(self) -> int | None:
-        """Return the memory of the smallest GPU of these places, None if not known."""
+        """Return the memory of the smallest GPU of these places, None if unknown."""
 
     def start(self, spec: ModelSpec, strategy: Strategy | None) -> None:
-        """Start to prepare places for a model, split by `strategy`."""
+        """Begin to prepare the places for a model whose weights are shared in this way."""
 
     def take_ready(self) -> list[Ready]:
         """Return the replicas that have become ready to start since the last call."""
@@ -48,17 +47,17 @@ class Places(Protocol):
         """Check whether one of these nodes is gone."""
 
     def forget(self, replica: int) -> None:
-        """Release the places of a replica that is gone for good."""
+        """Free the places of a replica that is gone for good."""
 
     def name(self, node: str) -> str:
         """Return what a user calls a node."""
 
     def close(self) -> None:
-        """Stop all work."""
+        """Stop; files that were sent stay on their nodes."""
 
 
 class Here:
-    """Places on this machine, in a Ray that is started for the run."""
+    """The places of this machine, in a Ray that starts with the run."""
 
     def __init__(self, *, num_workers: int | None, group_size: int, verbose: bool) -> None:
         self._num_workers = num_workers
@@ -102,11 +101,11 @@ class Here:
         ready, self._ready = self._ready, []
         return ready
 
-    def has_lost(self, nodes: Iterable[str]) -> bool:  # noqa: ARG002 - there is only this machine
+    def has_lost(self, nodes: Iterable[str]) -> bool:  # noqa: ARG002 - Ray ends with its only node
         return False
 
     def forget(self, replica: int) -> None:
-        """No other replica would take its places."""
+        """No other replica needs its places."""
 
     def name(self, node: str) -> str:
         return node

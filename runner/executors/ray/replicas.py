@@ -1,7 +1,7 @@
 """Feeds replicas with batches, a few in flight at a time, and yields results as they arrive.
 
-Does not know JAX, tables or files, how a batch passes through a replica (`actors.py`), where a
-replica may start (`places.py`), or what happens after a failure (`failures.py`).
+Does not know JAX, tables or files. How a batch passes through a replica is in `actors.py`, where
+replicas may start in `places.py`, and what happens when one fails in `failures.py`.
 """
 
 import time
@@ -14,25 +14,30 @@ import numpy as np
 import ray
 import ray.exceptions
 
+from runner.common.errors import WorkerError, first_line
 from runner.common.records import (
     BatchResult,
-    Faults,
+    Computed,
     ModelSpec,
     TokenTable,
-    WorkerInfo,
-    WorkerStats,
     seconds_to_compile,
 )
 from runner.executors.one_pass import Pass, no_rows
-from runner.executors.ray.calls import WAIT_S, finished_steps, ray_errors, store
+from runner.executors.ray.actors import Actors
+from runner.executors.ray.calls import (
+    DEATHS,
+    WAIT_S,
+    finished_steps,
+    get_within,
+    ray_errors,
+    store,
+)
 from runner.executors.ray.crew import Crew
-from runner.executors.ray.failures import Failures
+from runner.executors.ray.failures import MAX_RESTARTS, Failures, load_within_s
 from runner.executors.ray.group import Group, Step
-from runner.executors.ray.in_float import FloatWorker
 from runner.executors.ray.nodes import Nodes
 from runner.executors.ray.places import Here, Places
 from runner.executors.ray.session import join_ray, private_folder, stop_ray
-from runner.executors.ray.setup import Setup
 from runner.executors.recovery import Recovery
 from runner.model.injected_faults import patience_s
 from runner.telemetry.logs import keep_logs_of_ray
@@ -47,15 +52,15 @@ from sharding.strategies import Strategy
 
 
 class RayReplicas:
-    """All replicas of a run: an `Executor`, whose methods it documents.
+    """All replicas of a run: an `Executor`, which documents its methods.
 
     Args:
-        num_workers: actors in all, None for one on each device.
-        group_size: actors in each replica.
-        is_tensor: whether the actors of a replica hold slices of every weight.
+        num_workers: actors in all, None for as many as the devices suggest.
+        group_size: how many of them make one replica.
+        is_tensor: whether each member of a group holds a slice of every weight.
         family, timeline: as for `Group`.
-        left_s: returns the seconds left for predicting, infinity if there is no limit.
-        log_folder: where workers write their logs, None for Ray's own folder.
+        left_s: returns the seconds in which rows can still be predicted, infinite without a limit.
+        log_folder: for the output of workers, None for Ray's own logs.
         address: of a Ray cluster to join, None to start Ray on this machine.
     """
 
@@ -87,15 +92,16 @@ class RayReplicas:
                 note=progress.note,
             )
         groups: list[Group] = []
-        self.faults = Faults()
+        self.computed = Computed()
         self._crew = crew = Crew(
             places=places,
             progress=progress,
             timeline=timeline,
             left_s=left_s,
-            at_work=no_rows(groups, self.faults),
+            at_work=no_rows(groups, self.computed.faults),
             groups=groups,
-            faults=self.faults,
+            computed=self.computed,
+            created_at=time.monotonic(),
         )
         self._make_group = partial(
             Group,
@@ -105,20 +111,18 @@ class RayReplicas:
             timeline=timeline,
             clock=lambda: crew.clock.now,
         )
-        self._setup = Setup(crew)
-        self._failures = Failures(crew, self._setup.take_step)
-        self._float_worker = FloatWorker(crew)
-        self._copied_before = 0
+        self._failures = Failures(crew)
+        # Predicts in float32 after the passes, in the place of a replica.
+        self._in_float: Actors | None = None
         self.kind = "cpu"
         self.replicas = 1
-        self.predict_s = 0.0
 
     def __enter__(self) -> "RayReplicas":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self._crew.places.close()
-        # If Ray itself has failed, nobody answers, and its processes end anyway.
+        # If Ray itself has failed, nobody answers; its processes end all the same.
         with suppress(ray.exceptions.RayError):
             for group in self._crew.groups:
                 group.end(is_over=True)
@@ -126,22 +130,6 @@ class RayReplicas:
         if kind is not None and folder is not None and self._log_folder is not None:
             keep_logs_of_ray(folder / "r" / "session_latest" / "logs", self._log_folder)
         stop_ray()
-
-    @property
-    def info(self) -> WorkerInfo | None:
-        return self._setup.info
-
-    @property
-    def start_workers_s(self) -> float:
-        return self._setup.start_workers_s
-
-    @property
-    def copied_batches(self) -> int:
-        return self._copied_before + self._crew.at_work.dealer.copied_batches
-
-    @property
-    def stats(self) -> list[WorkerStats]:
-        return self._crew.stats
 
     def open(self, dtype: str) -> str:
         if self._address is not None:
@@ -160,12 +148,13 @@ class RayReplicas:
             self._add_groups()
 
     def _add_groups(self) -> None:
-        """Start a replica in each place that is ready."""
+        """Start a replica wherever a place is ready for one."""
         places = self._crew.places
         for ready in places.take_ready():
             group = self._make_group(ready)
             for stats, slot in zip(group.stats, ready.slots, strict=True):
                 stats.node = places.name(slot.node)
+            self.computed.stats += group.stats
             self._crew.groups.append(group)
             self._crew.show(group, "starting")
 
@@ -178,7 +167,7 @@ class RayReplicas:
             self._crew.groups,
             self._crew.clock,
             timeout_s=timeout_s,
-            is_idle_right=not timeout_s or self._crew.places.may_grow,
+            may_be_idle=not timeout_s or self._crew.places.may_grow,
             on_death=self._failures.died,
             on_failure=self._failures.failed,
         )
@@ -188,44 +177,44 @@ class RayReplicas:
             self._follow_nodes()
             for group, step in self._finished_steps(timeout_s=0):
                 if step.what == "predict":
-                    group.take_result(step)  # a copy; another replica finished the batch first
+                    group.take_result(step)  # a copy of a batch that another replica finished first
                     continue
-                self._setup.take_step(group, step)
+                self._crew.take_step(group, step)
 
     def run(
         self, backlog: Backlog, tokens: TokenTable, *, rates: Rates, ids: Sequence[str]
     ) -> Generator[BatchResult | None, None, None]:
         crew = self._crew
-        self._copied_before = self.copied_batches
         note = partial(crew.progress.note, event="fault")
         with ray_errors():
             crew.at_work = Pass(
                 backlog,
                 rates,
                 Dealer(backlog, rates, crew.groups, patience_s=patience_s()),
-                Recovery(backlog, self.faults, ids, note, crew.timeline.event),
+                Recovery(backlog, self.computed.faults, ids, note, crew.timeline.event),
                 crew.groups,
                 store(tokens),
             )
             yield from self._run(backlog)
 
     def _run(self, backlog: Backlog) -> Generator[BatchResult | None, None, None]:
-        first_ready = 0.0
+        first_ready, copied_before = 0.0, self.computed.copied_batches
         crew, dealer = self._crew, self._crew.at_work.dealer
         for group in crew.groups:
-            self._setup.hand_tokens(group)
+            crew.hand_tokens(group)
         while backlog:
             self._follow_nodes()
             for group in crew.groups:
                 if not dealer.is_settled(group):
                     self._give_work(group, dealer)
+            self.computed.copied_batches = copied_before + dealer.copied_batches
             for group, step in self._finished_steps():
                 if step.what != "predict":
-                    self._setup.take_step(group, step)
+                    self._crew.take_step(group, step)
                     first_ready = first_ready or group.is_ready * group.ready_at
                     continue
                 result = self._take_result(group, step)
-                self.predict_s = time.monotonic() - (first_ready or self._setup.created_at)
+                self.computed.predict_s = time.monotonic() - (first_ready or crew.created_at)
                 if result is not None:
                     yield result
             self._failures.end_hung()
@@ -234,22 +223,43 @@ class RayReplicas:
             group.stop_clock()
 
     def predict_in_float(self, batch: Batch, *, within_s: float) -> np.ndarray:
-        return self._float_worker.predict(batch, within_s=within_s)
+        crew = self._crew
+        within_s = min(within_s, load_within_s(crew.stored_bytes))
+        group = next((group for group in crew.groups if not group.given_up), crew.groups[0])
+        failure: Exception
+        with ray_errors():
+            for _ in range(MAX_RESTARTS + 1):
+                self._in_float = self._in_float or group.replace_by_one(crew.at_work.tokens)
+                try:
+                    answer: np.ndarray = get_within(
+                        self._in_float.predict_in_float(batch), within_s
+                    )
+                    return answer
+                except DEATHS as death:
+                    # The process may have ended for reasons other than these rows.
+                    self.computed.faults.worker_deaths += 1
+                    self._in_float, failure = None, death
+                except (ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError) as error:
+                    self._in_float, failure = None, error
+                    break
+        raise WorkerError(
+            f"{group.noun} {group.number}: {type(failure).__name__}: {first_line(failure)}"
+        ) from failure
 
     def warm(self) -> set[BatchShape]:
         return {shape for group in self._crew.groups for shape in group.warm}
 
     def paces(self, shapes: Iterable[BatchShape] | None = None) -> list[Pace]:
-        return self._crew.at_work.paces(self._crew.clock.now, self.stats, shapes)
+        return self._crew.at_work.paces(self._crew.clock.now, self.computed.stats, shapes)
 
     def is_measured(self) -> bool:
         return self._crew.at_work.is_measured()
 
     def compile_s(self) -> float:
-        return seconds_to_compile(self.stats, is_new=True)
+        return seconds_to_compile(self.computed.stats, is_new=True)
 
     def _take_result(self, group: Group, step: Step) -> BatchResult | None:
-        """Count an answer and return it, or None if another replica answered first."""
+        """Count an answer and return it; None if another replica's came first."""
         at_work, batch = self._crew.at_work, step.payload
         was_alone = len(group.in_flight) == 1 and at_work.backlog.is_suspect(batch)
         result, began = group.take_result(step)
@@ -261,7 +271,7 @@ class RayReplicas:
         return result if is_first else None
 
     def _give_work(self, group: Group, dealer: Dealer) -> None:
-        """Keep a group busy: compile its shapes, and predict batches of compiled shapes."""
+        """Keep a group busy: compile shapes until it has all, and send batches of those it has."""
         if not group.loaded or group.given_up:
             return
         now = self._crew.clock.now

@@ -1,10 +1,10 @@
 """Model files of the driver -> the same files on another machine, found there or sent in pieces.
 
-Both ends, as plain code: `parcels` and `pieces` on the driver's machine, `Receiver` on the other.
-Does not know Ray: `nodes.py` carries what one end makes to the other.
+`parcels` and `pieces` run on the driver's machine, `Receiver` on the other. Does not know Ray:
+`keepers.py` carries the pieces.
 
-A parcel is named by what is in it, so whatever was sent once is found by later runs. It appears at
-its place by a rename, when it is whole.
+A parcel is named after its content, so later runs find what was sent once. It appears in its place
+by a rename, once it is complete.
 """
 
 import hashlib
@@ -16,25 +16,25 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from runner.common.errors import DataError, WorkerError
 from runner.common.records import ModelSpec
+from runner.common.units import mb
 from runner.preset.reader import read_preset
 
 PIECE_BYTES = 32 << 20
-# A file is known by its size and so many samples of its content, evenly spread, the first and last
-# bytes among them: to read 18 GB at every start would take minutes. Up to 64 MiB that is all of it.
+# A file is identified by its size and by samples of its content, evenly spread from its first byte
+# to its last: reading 18 GB at every start would take minutes. Up to 64 MiB the samples are all.
 SAMPLE_BYTES, MOST_SAMPLES = 1 << 20, 64
-# What no run has used for so long is removed, and what was begun and not finished.
+# Parcels that no run has used for this long are removed, and so are unfinished ones.
 KEPT_S, UNFINISHED_KEPT_S = 14 * 86400.0, 86400.0
 UNFINISHED = ".part-"
 # Fields of a ModelSpec that name files besides the preset.
 FILES = ("lora_weights", "head_kernel", "head_bias")
-# Environment variable: `always` sends what could be read at its path as well, to have it on the
-# disks of nodes whose shared file system is slow.
+# Environment variable: `always` also sends files that nodes can read at their own paths, for nodes
+# whose shared file system is slow.
 SHIP = "ARENA_RUNNER_SHIP"
 
 
@@ -42,8 +42,8 @@ SHIP = "ARENA_RUNNER_SHIP"
 class Parcel:
     """Files that belong together: a preset, or one file.
 
-    field: of the ModelSpec that names them. root: the folder they lie in, on the driver's machine.
-    names: of the files, relative to it. identities: one a file. target: what the field names,
+    field: of the ModelSpec, which names them. root: their folder on the driver's machine. names: of
+    the files, relative to the root. identities: one a file. target: the path that the field names,
     relative to the root.
     """
 
@@ -56,7 +56,7 @@ class Parcel:
 
     @property
     def digest(self) -> str:
-        """The name of the folder that holds it on other machines."""
+        """The name of its folder on other machines."""
         pairs = "".join(map("{}\0{}\0".format, self.names, self.identities))
         return hashlib.sha256(pairs.encode("utf-8", errors="surrogateescape")).hexdigest()[:32]
 
@@ -76,13 +76,13 @@ class Piece:
 
 
 def parcels(spec: ModelSpec) -> tuple[Parcel, ...]:
-    """Return all that the workers of a run read from disk.
+    """Return all files that the workers of a run read.
 
     Raises:
         DataError: the preset names files outside its folder.
     """
     preset = read_preset(Path(spec.preset))
-    # Beside the weights that are read there may be others, such as a whole task's.
+    # Not all weights: there may be others, such as those of a whole task.
     names = {*preset.small_files, *preset.weight_files, *preset.path.glob("*.json")}
     if preset.classifier is not None:
         names.update(preset.classifier.files)
@@ -95,7 +95,7 @@ def parcels(spec: ModelSpec) -> tuple[Parcel, ...]:
 
 
 def pieces(parcel: Parcel) -> Iterator[Piece]:
-    """Read a parcel in pieces; an empty file is one empty piece."""
+    """Yield a parcel in pieces; an empty file is one empty piece."""
     for name, size in zip(parcel.names, parcel.sizes, strict=True):
         with open(Path(parcel.root, name), "rb") as file:
             for offset in range(0, max(1, size), PIECE_BYTES):
@@ -104,10 +104,10 @@ def pieces(parcel: Parcel) -> Iterator[Piece]:
 
 
 class Receiver:
-    """The machine that needs the files. Its folder is the owner's alone.
+    """Receives files on the machine that needs them.
 
     Args:
-        folder: for what is received, kept between runs.
+        folder: for received files, kept between runs; only its owner can enter it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -115,10 +115,10 @@ class Receiver:
         self._open: dict[str, Path] = {}
 
     def find(self, parcel: Parcel, *, even_here: bool) -> str | None:
-        """Return the path of a parcel's target on this machine, None if it has to be sent.
+        """Return the path of a parcel's target on this machine, None if it must be sent.
 
         Args:
-            even_here: whether to send what lies at its own path, as on a shared file system.
+            even_here: send it even if its files are at their own paths, as on a shared file system.
         """
         if not even_here and _is_at(Path(parcel.root), parcel):
             return str(Path(parcel.root, parcel.target))
@@ -129,7 +129,7 @@ class Receiver:
         return str(kept / parcel.target)
 
     def begin(self, parcel: Parcel) -> None:
-        """Make room for a parcel.
+        """Make a folder for a parcel.
 
         Raises:
             WorkerError: the disk has no room for it.
@@ -139,16 +139,16 @@ class Receiver:
         free = shutil.disk_usage(self._folder).free
         if free < parcel.bytes:
             raise WorkerError(
-                f"{self._folder} has no room for {parcel.field}: expected {parcel.bytes:,} bytes. "
-                f"Received: {free:,} bytes free"
+                f"{self._folder} has no room for {parcel.field}: expected {mb(parcel.bytes)}. "
+                f"Received: {mb(free)} free"
             )
         self._open[parcel.digest] = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=self._folder))
 
     def write(self, digest: str, piece: Piece) -> None:
-        """Write a piece of a parcel that was begun.
+        """Write a piece of a parcel.
 
         Raises:
-            WorkerError: it is not as it was sent.
+            WorkerError: it was damaged on its way.
         """
         if zlib.crc32(piece.content.data) != piece.checksum:
             raise WorkerError(f"{piece.name} was damaged on its way at byte {piece.offset:,}.")
@@ -162,7 +162,7 @@ class Receiver:
         """Put a parcel in its place; return the path of its target.
 
         Raises:
-            WorkerError: it is not what was announced; the files changed while they were sent.
+            WorkerError: the files changed while they were sent.
         """
         part, kept = self._open.pop(parcel.digest), self._folder / parcel.digest
         if not _is_at(part, parcel):
@@ -174,7 +174,7 @@ class Receiver:
         try:
             part.rename(kept)
         except OSError:
-            # Another run brought the same, or something damaged it since.
+            # Another run has put the same there, or it is damaged.
             if not _is_at(kept, parcel):
                 shutil.rmtree(kept, ignore_errors=True)
                 part.rename(kept)
@@ -182,7 +182,7 @@ class Receiver:
         return str(kept / parcel.target)
 
     def _sweep(self) -> None:
-        """Remove what was not used for long, and what was begun and never finished."""
+        """Remove parcels that have not been used for long, and unfinished ones."""
         for path in self._folder.iterdir():
             most = UNFINISHED_KEPT_S if path.name.startswith(UNFINISHED) else KEPT_S
             try:
@@ -207,27 +207,23 @@ def identity(path: Path) -> str:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.sha256(size.to_bytes(8, "little"))
         for start in _samples(size):
-            digest.update(_read(file, start))
+            file.seek(start)
+            digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
 
 
 def _samples(size: int) -> list[int]:
-    """Where samples begin: all of a small file, else evenly spread from its start to its end."""
+    """Return where samples begin: all of a small file, else evenly spread."""
     if size <= SAMPLE_BYTES * MOST_SAMPLES:
         return list(range(0, size, SAMPLE_BYTES))
     last = size - SAMPLE_BYTES
     return [last * number // (MOST_SAMPLES - 1) for number in range(MOST_SAMPLES)]
 
 
-def _read(file: BinaryIO, start: int) -> bytes:
-    file.seek(start)
-    return file.read(SAMPLE_BYTES)
-
-
 def _parcel(field: str, root: Path, files: list[Path], target: str) -> Parcel:
     names = tuple(os.path.relpath(path, root) for path in files)
     for name in names:
-        # On another machine it would be written to wherever that is.
+        # On the other machine this would be outside the parcel's folder.
         if name.startswith(os.pardir):
             raise DataError(
                 f"{root} must hold its own files to be sent to other machines. Received: {name}"
@@ -243,7 +239,7 @@ def _parcel(field: str, root: Path, files: list[Path], target: str) -> Parcel:
 
 
 def _is_at(root: Path, parcel: Parcel) -> bool:
-    """Whether all files of a parcel lie under a folder."""
+    """Return whether a folder holds all files of a parcel."""
     try:
         return all(
             os.path.getsize(root / name) == size
