@@ -14,8 +14,8 @@ from pathlib import Path
 
 from runner.common.errors import ConfigError
 
-# Temporary files have the process id in their name. One whose process is gone here, and that has
-# not been written to for this long, was not left by a process on another machine either.
+# Temporary files have the process id in their name. If that process does not run here and the file
+# has not been written to for this long, no process on another machine is writing it either.
 ASIDE = re.compile(r"\.(\d+)\.(?:partial|rehearsal)")
 LEFT_AFTER_S = 120.0
 

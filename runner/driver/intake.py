@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -47,19 +47,18 @@ class Lengths:
         return int((self.of_rows[list(rows)] > cap).sum())
 
 
+@dataclass(slots=True)
 class Intake:
     """Keeps the answers of one pass.
 
-    Args:
-        uncounted: the rows of the pass, so that each counts once.
+    uncounted: the rows of the pass that have no answer yet. tally: counts of the answers so far.
     """
 
-    def __init__(
-        self, ledger: Ledger, progress: Progress, lengths: Lengths, uncounted: set[int]
-    ) -> None:
-        self._ledger, self._progress, self._lengths = ledger, progress, lengths
-        self._uncounted = uncounted
-        self.tally = Tally()
+    ledger: Ledger
+    progress: Progress
+    lengths: Lengths
+    uncounted: set[int]
+    tally: Tally = field(default_factory=Tally)
 
     def take(self, result: BatchResult) -> None:
         """Keep the answers of a batch, on disk and in the table.
@@ -70,13 +69,13 @@ class Intake:
         """
         batch, tally = result.batch, self.tally
         finite = result.finite
-        cut, lengths = self._lengths.is_cut(batch), self._lengths.computed(batch)
+        cut, lengths = self.lengths.is_cut(batch), self.lengths.computed(batch)
         for how, chosen in ((PREDICTED, finite & ~cut), (SHORTENED, finite & cut)):
             rows = result.rows_where(chosen)
             if not rows:
                 continue
             began = time.perf_counter()
-            self._ledger.add(
+            self.ledger.add(
                 rows,
                 result.probabilities[chosen],
                 how=how,
@@ -94,6 +93,6 @@ class Intake:
         tally.lengths.append(lengths)
         tally.real_tokens += int(lengths.sum())
         tally.padded_tokens += batch.shape.tokens
-        new = self._uncounted.intersection(batch.rows)
-        self._uncounted -= new
-        self._progress.advance(rows=len(new), tokens=int(lengths.sum()))
+        new = self.uncounted.intersection(batch.rows)
+        self.uncounted -= new
+        self.progress.advance(rows=len(new), tokens=int(lengths.sum()))

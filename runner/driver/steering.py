@@ -70,9 +70,9 @@ class Steering:
         in_tokens = Lengths(lengths, full_length)
         self._intake = Intake(ledger, progress, in_tokens, set(backlog.rows_left))
         self._cutter = Cutter(
-            backlog,
-            rates,
-            executor,
+            backlog=backlog,
+            rates=rates,
+            executor=executor,
             deadline=deadline,
             lengths=in_tokens,
             has_answer=lambda row: bool(ledger.table.how[row]),

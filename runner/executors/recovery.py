@@ -4,6 +4,7 @@ Both executors use it. Does not know Ray or JAX.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from runner.common.errors import ArenaRunnerError, WorkerError, list_ids
 from runner.common.records import Faults
@@ -16,30 +17,21 @@ MOST_EXPLAINED = 40
 MOST_BEFORE_THE_FIRST = 3
 
 
+@dataclass(slots=True)
 class Recovery:
     """What a run does about failures.
 
-    Args:
-        ids: one a row, to name rows.
-        note: shows a sentence to the user.
-        mark: (what, replica) records a sentence without ids.
+    ids: one a row, to name rows. note: shows a sentence to the user. mark: (what, replica) records
+    a sentence without ids.
     """
 
-    def __init__(
-        self,
-        backlog: Backlog,
-        faults: Faults,
-        ids: Sequence[str],
-        note: Callable[[str], None],
-        mark: Callable[[str, int], None] = lambda what, replica: None,
-    ) -> None:
-        self._backlog = backlog
-        self._faults = faults
-        self._ids = ids
-        self._note = note
-        self._mark = mark
-        self._explained = 0
-        self._answered = False
+    backlog: Backlog
+    faults: Faults
+    ids: Sequence[str]
+    note: Callable[[str], None]
+    mark: Callable[[str, int], None] = lambda what, replica: None
+    _explained: int = 0
+    _answered: bool = False
 
     def answered(self) -> None:
         """A batch was answered, so model and device work."""
@@ -53,11 +45,11 @@ class Recovery:
             reason: in words that follow the name of a row.
         """
         suspect = batches[0] if len(batches) == 1 else None
-        explains = suspect is not None and self._backlog.is_suspect(suspect) and self._answered
-        self._faults.retried_batches += len(batches)
+        explains = suspect is not None and self.backlog.is_suspect(suspect) and self._answered
+        self.faults.retried_batches += len(batches)
         for batch in batches:
             self._setback(batch, replica, reason)
-        self._backlog.release(replica)
+        self.backlog.release(replica)
         self._explained += explains
         return explains and self._explained <= MOST_EXPLAINED
 
@@ -67,27 +59,27 @@ class Recovery:
         Raises:
             WorkerError: so many failed that rows are not the cause.
         """
-        self._faults.retried_batches += 1
+        self.faults.retried_batches += 1
         self._explained += 1
         most = MOST_EXPLAINED if self._answered else MOST_BEFORE_THE_FIRST
         if self._explained >= most:
             raise WorkerError(
                 f"{self._explained} batches failed, the last one {self.name(batch)}: {said}"
             ) from error
-        self._mark(f"a batch of {_size(batch)} failed and is tried again", replica)
-        self._note(f"warning: {self.name(batch)} failed on worker {replica} ({said}); tried again")
+        self.mark(f"a batch of {_size(batch)} failed and is tried again", replica)
+        self.note(f"warning: {self.name(batch)} failed on worker {replica} ({said}); tried again")
         self._setback(batch, replica, f"it ended in an error ({said})")
 
     def too_large(self, replica: int, alike: Iterable[int], batch: Batch) -> None:
         """A batch does not fit the memory of a replica's device, nor of devices that are alike."""
-        self._faults.memory_splits += 1
-        self._faults.retried_batches += 1
-        budget = self._backlog.too_large(
+        self.faults.memory_splits += 1
+        self.faults.retried_batches += 1
+        budget = self.backlog.too_large(
             batch, alike, replica, "one row alone does not fit the device's memory"
         )
-        self._mark(f"a batch of {_size(batch)} does not fit the device's memory", replica)
+        self.mark(f"a batch of {_size(batch)} does not fit the device's memory", replica)
         if budget:
-            self._note(
+            self.note(
                 f"warning: {batch.shape.rows} rows of {batch.shape.length} tokens do not fit the "
                 f"device of worker {replica}; {budget:,} tokens a batch from now on"
             )
@@ -103,22 +95,22 @@ class Recovery:
         return type(error)(f"{replica} failed at {self.name(batch)}: {error}")
 
     def name(self, batch: Batch) -> str:
-        rows = list_ids(self._ids, batch.rows)
+        rows = list_ids(self.ids, batch.rows)
         return f"batch {batch.index} ({len(batch.rows)} rows: {rows})"
 
     def _setback(self, batch: Batch, replica: int, reason: str) -> None:
-        outcome = self._backlog.setback(batch, replica, reason)
+        outcome = self.backlog.setback(batch, replica, reason)
         if outcome == "given up":
             self._quarantined(batch, replica, reason)
         elif outcome == "halved":
-            self._mark(f"a batch of {_size(batch)} is halved to find the row", replica)
-            self._note(f"warning: {self.name(batch)} failed again; halved to find the row")
+            self.mark(f"a batch of {_size(batch)} is halved to find the row", replica)
+            self.note(f"warning: {self.name(batch)} failed again; halved to find the row")
 
     def _quarantined(self, batch: Batch, replica: int, reason: str) -> None:
-        self._faults.quarantined_rows += len(batch.rows)
-        self._mark("a row that nothing could compute is left out", replica)
-        named = list_ids(self._ids, batch.rows)
-        self._note(f"warning: the row of {named} is left out: {reason}; it gets the fallback")
+        self.faults.quarantined_rows += len(batch.rows)
+        self.mark("a row that nothing could compute is left out", replica)
+        named = list_ids(self.ids, batch.rows)
+        self.note(f"warning: the row of {named} is left out: {reason}; it gets the fallback")
 
 
 def _size(batch: Batch) -> str:

@@ -77,7 +77,7 @@ class InProcess:
     def memory_bytes(self) -> int | None:
         return device_memory_bytes()
 
-    def start(self, spec: ModelSpec, strategy: Strategy | None) -> None:  # noqa: ARG002 - one worker, not a group
+    def start(self, spec: ModelSpec, strategy: Strategy | None) -> None:  # noqa: ARG002 - no group
         self._progress.set_worker(0, "loading")
         self._spec = spec
         self._threads.compile(self._replica.load, spec)
@@ -168,7 +168,7 @@ class InProcess:
         # If memory was short, a batch of this shape will fail in the same way, and can be split.
         info = answer.value or CompileInfo(0.0, cached=False)
         self._stats.count_compiled(info)
-        self._timeline.add(*(COMPILING, 0, 0, answer.asked_s), shape=shape, is_cached=info.cached)
+        self._timeline.add(COMPILING, 0, 0, answer.asked_s, shape=shape, is_cached=info.cached)
         self._at_work.dealer.compiled(self._state, shape)
         self._state.warm.add(shape)
         self._state.end_compiling(time.monotonic())

@@ -85,7 +85,7 @@ def _difference(name: str, before: str | None, now: str | None) -> str:
 def _hash(pieces: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for piece in pieces:
-        # The length first, so that other pieces with the same bytes in sum have another hash.
+        # The length first, so that the same bytes divided into other pieces have another hash.
         digest.update(len(piece).to_bytes(8, "little"))
         digest.update(piece)
     return HASHED + digest.hexdigest()

@@ -198,7 +198,10 @@ class RunLogs:
                 os.close(saved)
             self._saved = {}
             self._look()
-            _remove_if_empty(self._path / DRIVER_ERRORS)
+            errors = self._path / DRIVER_ERRORS
+            with suppress(OSError):
+                if not errors.stat().st_size:
+                    errors.unlink()
 
     def _keep_looking(self) -> None:
         while not self._stop.wait(LOOK_S):
@@ -208,7 +211,7 @@ class RunLogs:
         """Echo new output, and keep the files small."""
         assert self.folder is not None, "this is a bug: there is no log folder to look at"
         paths = [self.folder / DRIVER_ERRORS]
-        with suppress(OSError):  # the folder was removed meanwhile
+        with suppress(OSError):  # it was removed while the thread looked
             paths += sorted(self.folder.glob(worker_log("*", "*")))
         for path in paths:
             is_own = path.name == DRIVER_ERRORS
@@ -286,12 +289,6 @@ def keep_logs_of_ray(session: Path, folder: Path) -> None:
                 file.seek(max(0, path.stat().st_size - MOST_RAY_BYTES))
                 (kept / path.name).write_bytes(file.read())
             (kept / path.name).chmod(0o600)
-
-
-def _remove_if_empty(path: Path) -> None:
-    with suppress(OSError):
-        if not path.stat().st_size:
-            path.unlink()
 
 
 def _append_to(path: Path) -> int:

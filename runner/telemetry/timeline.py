@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from runner.common.records import Work
 from sharding.batches import Batch, BatchShape
 
-STARTING, LOADING, COMPILING, PREDICTING, LOST = (
-    *("starting", "loading", "compiling", "predicting"),
-    "lost",
-)
+STARTING, LOADING, COMPILING = "starting", "loading", "compiling"
+PREDICTING, LOST = "predicting", "lost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +137,5 @@ class Timeline:
             ended = now - min(max(0.0, age_s), max(0.0, now - asked_s))
             began = max(asked_s, ended - entry.seconds)
             self.add(
-                *(PREDICTING, replica, member, began),
-                ended_s=ended,
-                batch=batch,
-                is_copy=is_copy,
+                PREDICTING, replica, member, began, ended_s=ended, batch=batch, is_copy=is_copy
             )

@@ -93,10 +93,10 @@ FAULTS = (
     ),
     Fault(
         "responses swapped in the texts and not in the answers",
-        "runner/driver/passes.py",
-        "labels=task.swapped_labels,",
-        "labels=list(range(len(task.swapped_labels))),",
-        ("tests/runs/test_extra_passes.py", "tests/executors/test_dispatch.py"),
+        "runner/driver/swap_pass.py",
+        "setting.config.task.swapped_labels",
+        "list(range(len(setting.config.task.swapped_labels)))",
+        ("tests/test_extra_passes.py", "tests/test_dispatch.py"),
     ),
     Fault(
         "a row that kills every worker is never given up",

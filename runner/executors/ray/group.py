@@ -90,7 +90,7 @@ class Group(ReplicaState):
             placement=self._placement,
             family=family,
             verbose=verbose,
-            # Absolute, since a worker has another working directory.
+            # Absolute, since a worker may have another working directory.
             log_folder=str(log_folder.resolve()) if log_folder is not None else None,
         )
         self.spawn()
@@ -144,7 +144,10 @@ class Group(ReplicaState):
         for stats, answer in zip(self.stats, step.answers, strict=True):
             stats.count_compiled(answer)
             self._timeline.add(
-                *(COMPILING, stats.replica, stats.member, step.asked_s),
+                COMPILING,
+                stats.replica,
+                stats.member,
+                step.asked_s,
                 ended_s=min(step.asked_s + answer.seconds, self._timeline.now()),
                 shape=step.payload,
                 is_cached=answer.cached,
@@ -194,7 +197,8 @@ class Group(ReplicaState):
             del self.calls[reference]
 
     def oldest(self) -> Iterator[tuple[Step, float]]:
-        """Yield each step at which actors work, and since when; only the first batch counts."""
+        """Yield each step that is under way, and since when; of the batches only the first, since
+        the others wait for it."""
         steps = dict.fromkeys(step for step, _ in self.calls.values())
         predicting = [step for step in steps if step.what == "predict"]
         for step in steps:

@@ -32,7 +32,7 @@ ANSWERS_WITHIN_S, WRITES_WITHIN_S = 120.0, 300.0
 WAIT_S = 0.5
 # Pieces of a file in Ray's object store at a time.
 PIECES_IN_FLIGHT = 3
-# The user is told when a parcel larger than this is sent.
+# The user is told when a preset is sent, or another parcel larger than this.
 WORTH_SAYING_BYTES = 1 << 20
 
 

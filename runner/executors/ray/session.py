@@ -239,7 +239,7 @@ def check_ray() -> None:
     """Check that the Ray that `start_ray` started still runs.
 
     Call it before anything else is concluded from a failure: if Ray ends, all workers end with it,
-    and after a while Ray also ends the driver, wherever that is.
+    and after a while Ray ends the driver too, at any point of its code.
 
     Raises:
         WorkerError: one of its processes has ended.
