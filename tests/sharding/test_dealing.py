@@ -1,7 +1,5 @@
 """What a replica is given next, by hand."""
 
-import time
-
 import numpy as np
 import pytest
 
@@ -18,6 +16,7 @@ from sharding.dealing import (
     Dealer,
 )
 from sharding.rates import ENOUGH_BATCHES, Rates
+from tests.support.steps import count_lines
 
 LONG, SHORT = BatchShape(1, 32), BatchShape(1, 8)
 
@@ -210,32 +209,33 @@ def test_paces():
     assert overdue[0].delay_s == pytest.approx(18.0 + 6.0), "as long again, and a start"
 
 
-def seconds_of_a_decision(count):
-    """Processor seconds that one takes with so many batches to choose from."""
+def lines_of_a_decision(count):
+    """Lines run for each of so many batches, from the first to the last."""
     batches = [Batch(n, (n,), (LONG, SHORT)[2 * n // count]) for n in range(count)]
     rates = Rates(tokens)
-    replicas = [Replica(number, warm={LONG, SHORT}) for number in range(64)]
+    replicas = [Replica(number, warm={LONG, SHORT}) for number in range(16)]
     for replica in replicas:
         for _ in range(ENOUGH_BATCHES):
             rates.learn(replica.number, LONG, 1.0)
     backlog = Backlog(batches, cost=tokens)
-    dealer, decisions = Dealer(backlog, rates, replicas), 0
-    began = time.process_time()
-    for turn in range(20):
-        for replica in replicas:
-            while batch := dealer.next_batch(replica, float(turn)):
-                replica.in_flight.append(batch)
-                decisions += 1
-            dealer.next_shape(replica, float(turn))
-            assert dealer.is_settled(replica)
-            backlog.finish(replica.in_flight.popleft())
-            rates.learn(replica.number, LONG, 1.0)
-    return (time.process_time() - began) / decisions
+    dealer, turn = Dealer(backlog, rates, replicas), 0
+    with count_lines() as lines:
+        while backlog:
+            turn += 1
+            for replica in replicas:
+                while batch := dealer.next_batch(replica, float(turn)):
+                    replica.in_flight.append(batch)
+                dealer.next_shape(replica, float(turn))
+                dealer.is_settled(replica)
+                if replica.in_flight:
+                    backlog.finish(replica.in_flight.popleft())
+                    rates.learn(replica.number, LONG, 1.0)
+        return lines() / count
 
 
 def test_a_decision_does_not_look_at_every_batch():
-    few = min(seconds_of_a_decision(4_000) for _ in range(3))
-    assert seconds_of_a_decision(200_000) < 10 * few, "of fifty times as many"
+    few, many = lines_of_a_decision(800), lines_of_a_decision(8_000)
+    assert 10 < many < 2 * few, "of ten times as many"
 
 
 def test_one_that_has_become_slow_is_known_by_its_last_batch():

@@ -96,7 +96,7 @@ FAULTS = (
         "runner/driver/swap_pass.py",
         "setting.config.task.swapped_labels",
         "list(range(len(setting.config.task.swapped_labels)))",
-        ("tests/test_extra_passes.py", "tests/test_dispatch.py"),
+        ("tests/runs/test_extra_passes.py", "tests/executors/test_dispatch.py"),
     ),
     Fault(
         "a row that kills every worker is never given up",
