@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 from runner.demo import make_rows, write_test_set
+from runner.model.injected_faults import VARIABLE
 from tests.support.models import SHARED, Model, Models
 from tests.support.odd_texts import odd_texts
 from tests.support.slowest import keep_durations, read_durations
@@ -431,6 +432,12 @@ class Started:
         while (left := self.family()) and time.monotonic() < deadline:
             time.sleep(0.2)
         assert left == []
+
+
+def slow_until(path):
+    """The environment of a run that lasts until a test makes a file, however slowly all starts."""
+    fault = {"kind": "slow", "tokens_per_s": 20, "until": str(path)}
+    return {VARIABLE: json.dumps([fault])}
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ Off unless the variable is set. It holds a JSON list of faults, read when a proc
 
 kind: `hang` (never returns), `kill` (SIGKILL to itself), `error` (an exception), `memory` (what JAX
 raises if a device is out of memory), `nan` (answers of NaN), `slow` (`factor` times as long, or at
-`tokens_per_s`). A fault strikes batches with one of `rows`, or of more than `tokens` tokens, or all
-batches; of `replica`, or of all replicas. `once`: a path that is created when it strikes; it does
-not strike again. `wide`: it also strikes when rows are repeated in float32.
+`tokens_per_s`, until the file `until` exists if it is named). A fault strikes batches with one of
+`rows`, or of more than `tokens` tokens, or all batches; of `replica`, or of all replicas. `once`: a
+path that is created when it strikes; it does not strike again. `wide`: it also strikes when rows
+are repeated in float32.
 
 `patience` is not a fault: it limits to `seconds` how much longer than its forecast a batch may take
 before the driver treats it as hung, so that tests of hangs are quick.
@@ -74,19 +75,23 @@ class InjectedFaults:
                 if "factor" in fault:
                     time.sleep(seconds * (fault["factor"] - 1))
                 else:
-                    self._wait_for_device(seconds, batch.shape.tokens / fault["tokens_per_s"])
+                    takes_s = batch.shape.tokens / fault["tokens_per_s"]
+                    self._wait_for_device(seconds, takes_s, fault.get("until"))
             elif fault["kind"] == "nan" and (not wide or fault.get("wide")):
                 probabilities = probabilities.copy()
                 struck = np.isin(batch.rows, fault.get("rows", batch.rows))
                 probabilities[struck] = np.nan
         return probabilities
 
-    def _wait_for_device(self, took_s: float, takes_s: float) -> None:
+    def _wait_for_device(self, took_s: float, takes_s: float, until: str | None) -> None:
         """Wait until a slower device, with one batch at a time, would have finished this one."""
         now = time.monotonic()
         with self._lock:
             self._free_at = done_at = max(self._free_at, now - took_s) + takes_s
-        time.sleep(max(0.0, done_at - now))
+        while (left_s := done_at - time.monotonic()) > 0:
+            if until is not None and os.path.exists(until):
+                break
+            time.sleep(left_s if until is None else min(left_s, 0.1))
 
     def _striking(self, batch: Batch, kinds: tuple[str, ...]) -> list[dict[str, Any]]:
         return [

@@ -20,8 +20,7 @@ import ray
 from runner.common.errors import WorkerError
 from runner.executors.ray import session
 from runner.executors.ray.session import LOCK, LONGEST_SOCKET, make_private_folder
-from runner.model.injected_faults import VARIABLE
-from tests.conftest import LONGEST_RUN_S, ROOT, SLOW, environment
+from tests.conftest import LONGEST_RUN_S, ROOT, environment, slow_until
 
 # Actor class, the method in which it predicts, flags.
 MODES = {
@@ -122,10 +121,11 @@ def call_without_token(method: str, port: int) -> str:
 )
 def test_a_run_is_closed_to_others(start, real_job, cache, tmp_path, mode):
     worker, step, flags = MODES[mode]
-    # So slow that it lasts while it is probed.
-    slow = {VARIABLE: json.dumps([SLOW | {"tokens_per_s": 1000}])}
-    output = tmp_path / "s.csv"
-    run = start("--num-workers", "2", *flags, *real_job, "--output", output, cold=True, **slow)
+    output, probed = tmp_path / "s.csv", tmp_path / "probed"
+    run = start(
+        *("--num-workers", "2", *flags, *real_job, "--output", output),
+        cold=True, **slow_until(probed),
+    )  # fmt: skip
     run.wait_for_workers(step, count=2, name=worker)
     family = everything(run)
     sockets = listening(family)
@@ -178,6 +178,7 @@ def test_a_run_is_closed_to_others(start, real_job, cache, tmp_path, mode):
     for process in family:
         assert not [file for file in process.open_files() if file.path.startswith("/tmp/ray/")]
     assert run.process.poll() is None, "all this was while the run was on"
+    probed.touch()
     code, _, err = run.finish()
     assert code == 0, err
     assert not folder.exists()

@@ -17,7 +17,16 @@ import psutil
 import pytest
 
 from runner.model.injected_faults import VARIABLE
-from tests.conftest import LENGTH, REAL_ROWS, ROOT, SLOW, TOLERANCE, assert_calm, environment
+from tests.conftest import (
+    LENGTH,
+    REAL_ROWS,
+    ROOT,
+    SLOW,
+    TOLERANCE,
+    assert_calm,
+    environment,
+    slow_until,
+)
 
 COLUMNS = ["id", "prompt", "response_a", "response_b"]
 SUBMISSION_HEADER = "id,winner_model_a,winner_model_b,winner_tie\n"
@@ -28,7 +37,7 @@ def slowly(start, real_job):
     """Start `real_job` on slow devices, so that something can befall it in its midst."""
 
     def run(*flags, **options):
-        return start(*real_job, *flags, **options, **{VARIABLE: json.dumps([SLOW])})
+        return start(*real_job, *flags, **{VARIABLE: json.dumps([SLOW])} | options)
 
     return run
 
@@ -127,7 +136,8 @@ def test_report_holds_the_contract(models, test_set, predict, cache_without_shap
 def test_processes_keep_to_their_part(slowly, tmp_path):
     """The driver starts no JAX, workers no TensorFlow; each has a core; memory is bounded."""
     output = tmp_path / "s.csv"
-    run = slowly("--num-workers", "2", "--output", output, cold=True)
+    probed = tmp_path / "probed"
+    run = slowly("--num-workers", "2", "--output", output, cold=True, **slow_until(probed))
     workers = run.wait_for_workers(".predict", count=2)
 
     def libraries(process):
@@ -143,6 +153,7 @@ def test_processes_keep_to_their_part(slowly, tmp_path):
     cores = [tuple(worker.cpu_affinity()) for worker in workers]
     if (os.cpu_count() or 1) >= 2:
         assert not set(cores[0]) & set(cores[1])
+    probed.touch()
     code, _, err = run.finish()
     assert code == 0, err
     run.assert_nothing_is_left()

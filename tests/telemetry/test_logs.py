@@ -15,7 +15,7 @@ from runner.config.flags import flag
 from runner.telemetry import logs
 from runner.telemetry.logs import DRIVER_ERRORS, DRIVER_LOG, LogEvent, RunLogs, keep_logs_of_ray
 from runner.telemetry.progress import Progress
-from tests.conftest import ROOT, environment, wait_until
+from tests.conftest import ROOT, environment, slow_until, wait_until
 from tests.support.fakes import write_fake_job
 
 # Runs a command line with a replica that writes to the process' own streams, past Python's.
@@ -269,9 +269,11 @@ def test_workers_write_to_one_folder(start, models, arena_rows, tmp_path, mode):
         *(tensor if mode == "tensor" else []), *("--num-workers", "2"),
         *models["arena"].flags(), "--input", arena_rows, "--sequence-length", "1024",
         *("--output", tmp_path / "s.csv", "--log-format", "json", "--log-dir", tmp_path / "logs"),
+        **slow_until(tmp_path / "killed"),
     )  # fmt: skip
     name = "TensorMember" if mode == "tensor" else "Replica"
     run.wait_for_workers(".predict", count=2, name=name)[0].kill()
+    (tmp_path / "killed").touch()
     code, out, err = run.finish()
     assert code == 0, err
     faults = [line for line in lines_of(err) if line["event"] == "fault"]
