@@ -208,7 +208,10 @@ def test_bad_presets(refuse, models, rows, tmp_path):
     # Weights of another size, and a config that asks for code: both are seen while loading.
     refuse(
         damaged("size", lambda preset: set_config(preset, num_key_value_heads=4)),
-        *("weights of another size", "attention/key/kernel of shape (4, 48, 16)"),
+        *(
+            "weights whose shape differs from its config",
+            "attention/key/kernel of shape (4, 48, 16)",
+        ),
     )
     code = {"class_name": "__lambda__", "config": {"value": "4wA="}}
     refuse(
