@@ -3,7 +3,7 @@
 Faster replicas pull larger shards, and at the end an idle replica steals from another's shard. A
 batch that was in flight when its replica failed is a suspect. Suspects run last and alone. After
 `MOST_SETBACKS` failures a suspect is halved, until the row that causes them is found; that row gets
-further tries. Pure bookkeeping of rows and batches: does not know workers, time or answers.
+further tries. Does not know workers, time or answers.
 """
 
 from collections import Counter, deque
@@ -29,13 +29,12 @@ class Backlog:
 
     Each row is in exactly one batch. `rows_left` are the rows that are not done; `given_up` maps
     the rows that no replica can compute to the reason. Decisions look at shapes and replicas, never
-    at every batch. `version` grows when the result of `shapes` may have changed. The class is long
-    because every method moves batches between the same three places.
+    at every batch. `version` grows when the result of `shapes` may have changed.
 
     Args:
         batches: in the order of work.
         cost: of a shape, in any unit that is proportional to time.
-        first_index: the number of the first batch. It must be larger than those of an earlier
+        first_index: the number of the first batch. It must be larger than any number of an earlier
             backlog whose answers may still arrive.
     """
 
@@ -52,7 +51,7 @@ class Backlog:
         self._shards: dict[int, BatchQueue] = {}
         # Shape -> number of waiting batches, shards and suspects included.
         self._waiting: Counter[BatchShape] = Counter()
-        self._under_way = _UnderWay()
+        self._in_flight = _InFlight()
         self._budgets = _Budgets()
         # Index of a suspect -> how often it failed.
         self._setbacks: dict[int, int] = {}
@@ -82,21 +81,24 @@ class Backlog:
         queues = chain([self._queue], reversed(self._shards.values()))
         return next((queue.last.shape for queue in queues if queue), None)
 
-    def under_way(self) -> Iterator[Batch]:
+    def in_flight(self) -> Iterator[Batch]:
         """Return the batches in flight."""
-        return iter(self._under_way)
+        return iter(self._in_flight)
 
     def replicas_of(self, batch: Batch) -> tuple[int, ...]:
         """Return the replicas that are computing a batch, in the order in which they began."""
-        return self._under_way.replicas_of(batch)
+        return self._in_flight.replicas_of(batch)
 
     def is_suspect(self, batch: Batch) -> bool:
         """Return whether a batch was in flight when a replica failed, and so must run alone."""
         return batch.index in self._setbacks
 
     def shapes(self, replica: int) -> tuple[BatchShape, ...]:
-        """Return the shapes that a replica may still get, each once: first those of its own shard,
-        the queue and suspects, in the order of work, then those of other shards."""
+        """Return the shapes that a replica may still get, each once.
+
+        First those of its own shard, the queue and suspects, in the order of work, then those of
+        other shards.
+        """
         own = self._shards[replica].shapes() if replica in self._shards else ()
         suspects = (batch.shape for batch in self._suspects)
         ordered = chain(own, self._queue.shapes(), suspects, self._waiting)
@@ -129,11 +131,11 @@ class Backlog:
 
     def copy(self, batch: Batch, replica: int) -> None:
         """Note that another replica computes a batch in flight too; the first answer counts."""
-        self._under_way.add(batch, replica)
+        self._in_flight.add(batch, replica)
 
     def finish(self, batch: Batch) -> bool:
         """Note an answer; return whether it is the first for this batch."""
-        if not self._under_way.end(batch):
+        if not self._in_flight.end(batch):
             return False
         self._setbacks.pop(batch.index, None)
         self.rows_left.difference_update(batch.rows)
@@ -141,7 +143,7 @@ class Backlog:
 
     def put_back(self, batch: Batch, replica: int) -> None:
         """Return a batch from a replica to the front of the queue; the replica did not fail."""
-        if self._under_way.leave(batch, replica):
+        if self._in_flight.leave(batch, replica):
             (self._suspects if self.is_suspect(batch) else self._queue).appendleft(batch)
             self._count(batch.shape, 1)
 
@@ -157,7 +159,7 @@ class Backlog:
         count = self._setbacks.get(batch.index, 0) + 1
         if self.replicas_of(batch):
             self._setbacks[batch.index] = count
-        if not self._under_way.leave(batch, replica):
+        if not self._in_flight.leave(batch, replica):
             return None
         is_one = len(batch.rows) == 1
         if count < (MOST_SETBACKS_OF_A_ROW if is_one else MOST_SETBACKS):
@@ -188,7 +190,7 @@ class Backlog:
             computing it.
         """
         if batch.shape.rows == 1:
-            if not self._under_way.leave(batch, replica):
+            if not self._in_flight.leave(batch, replica):
                 return None
             self._give_up(batch, reason)
             return 0
@@ -273,7 +275,7 @@ class Backlog:
             if setbacks is not None:
                 self._setbacks |= {piece.index: setbacks for piece in pieces}
         first, *others = pieces
-        self._under_way.add(first, replica)
+        self._in_flight.add(first, replica)
         for piece in reversed(others):
             put_back(piece)
         return first
@@ -294,7 +296,7 @@ class Backlog:
         self.given_up |= dict.fromkeys(batch.rows, reason)
 
 
-class _UnderWay:
+class _InFlight:
     """The batches in flight, and the replicas that compute each."""
 
     def __init__(self) -> None:
@@ -315,8 +317,10 @@ class _UnderWay:
         return self._found.pop(batch.index, None) is not None
 
     def leave(self, batch: Batch, replica: int) -> bool:
-        """Note that a replica stopped computing a batch; return whether no other one computes it
-        and it is not done."""
+        """Note that a replica stopped computing a batch.
+
+        Return whether it is unfinished and no other replica computes it.
+        """
         if batch.index not in self._found:
             return False
         replicas = self._found[batch.index][1]
@@ -325,13 +329,13 @@ class _UnderWay:
 
 
 class _Budgets:
-    """The most tokens of a batch for each replica that has run out of memory."""
+    """The maximum tokens per batch of each replica that has run out of memory."""
 
     def __init__(self) -> None:
         self._tokens: dict[int, int] = {}
 
     def halve(self, shape: BatchShape, replicas: Iterable[int]) -> int:
-        """Return half of a batch's tokens, from now on the budget of `replicas`."""
+        """Set the budget of `replicas` to half of a batch's tokens, and return it."""
         budget = (shape.rows // 2) * shape.length
         for number in replicas:
             self._tokens[number] = min(budget, self._tokens.get(number, budget))

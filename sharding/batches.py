@@ -64,7 +64,7 @@ def plan_batches(
     Args:
         lengths: (rows,) token counts.
         buckets: padded lengths, ascending; the last holds the longest row.
-        max_tokens_per_batch: most rows x padded length; a longer single row is allowed.
+        max_tokens_per_batch: the limit for rows x padded length; a longer single row is allowed.
         rows: the row of each length, ascending; None for all rows.
         known: compiled shapes: batches of their lengths keep their number of rows.
     """

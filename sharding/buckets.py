@@ -34,7 +34,7 @@ def choose_buckets(
         sequence_length: the largest padded length.
         cost: padded length -> the cost of a row; by default its padded tokens.
         cost_of_shape: the cost of a shape beyond `FREE_BUCKETS`, in the same unit.
-        max_buckets: the most buckets.
+        max_buckets: the maximum number of buckets.
 
     Raises:
         ValueError: a length exceeds `sequence_length`, or a limit is not positive.

@@ -23,9 +23,9 @@ class ModelShape:
     """The dimensions of a backbone that determine its cost.
 
     intermediate_dim: the width of the feed-forward part; if it is gated, of one projection.
-    is_gated: two projections up and one down, as in decoders, instead of one and one.
+    is_gated: two up projections and one down, as in decoders, instead of one of each.
     is_causal: a token attends only to itself and earlier ones. relative_positions: in DeBERTa, the
-    embedded distances that every query and key is compared with.
+    number of embedded distances with which every query and key is compared.
     """
 
     vocabulary_size: int
@@ -49,7 +49,7 @@ class ModelShape:
 
     @property
     def flops_per_token(self) -> int:
-        """Matmul FLOPs of one token, without attention scores: two for each parameter.
+        """Matmul FLOPs per token, without attention scores: two for each parameter.
 
         DeBERTa also compares its key and query with every distance (He et al. 2021,
         https://arxiv.org/abs/2006.03654, section 3.1).
@@ -66,14 +66,14 @@ class ModelShape:
         return self.num_layers * self.num_query_heads * self.head_dim * pairs
 
     def batch_flops(self, shape: BatchShape) -> int:
-        """Return the FLOPs of a padded batch, which is its cost when batches are dealt.
+        """Return the FLOPs of a padded batch, the cost by which batches are dealt.
 
         KerasHub's DeBERTa projects the embedded distances to queries and keys again for each row.
         """
         heads_dim = self.num_query_heads * self.head_dim
         distances = 4 * self.num_layers * self.relative_positions * self.hidden_dim * heads_dim
-        a_row = self.attention_flops(shape.length) + distances
-        return shape.tokens * self.flops_per_token + shape.rows * a_row
+        per_row = self.attention_flops(shape.length) + distances
+        return shape.tokens * self.flops_per_token + shape.rows * per_row
 
     def rows_flops(self, lengths: np.ndarray) -> float:
         """Return the FLOPs of rows without padding. lengths: (rows,) token counts."""
@@ -86,18 +86,21 @@ class ModelShape:
         return (embedding + self.num_layers * self.layer_parameters) * item_bytes
 
     def working_bytes_per_token(self, length: int, item_bytes: int) -> float:
-        """Return the bytes that one token of a batch needs beside the weights, at the peak.
+        """Return the peak bytes per token of a batch, not counting weights.
 
-        Activations, and attention scores in float32, twice; decoders have those of an eighth of the
-        queries at a time. Half of that is added for what the compiler keeps.
+        Counts activations, and attention scores in float32 twice; decoders hold the scores of an
+        eighth of the queries at a time. Adds half of that for what the compiler keeps.
         """
         part = 1 / 8 if self.is_causal else 1
         scores = 2 * 4 * self.num_query_heads * (length + self.relative_positions) * part
         return 1.5 * (self.activation_bytes_per_token(item_bytes) + scores)
 
     def activation_bytes_per_token(self, item_bytes: int) -> int:
-        """Return the bytes of hidden states and their norms, queries, keys and values, both
-        feed-forward projections and their product."""
+        """Return the bytes per token of a layer's activations.
+
+        These are hidden states and their norms, queries, keys and values, the feed-forward
+        projections and their product.
+        """
         heads = self.num_query_heads + 2 * self.num_key_value_heads
         projected = (2 + self.is_gated) * self.intermediate_dim
         values = 6 * self.hidden_dim + 2 * heads * self.head_dim + projected
@@ -117,7 +120,7 @@ def gated_halves(config: Mapping[str, Any]) -> ModelShape:
 
 
 def gated(config: Mapping[str, Any]) -> ModelShape:
-    """Read the other decoders. Gemma 3 and Qwen 3 name their head dim; the others may."""
+    """Read the other decoders. Gemma 3 and Qwen 3 set head_dim; for the others it is optional."""
     head_dim = config.get("head_dim") or config["hidden_dim"] // config["num_query_heads"]
     return _decoder(config, head_dim=head_dim, intermediate=config["intermediate_dim"])
 

@@ -2,7 +2,7 @@
 
 The scheduling policy of a run: which batch to compute, which shape to compile, whether to start a
 speculative copy of a straggler's batch, and how long a batch may take before it counts as hung. Ray
-replicas and the simulation (`benchmarks/simulated.py`) both use it. Pure: does not know workers or
+replicas and the simulation (`benchmarks/simulated.py`) both use it. Does not know workers or
 answers, and has no clock; callers pass the time.
 """
 
@@ -84,8 +84,7 @@ class Dealer:
 
     Args:
         replicas: those of the run; more may be appended.
-        patience_s: the most seconds that a batch may take beyond its forecast before it counts as
-            hung.
+        patience_s: how many seconds a batch may take beyond its forecast before it counts as hung.
 
     Attributes:
         copied_batches: the number of speculative copies.
@@ -120,8 +119,7 @@ class Dealer:
         return len(replica.in_flight) >= replica.most_in_flight and self._has_all(replica)
 
     def next_batch(self, replica: ReplicaState, now: float) -> Batch | None:
-        """Return the batch that a replica computes next, now in flight; None if it has enough or
-        must wait."""
+        """Move a replica's next batch in flight and return it; None if it gets none now."""
         backlog, in_flight = self._backlog, replica.in_flight
         if len(in_flight) >= replica.most_in_flight or any(map(backlog.is_suspect, in_flight)):
             return None
@@ -141,16 +139,19 @@ class Dealer:
         return batch
 
     def next_shape(self, replica: ReplicaState, now: float) -> BatchShape | None:
-        """Return the shape that a replica compiles next; None if it has them all, is compiling, or
-        others are compiling the missing ones, which will then be in the cache."""
+        """Return the shape that a replica compiles next, None if there is none.
+
+        There is none if it has them all, is compiling, or others are compiling the missing ones,
+        which will then be in the cache.
+        """
         if replica.compiling is not None:
             return None
         if self._has_all(replica):
             return self._shape_to_copy(replica, now)
         if replica.in_flight and not self._rates.is_measured(replica.number):
-            return None  # measure the batches first, without a compiler beside them
-        lacking = [one for one in self.shapes(replica) if one not in replica.warm]
-        if not lacking:
+            return None  # measure batches first, while no compiler runs
+        missing = [one for one in self.shapes(replica) if one not in replica.warm]
+        if not missing:
             self._complete[replica.number] = (self._backlog.version, len(replica.warm))
             return None
         # Each node has a cache of its own.
@@ -160,7 +161,7 @@ class Dealer:
             if other.compiling is not None and now - other.compiling_since < COMPILE_WITHIN_S
         }
         elsewhere -= self._compiled[replica.node]
-        return next((shape for shape in lacking if shape not in elsewhere), None)
+        return next((shape for shape in missing if shape not in elsewhere), None)
 
     def shapes(self, replica: ReplicaState) -> tuple[BatchShape, ...]:
         """Return the shapes that a replica may still get, in the order of first use."""
@@ -260,8 +261,10 @@ class Dealer:
         return min(1.0, own / self._speed_of_all)
 
     def _shape_to_copy(self, replica: ReplicaState, now: float) -> BatchShape | None:
-        """Return a shape to compile for a speculative copy: an idle replica would compile it and
-        finish a batch sooner than the replica that is computing the batch."""
+        """Return a shape to compile for a speculative copy, None if there is none.
+
+        This idle replica would compile it and finish a batch sooner than the one that computes it.
+        """
         if replica.in_flight or self._backlog.counts():
             return None
         self._look_for_late(now)
@@ -275,8 +278,10 @@ class Dealer:
         return None
 
     def _copy(self, replica: ReplicaState, now: float) -> Batch | None:
-        """Return a batch to copy: this idle replica would finish it sooner than the replica that is
-        computing it. The first answer counts, so no row waits for a slow or hung worker."""
+        """Return a batch that this idle replica would finish sooner than the one that computes it.
+
+        The first answer counts, so no row waits for a slow or hung worker.
+        """
         self._look_for_late(now)
         latest: tuple[float, Batch] | None = None
         for shape in self._late.shapes():
@@ -340,8 +345,10 @@ class _Late:
     def find(
         self, shape: BatchShape, now: float, own_s: float, is_open: Callable[[Batch], bool]
     ) -> tuple[float, Batch] | None:
-        """Return a batch that is worth a copy that takes `own_s`, and the seconds until it should
-        end: infinite if it is overdue. None if there is no such batch."""
+        """Return the seconds until a batch should end, and the batch, if it is worth a copy.
+
+        The copy would take `own_s`. The seconds are infinite if the batch is overdue.
+        """
         ends = self._ends[shape]
         while ends and not is_open(ends[0][2]):
             ends.pop(0)

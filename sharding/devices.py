@@ -1,8 +1,8 @@
 """The name of an accelerator -> its memory and speed, from a table with sources.
 
 The figures are for one device with one worker, and for dense matmuls without sparsity. `nominal` is
-from the data sheet. `measured` is what others saw large matmuls sustain; this project measured none
-of it. Does not know models, nor which devices are here.
+from the data sheet. `measured` is the rate of large matmuls that others measured; this project
+measured none of these. Does not know models, nor which devices are here.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 
 TERA, GIGA = 1e12, 1e9
 
-# The share of its nominal rate that a device is assumed to sustain if nobody measured it. A100,
+# The assumed share of its nominal rate that a device sustains, if no measurement is known. A100,
 # H100 and H200 sustain 0.78 to 0.80.
 SUSTAINED_SHARE = 0.78
 
@@ -34,7 +34,7 @@ class DeviceModel:
 
     rates: dtype -> Rate, for each dtype that it supports; int8 products are summed in 32 bits.
     link, link_bytes_per_s: the connection between two of them, and its speed in one direction.
-    usual_count: how many a machine has if the user does not say.
+    usual_count: the default number of them in a machine.
     pattern: a regex that matches the name that the driver reports.
     """
 
@@ -224,10 +224,10 @@ ALIASES = {"v5e-8": "v5e", "a100-40gb": "a100", "v3": "v3-8", "tpu-v5e": "v5e", 
 
 
 def find_model(name: str) -> DeviceModel:
-    """Return the device that a user named.
+    """Return the device that the user named.
 
     Raises:
-        ValueError: the table has no device of that name.
+        ValueError: the table has no device with that name.
     """
     key = name.lower()
     key = ALIASES.get(key, key)

@@ -31,8 +31,10 @@ STAGE, WEIGHTS, DEVICE, HOST = "stage", "weights", "device", "host"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """The memory that a worker may use. memory_bytes: its device's; on a CPU, the machine's.
-    host_bytes: the machine's, None if not known."""
+    """The memory that a worker may use.
+
+    memory_bytes: its device's; on a CPU, the machine's. host_bytes: the machine's, None if unknown.
+    """
 
     kind: str
     memory_bytes: float
@@ -44,7 +46,7 @@ class Room:
         return None if KINDS[self.kind].is_host else self.memory_bytes
 
     def per_worker_bytes(self, workers: int) -> float:
-        """Return the memory that each of so many workers can use."""
+        """Return the memory that each of `workers` workers can use."""
         if self.limit_bytes is not None:
             return self.limit_bytes
         left = (self.memory_bytes - DRIVER_BYTES) / workers
@@ -83,8 +85,8 @@ class Fit:
 
     exceeds: what does not fit, one of the names above; None if everything fits.
     item_bytes, whole_bytes: the size of one weight, and of all of them. held_bytes, share: the
-    weights of the fullest member, and its share of a replica's FLOPs. budget: the most padded
-    tokens of a batch.
+    weights of the fullest member, and its share of a replica's FLOPs. budget: the maximum number of
+    padded tokens per batch.
     """
 
     exceeds: str | None
@@ -110,8 +112,8 @@ def fit(
     """Return whether a model fits, with the batches that it would run.
 
     Args:
-        asked_budget: padded tokens of a batch, None to choose.
-        plan: padded tokens of a batch -> the batches.
+        asked_budget: padded tokens per batch, None to choose.
+        plan: padded tokens per batch -> the batches.
     """
     weights = _fit_weights(shape, room, way)
     if weights.exceeds is not None:
@@ -187,7 +189,7 @@ def _fit_weights(shape: ModelShape, room: Room, way: Way) -> Fit:
 
 
 def bytes_per_token(shape: ModelShape, way: Way) -> float:
-    """Return what one member sends for a token."""
+    """Return what one member sends per token."""
     item_bytes = ITEM_BYTES[way.dtype]
     if way.strategy == "tensor":
         return float(tensor_bytes_per_token(shape, way.members, item_bytes))
@@ -209,10 +211,10 @@ def forecast(
     share: float,
     link_bytes_per_s: float,
 ) -> Seconds:
-    """Return the seconds of a run, stage by stage.
+    """Return the seconds of a run, phase by phase.
 
     Args:
-        before: its stages but predicting; `tokenize` is all of tokenizing.
+        before: its phases other than predicting; `tokenize` is all of tokenizing.
         rate: FLOP/s of one worker on the model.
         share: the part of a replica's FLOPs that its busiest member computes.
     """

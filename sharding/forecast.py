@@ -1,7 +1,4 @@
-"""A backlog and the paces of replicas -> the remaining seconds.
-
-Pure arithmetic; has no clock.
-"""
+"""A backlog and the paces of replicas -> the remaining seconds. Has no clock."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,13 +9,15 @@ from sharding.batches import Batch, BatchShape
 from sharding.rates import Rates
 
 # The share of a running batch that remains, on average.
-HALF_WAY = 0.5
+HALF_DONE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast a replica is. speed: cost per second. delay_s: seconds until it begins, because it
-    loads or compiles first."""
+    """How fast a replica is.
+
+    speed: cost per second. delay_s: seconds until it begins, since it loads or compiles first.
+    """
 
     speed: float
     delay_s: float = 0.0
@@ -31,13 +30,13 @@ def seconds_left(backlog: Backlog, rates: Rates, paces: Sequence[Pace]) -> float
     end, when the first replica becomes idle, each other one has half a batch left.
     """
     in_line: dict[int, list[float]] = defaultdict(list)
-    for batch in backlog.under_way():
+    for batch in backlog.in_flight():
         in_line[backlog.replicas_of(batch)[0]].append(rates.work(batch.shape))
-    under_way = sum(sum(line) - HALF_WAY * line[0] for line in in_line.values())
+    in_flight = sum(sum(line) - HALF_DONE * line[0] for line in in_line.values())
     last_shape = backlog.last_shape()
     last = rates.work(last_shape) if last_shape is not None else 0.0
     waiting = work_of_shapes(backlog.counts(), rates)
-    return seconds_of(waiting + under_way + HALF_WAY * last * (len(paces) - 1), paces)
+    return seconds_of(waiting + in_flight + HALF_DONE * last * (len(paces) - 1), paces)
 
 
 def work_of(batches: Iterable[Batch], rates: Rates) -> float:

@@ -13,16 +13,16 @@ class Kind:
 
     platform: its name in JAX_PLATFORMS. extra: the package's extra with JAX's libraries for it.
     resource: its name among Ray's resources. place: what a worker needs on a node, in words.
-    is_host: its memory and cores are the machine's own: workers share the cores, the compiler takes
+    is_host: its memory and cores are the machine's own. Workers share the cores, the compiler takes
     cores from batches, and weights are in the worker's own memory.
-    fits_batches: its memory limits the tokens of a batch.
+    fits_batches: its memory limits the tokens per batch.
     bucket_multiple: padded lengths are multiples of this, for vector and matrix units.
-    tokens_per_batch: padded tokens of a batch if the user names no budget.
+    tokens_per_batch: the default budget, in padded tokens per batch.
     auto_dtype: what --dtype auto means; None if the compute capability decides.
     typical_flops_per_s: of one device that runs a model, rounded.
-    efficiency: the share of a large matmul's rate that a model reaches over padded tokens:
-    expected, least and most.
-    imported_bytes: resident in each worker before it loads weights.
+    efficiency: the share of a large matmul's rate that a model reaches on padded tokens:
+    expected, lowest and highest.
+    imported_bytes: resident memory of each worker before it loads weights.
     libraries_s: seconds to import Keras, JAX and JAX's libraries.
     """
 
@@ -93,16 +93,16 @@ TPU = Kind(
     libraries_s=15.0,
 )
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (CPU, GPU, TPU)}
-# The compute capability of NVIDIA Ampere. Older devices emulate bfloat16, a T4 (7.5) at a twentieth
-# of its float16 rate.
+# The compute capability of NVIDIA Ampere. Older devices emulate bfloat16; a T4 (7.5) reaches a
+# twentieth of its float16 rate.
 FIRST_WITH_BFLOAT16 = 8.0
 
 
 def dtype_beside(quantization: str | None, dtype: str) -> str:
-    """Return what --dtype auto means with such weights if it means `dtype` with float weights.
+    """Return what --dtype auto means with quantized weights if it means `dtype` with float weights.
 
-    A product of int8 is a sum of integers up to 127 x 127 x columns, but float16 ends at 65,504.
-    Keras has no int8 layer that computes in float16.
+    An int8 matmul sums integers up to 127 x 127 x columns, but float16 ends at 65,504. Keras has no
+    int8 layer that computes in float16.
     """
     return "float32" if (quantization, dtype) == ("int8", "float16") else dtype
 
@@ -114,11 +114,7 @@ def named_by_jax(platforms: str) -> str:
 
 
 def auto_dtype(kind: str, capability: float | None = None) -> str | None:
-    """Return what --dtype auto means on a device; None if its compute capability is not known.
-
-    Args:
-        capability: of a GPU.
-    """
+    """Return what --dtype auto means on a device; None if a GPU's compute capability is unknown."""
     known = KINDS[kind].auto_dtype
     if known is not None or capability is None:
         return known

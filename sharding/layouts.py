@@ -1,7 +1,7 @@
 """A backbone's weights -> how each is split over the devices of a tensor-parallel group.
 
 The mesh has the axes ("batch", "model") and the shape (1, group size), so a layout only says which
-dim of a weight is split over "model". Pure: knows paths and shapes, but not Keras or JAX.
+dim of a weight is split over "model". Knows paths and shapes, but not Keras or JAX.
 
 Attention heads and feed-forward columns are split (Megatron-LM, Shoeybi et al. 2019, section 3), so
 each block sums partial results twice: after attention_output and after the last feed-forward
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 SPLIT_AXIS = "model"
-# A weight with at least this many dims must match a rule; one with fewer may match none and is then
+# A weight with at least this many dims must match a rule; one with fewer that matches none is
 # replicated. Dims are counted, not elements, so that small test models follow the same rules.
 MIN_CLAIMED_DIMS = 2
 
@@ -234,8 +234,8 @@ def _find_rule(family: str, weight: Weight) -> Rule | None:
     if len(rules) > 1 or (not rules and len(weight.shape) >= MIN_CLAIMED_DIMS):
         matching = ", ".join(repr(rule.pattern) for rule in rules) or "none"
         raise ValueError(
-            f"Layout rules of {family} that match {weight.path}: {matching}. Expected exactly one; "
-            f"without one, every device would hold the whole weight. Received: shape={weight.shape}"
+            f"Exactly one layout rule of {family} must match {weight.path}; without one, every "
+            f"device would hold the whole weight. Received: {matching} for shape={weight.shape}"
         )
     if rules and len(rules[0].axes) != len(weight.shape):
         raise ValueError(

@@ -1,7 +1,7 @@
 """A model's dimensions, how it is held, and a batch -> the bytes that a device needs.
 
-Pure arithmetic. The runner sizes stages and batches by it, and `--plan` says what fits. Does not
-know which devices there are.
+The runner sizes stages and batches with it, and `--plan` says what fits. Does not know which
+devices there are.
 """
 
 from dataclasses import dataclass
@@ -12,20 +12,24 @@ from sharding.kinds import KINDS
 from sharding.stages import StageLayers, cut_stages
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# Of a weight, without scales and zero points.
+# Bytes per weight, without scales and zero points.
 QUANTIZED_BYTES = {"int8": 1.0, "int4": 0.5}
-# Of a device's memory. The rest is for activations, workspace and the CUDA context.
+# The share of a device's memory for weights. The rest is for activations, workspace and the CUDA
+# context.
 SHARE_FOR_WEIGHTS = 0.85
-# Of a device's memory, for weights and batches together: less than `process.GPU_MEMORY_FRACTION`.
+# The share for weights and batches together: less than `process.GPU_MEMORY_FRACTION`.
 SHARE_IN_USE = 0.9
-# For the driver, with the texts and tokens of a test set, and Ray's own processes.
+# Used by the driver, with the texts and tokens of a test set, and by Ray's own processes.
 DRIVER_BYTES = 1.0e9
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes that the fullest device needs. The workspace holds temporary values beside the
-    activations, or the float copy of a weight while it is quantized."""
+    """Bytes that the fullest device needs.
+
+    workspace_bytes: temporary values besides the activations, or the float copy of a weight while
+    it is quantized.
+    """
 
     weights_bytes: float
     activations_bytes: float
@@ -97,8 +101,9 @@ def batch_budget(
     sequence_length: int,
     most: int,
 ) -> int:
-    """Return the most padded tokens of a batch that fits beside the weights: at most `most`, but at
-    least one row of `sequence_length`.
+    """Return how many padded tokens per batch fit next to the weights.
+
+    The result is at most `most`, but at least one row of `sequence_length`.
 
     Args:
         held_bytes: of weights, on the fullest device.
@@ -121,7 +126,7 @@ def need(
     """Return what a device needs for batches of `tokens` padded tokens, in rows of `length`.
 
     Args:
-        loading_bytes: needed beside the weights while they are loaded, before any batch.
+        loading_bytes: needed besides the weights while they are loaded, before any batch.
     """
     activations = tokens * shape.activation_bytes_per_token(value_bytes)
     working = tokens * shape.working_bytes_per_token(length, value_bytes)
@@ -138,12 +143,14 @@ def host_bytes(
     item_bytes: int,
     device_bytes: float,
 ) -> float:
-    """Return the host memory of a run: for the driver, and for each worker its libraries and twice
-    the largest tensor that it reads, which is copied once. On a CPU, also what "devices" hold.
+    """Return the host memory of a run.
+
+    Counts the driver, and for each worker its libraries and the largest tensor that it reads, twice
+    since it is copied once. On a CPU, also counts what the devices hold.
 
     Args:
         item_bytes: of a float weight.
-        device_bytes: that all workers' devices hold together.
+        device_bytes: what all workers' devices hold together.
     """
     embedding = shape.vocabulary_size * shape.hidden_dim
     kernel = shape.hidden_dim * shape.intermediate_dim

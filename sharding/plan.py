@@ -32,10 +32,10 @@ def plan_rows(
         lengths: int64 (rows,), tokens of each row.
         sees_padding: whether padding changes the answer. If so, every row is padded to the sequence
             length, else to the shortest bucket that holds it.
-        budget: the most padded tokens of a batch.
-        rows: those to plan, None for all.
-        cap: the length that rows are truncated to if time is short.
-        known: compiled shapes, to reuse instead of new ones.
+        budget: the maximum number of padded tokens per batch.
+        rows: the rows to plan, None for all.
+        cap: the length to truncate rows to if time is short.
+        known: compiled shapes to reuse instead of new ones.
     """
     chosen = np.arange(len(lengths)) if rows is None else np.asarray(rows, dtype=np.int64)
     limit = sequence_length if cap is None else min(cap, sequence_length)

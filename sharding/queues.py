@@ -11,7 +11,7 @@ from sharding.batches import Batch, BatchShape
 
 
 class BatchQueue:
-    """A double-ended queue that finds the first batches of a shape at once."""
+    """A double-ended queue that quickly finds the first batch of a shape."""
 
     def __init__(self, batches: Iterable[Batch] = ()) -> None:
         # No run is empty, and each has one shape.
@@ -63,7 +63,7 @@ class BatchQueue:
         return (run[0].shape for run in self._runs)
 
     def cost(self, cost: Callable[[BatchShape], float]) -> float:
-        """Return the cost of all batches. cost: of a shape."""
+        """Return the cost of all batches, from the cost of a shape."""
         return sum(len(run) * cost(run[0].shape) for run in self._runs)
 
     def after(self, is_first: Callable[[BatchShape], bool]) -> Iterator[Batch]:

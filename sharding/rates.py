@@ -13,7 +13,7 @@ from sharding.kinds import CPU
 EXPECTED_MFU, *_ = CPU.efficiency
 # A replica's speed is a mean over about this many recent batches, so it soon shows a slowdown.
 MEMORY_BATCHES = 24.0
-# The weight of the expected speed, in batches; and that of a batch which shared the device with a
+# The weight of the expected speed, in batches, and of a batch that shared the device with a
 # compiler or was the first of its shape.
 EXPECTED_WEIGHT = 0.3
 DISTURBED_WEIGHT = 0.1
@@ -25,8 +25,8 @@ MOST_BEND = 3.0
 UNDISTURBED = 0.1
 # A speed is reliable after this many undisturbed batches.
 ENOUGH_BATCHES = 3
-# The assumed share of a CPU that a compiler takes from batches, until it is measured. It starts as
-# many threads as they do.
+# The assumed share of a CPU that a compiler takes from batches, until it is measured. Both start
+# the same number of threads.
 COMPILING_TAKES = 0.6
 
 
@@ -42,8 +42,9 @@ class Mean:
         self.total = self.total * kept + value * weight
         self.weight = self.weight * kept + weight
 
-    def value(self, otherwise: float = 0.0) -> float:
-        return self.total / self.weight if self.weight else otherwise
+    def value(self) -> float:
+        """Return the mean, 0 if there is none yet."""
+        return self.total / self.weight if self.weight else 0.0
 
 
 class Rates:
@@ -87,7 +88,7 @@ class Rates:
         is_first: bool = False,
         compiling_s: float = 0.0,
     ) -> None:
-        """Learn from the time of a batch, without the time that it waited behind others.
+        """Learn from the time of a batch, not counting its wait behind others.
 
         Args:
             is_first: whether it was the first of its shape on this replica, which faults memory in.
@@ -123,7 +124,7 @@ class Rates:
         return self._undisturbed.get(replica, 0) >= ENOUGH_BATCHES
 
     def speed(self, replica: int) -> float:
-        """Return the cost per second at a factor of one; 0 if it is not known."""
+        """Return the cost per second at a factor of one; 0 if unknown."""
         if replica in self._speeds:
             return self._speeds[replica]
         if self._speeds:
@@ -140,8 +141,10 @@ class Rates:
         return self.work(shape) / speed if speed else 0.0
 
     def slowness(self, replica: int) -> float:
-        """Return the time of the last undisturbed batch over its forecast, at least 1. It shows a
-        slowdown at once; the speed shows it after some batches."""
+        """Return the time of the last undisturbed batch over its forecast, at least 1.
+
+        It shows a slowdown at once; the speed shows it only after some batches.
+        """
         return max(1.0, self._slowness.get(replica, 1.0))
 
     def first_s(self) -> float:
@@ -155,7 +158,7 @@ class Rates:
     def preparing_s(
         self, shapes: set[BatchShape], *, used: set[BatchShape], warm: set[BatchShape], one_s: float
     ) -> float:
-        """Return the seconds that new shapes cost a replica, beside their batches.
+        """Return the seconds that new shapes cost a replica, besides their batches.
 
         Args:
             used: shapes of which it has finished a batch. warm: shapes for which it has a program.
@@ -189,13 +192,13 @@ class Rates:
         if not self._bends:
             return 1.0
         if shape in self._bends:
-            return self._bends[shape].value(1.0)
+            return self._bends[shape].value()
         nearest = min(self._bends, key=lambda known: (abs(known.length - shape.length), known.rows))
-        return self._bends[nearest].value(1.0)
+        return self._bends[nearest].value()
 
 
 class Intervals:
-    """The times at which something ran, by any clock -> for how long it ran within a period."""
+    """When something ran, by any clock -> for how long it ran within a period."""
 
     def __init__(self) -> None:
         self._past: list[tuple[float, float]] = []

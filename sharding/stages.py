@@ -31,14 +31,15 @@ def cut_stages(
 ) -> tuple[StageLayers, ...]:
     """Cut layers into `num_stages` runs so that the slowest stage is as fast as possible.
 
-    Of equally fast cuts, return the one whose largest stage is smallest; the result is always the
-    same. Dynamic programming finds it in O(num_stages * layers^2), once for time and once for size.
+    Of equally fast cuts, return the one whose largest stage is smallest; the result is
+    deterministic. Dynamic programming takes O(num_stages * layers^2), once for time and once for
+    size.
 
     Args:
         costs: time of each layer, any unit.
         weight_bytes: bytes of each layer's weights.
         first_bytes, last_bytes: of other weights in the first and the last stage.
-        max_bytes: the most weights that a device can hold; None for no limit.
+        max_bytes: the weights that a device can hold; None for no limit.
 
     Raises:
         ValueError: fewer layers than stages, or no cut keeps every stage under `max_bytes`.
@@ -75,7 +76,7 @@ def cut_stages(
         held,
         lambda start, stop: fits(start, stop) and cost(start, stop) <= slowest,
     )
-    assert edges is not None, "this is a bug: the fastest cut is one of those that are as fast"
+    assert edges is not None, "this is a bug: the fastest cut must be allowed again"
     return tuple(StageLayers(start, stop, held(start, stop)) for start, stop in pairwise(edges))
 
 

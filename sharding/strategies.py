@@ -1,7 +1,6 @@
-"""A model's dimensions and a group's size -> how the group holds one replica and why, and how many
-tokens a batch may have.
+"""A model's dimensions and a group's size -> how the group holds one replica, and tokens per batch.
 
-Arithmetic on dimensions. Does not know devices or processes.
+Does not know devices or processes.
 """
 
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from sharding.stages import StageLayers
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """A strategy (tensor or pipeline), the reason for it, and what a member sends for a token."""
+    """A strategy (tensor or pipeline), the reason for it, and what a member sends per token."""
 
     name: str
     why: str
@@ -26,9 +25,9 @@ class Strategy:
 def auto_strategy(known: Sequence[str], members: int, num_layers: int) -> str:
     """Return what --strategy auto means.
 
-    A pipeline, if there is a layer for each member. For each token it sends one hidden state over
-    each cut; tensor parallelism all-reduces two in every layer. So a pipeline is faster on any
-    link, provided that there are more batches than members, as in any large test set.
+    A pipeline, if there is a layer for each member. Per token it sends one hidden state over each
+    cut; tensor parallelism all-reduces two in every layer. So a pipeline is faster on any link if
+    there are more batches than members, as in any large test set.
 
     Args:
         known: the strategies that the family supports.
@@ -52,13 +51,13 @@ def choose(
     Args:
         class_name, known: the family, and the strategies that it supports.
         asked: one of them, or auto.
-        memory_bytes: of a device, None if not known.
+        memory_bytes: of a device, None if unknown.
 
     Raises:
         ValueError: more members than layers, a stage that is too large for any device, or a
             family that does not support the strategy. The message names the flags.
     """
-    name, reason = asked, "as asked for"
+    name, reason = asked, "as requested"
     if asked == "auto":
         name = auto_strategy(known, members, shape.num_layers)
         reason = (
@@ -70,15 +69,15 @@ def choose(
     if name not in known:
         others = f"--strategy {' or '.join(known)} or " if known else ""
         raise ValueError(
-            f"{class_name} goes with {others}--mode data-parallel or single, a whole replica a "
-            f"device. {received}"
+            f"{class_name} goes with {others}--mode data-parallel or single, which hold a whole "
+            f"replica on each device. {received}"
         )
     if name == "tensor" and quantization != "none":
         raise ValueError(
             f"--quantization {quantization} goes with --strategy pipeline: {reason}, and a scale "
             f"that belongs to a whole kernel cannot be cut into slices. {received}"
         )
-    # The devices decide what dtype auto is; GPUs have 16 bits.
+    # The devices decide what --dtype auto means; on GPUs it has 16 bits.
     item_bytes = ITEM_BYTES.get(dtype, 2 if memory_bytes else 4)
     traffic = {
         "tensor": tensor_bytes_per_token(shape, members, item_bytes),
@@ -107,13 +106,13 @@ def batch_tokens(
     memory_bytes: int | None,
     sequence_length: int,
 ) -> int:
-    """Return the padded tokens of a batch: the default of the kind, less if memory is short.
+    """Return the padded tokens per batch: the kind's default, less if memory is short.
 
     More would not be faster, since the matmuls are already large enough.
 
     Args:
-        strategy: as asked for; it matters if `members` is more than one.
-        memory_bytes: of a device, None if not known.
+        strategy: as requested; matters only if `members` is more than one.
+        memory_bytes: of a device, None if unknown.
 
     Raises:
         ValueError: a stage that is too large for any device.
@@ -141,10 +140,10 @@ def batch_tokens(
 
 
 def tensor_bytes_per_token(shape: ModelShape, members: int, item_bytes: int) -> int:
-    """Return the bytes that each member sends for one token: in each layer, two ring all-reduces of
-    a hidden state.
+    """Return the bytes that each member sends per token.
 
-    A ring all-reduce sends 2 (n - 1) / n times the array (Patarasuk and Yuan, 2009).
+    Each layer has two ring all-reduces of a hidden state. A ring all-reduce sends 2 (n - 1) / n
+    times the array (Patarasuk and Yuan, 2009).
     """
     hidden = shape.hidden_dim * item_bytes
     return 2 * shape.num_layers * hidden * 2 * (members - 1) // members

@@ -1,7 +1,7 @@
-"""FLOPs, bytes and a device's rate -> seconds of a run, stage by stage.
+"""FLOPs, bytes and a device's rate -> seconds of a run, phase by phase.
 
-Pure arithmetic. For each figure that this project measured, a comment says where; the others are
-guesses, and the plan calls them so. Does not know which devices there are.
+For each figure that this project measured, a comment says where. The others are guesses, and the
+plan says so. Does not know which devices there are.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from sharding.kinds import KINDS
 # The speed of one process on all cores, relative to one process per core: 12.5 s and 11.5 s,
 # measured on two cores.
 ONE_PROCESS_ON_A_CPU = 0.92
-# How fast members of a tensor group exchange data through gloo on one CPU machine: 18.5 kB a token
-# took 2.6 s for 122,880 tokens (benchmarks/results/2026-11-23-modes.md).
+# How fast members of a tensor group exchange data through gloo on one CPU machine: 18.5 kB per
+# token took 2.6 s for 122,880 tokens (benchmarks/results/2026-11-23-modes.md).
 CPU_LINK_BYTES_PER_S = 0.9e9
 # Activations of a pipeline go through host memory and Ray's object store.
 STAGE_LINK_BYTES_PER_S = 1.0e9
@@ -29,8 +29,7 @@ QUANTIZED_PER_S = 43e6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seconds:
-    """The seconds of each stage of a run. tokenize: the part that is left when the workers have
-    started and loaded."""
+    """The seconds of each phase of a run. tokenize: what is left once the workers have loaded."""
 
     read: float
     tokenize: float
@@ -71,8 +70,8 @@ def compile_seconds(
 ) -> float:
     """Return the seconds that compiling adds to a run with an empty cache.
 
-    The run waits for the first shape. The others compile beside the batches, on a GPU or TPU on
-    idle host cores, on a CPU on the cores that compute. One worker compiles each shape.
+    The run waits for the first shape. The others compile while batches run: with a GPU or TPU on
+    idle host cores, with a CPU on the cores that compute. One worker compiles each shape.
     """
     one = COMPILE_S_PER_LAYER * shape.num_layers / (members if strategy == "pipeline" else 1)
     others = (shapes - 1) / replicas if KINDS[kind].is_host else 0.0
@@ -95,8 +94,8 @@ def predict_seconds(
     """Return the seconds of all batches.
 
     Replicas pull batches, so at the end each waits half a batch on average. A pipeline is as fast
-    as its slowest stage or transfer; to fill and drain it takes one batch for each further stage. A
-    tensor group computes, then exchanges.
+    as its slowest stage or transfer; filling and draining it takes one batch for each stage after
+    the first. A tensor group computes, then exchanges.
 
     Args:
         flops: matmul FLOPs of padded tokens, attention included.

@@ -40,7 +40,7 @@ class Node:
     cores: tuple[int, ...] = ()
 
     def places(self, kind: str) -> int:
-        """Return the most workers that this node can hold."""
+        """Return how many workers this node can hold."""
         return self.cpus if KINDS[kind].is_host else min(self.devices, self.cpus)
 
 
@@ -108,7 +108,7 @@ def place_on_nodes(
     and the workers share their node's CPUs evenly.
 
     Args:
-        num_workers: the most to place; None for as many as suit the nodes.
+        num_workers: how many to place at most; None for as many as suit the nodes.
         first_replica: the number of the first replica.
 
     Returns:

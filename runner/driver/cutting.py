@@ -64,7 +64,7 @@ class Cutter:
         bridge = self._bridge(waiting, min(compile_s, BRIDGE_SHARE * available))
         stays = {batch.index for batch in bridge}
         after_bridge = self._unanswered(batch for batch in waiting if batch.index not in stays)
-        others = [*backlog.under_way(), *filter(backlog.is_suspect, backlog.waiting())]
+        others = [*backlog.in_flight(), *filter(backlog.is_suspect, backlog.waiting())]
 
         def forecast(cap: int) -> float:
             plan = self._plan(rows if cap in compiled else after_bridge, cap)
@@ -140,7 +140,7 @@ class Cutter:
         new length compiles, instead of waiting."""
         warm, paces = self.executor.warm(), self.executor.paces(())
         work = seconds * sum(pace.speed for pace in paces)
-        work -= sum(self.rates.work(batch.shape) for batch in self.backlog.under_way())
+        work -= sum(self.rates.work(batch.shape) for batch in self.backlog.in_flight())
         chosen: list[Batch] = []
         for batch in waiting:
             if work <= 0:

@@ -1,14 +1,14 @@
 """python -m runner.model.absent < REQUEST.json: compile the runner's programs for an absent device.
 
-XLA compiles for a GPU or TPU on a machine without one. Programs are those of `Program`, built from
-a preset's config.json; weights are shapes, never arrays. The environment must be that of
-`targets.environment_for`. A crash of the compiler ends this process alone.
+XLA compiles for a GPU or TPU on a machine without one. Each `Program` is built from a preset's
+config.json; weights are shapes, never arrays. The environment must be that of
+`targets.environment_for`. If the compiler crashes, only this process ends.
 
-The request, JSON on standard input:
+The request is JSON on standard input:
     device: a key of `GPU_TARGETS` or `TPU_TOPOLOGIES`. preset: its folder. dtype, quantization,
     pooling, head: as in `ModelSpec`. classes: columns of the head. layers: [start, stop] of a
     stage, null for the whole model. shapes: [[rows, length], ...].
-Answers with a line of JSON for each shape: `Compiled`, or {"error": why}.
+The answer is a line of JSON for each shape: `Compiled`, or {"error": why}.
 """
 
 import json
@@ -22,7 +22,7 @@ from runner.model.targets import GPU_TARGETS, TPU_TOPOLOGIES
 from sharding.batches import BatchShape
 from sharding.topology import WorkerSlot
 
-# How these programs attend: what all devices compile. A worker may choose a faster way.
+# How these programs attend: all devices can compile it. A worker may choose a faster way.
 WAY = "chunked"
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     try:
         device = _device(request["device"])
         program, arguments = _program(request, device)
-    except Exception as error:  # whatever XLA or Keras raises, the plan goes on
+    except Exception as error:  # the plan goes on, whatever XLA or Keras raises
         for _ in request["shapes"]:
             _answer({"error": _why(error)})
         return

@@ -1,6 +1,6 @@
 """Two tables of probabilities -> how much quantization changed them, as numbers and a sentence.
 
-Does not know models or files; `driver/` and `prepare.py` provide the tables.
+Does not know models or files.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 from runner.common.poolings import padded_length
 from sharding.batches import Batch, BatchShape
 
-# How many rows are also computed in float32.
+# How many rows are computed again in float32.
 REFERENCE_ROWS = 8
 
 
@@ -29,8 +29,8 @@ def compare(
 ) -> dict[str, Any]:
     """Return the report's `quantization` figures for two tables (rows, classes).
 
-    Only a softmax has `changed_argmax`: other heads have no likeliest class. seconds: how long it
-    took to compute the tables.
+    Only softmax heads have `changed_argmax`: the others have no likeliest class. seconds: how long
+    it took to compute the tables.
     """
     difference = np.abs(quantized - reference)
     figures = {
@@ -47,13 +47,13 @@ def compare(
 def describe(mode: str, figures: dict[str, Any]) -> str:
     """Return a sentence for the user about what `compare` returned."""
     if "reference_rows" not in figures:
-        return f"{mode}: the difference to float32 is not known ({figures['measured']})."
+        return f"{mode}: the difference from float32 is unknown ({figures['measured']})."
     numbers, changed = "numbers", ""
     if "changed_argmax" in figures:
         numbers = "probabilities"
         changed = f"; the likeliest class changed in {figures['changed_argmax']}"
     return (
-        f"{mode} differs from float32 by {figures['max_abs_difference']:.4f} at most and "
-        f"{figures['mean_abs_difference']:.4f} on average in the first "
+        f"{mode} differs from float32 by at most {figures['max_abs_difference']:.4f} and on "
+        f"average {figures['mean_abs_difference']:.4f} in the first "
         f"{figures['reference_rows']} rows' {numbers}{changed} ({figures['measured']})."
     )

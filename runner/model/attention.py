@@ -1,10 +1,10 @@
 """Queries, keys and values of a decoder layer -> its attention, without the full square of scores.
 
-Keras computes all query-key pairs in float32, also the half that the causal mask discards. Here
-queries are processed in chunks, each with the keys up to its own end. The models stay Keras':
-KerasHub's attention layers can hand queries, keys and values to a function (meant for vLLM's
-kernel), which this file supplies. They pass tokens end to end, as (tokens, 1, ...). Does not know
-poolings, heads or files.
+Keras computes all query-key pairs in float32, including the half that the causal mask discards.
+Here queries are processed in chunks, each with the keys up to its own end. The models remain
+Keras': its attention layers in KerasHub can hand queries, keys and values to a function (meant for
+vLLM's kernel), which this file supplies. They pass tokens end to end, as (tokens, 1, ...). Does not
+know poolings, heads or files.
 """
 
 import functools
@@ -22,19 +22,19 @@ from keras_hub.src.vllm.context import vllm_context_scope
 
 from runner.common.errors import first_line
 
-# More chunks skip more of the masked half but take longer to compile: eight compute 9/16 of the
-# square. On a CPU, chunks of 64 queries were 1.09 times as fast as 128 (8 layers of 512, 512
-# tokens).
+# More chunks skip more of the masked half but take longer to compile. Eight compute 9/16 of the
+# square. On a CPU, chunks of 64 queries were 1.09 times as fast as chunks of 128 (8 layers of 512,
+# 512 tokens).
 MOST_CHUNKS = 8
 SMALLEST_CHUNK = 64
 MASKED = -1e30
-# Rows and tokens on which a layer is compared with Keras' own: two chunks, the last one short.
+# Rows and tokens for comparing a layer with Keras' own: two chunks, the last one short.
 CHECKED_SHAPE = (2, SMALLEST_CHUNK + 32)
-# The largest allowed difference, relative to the largest value; rounding is far below.
+# The largest allowed difference, relative to the largest value; rounding stays far below.
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-# Layers with special behaviour in KerasHub 0.32 with JAX. Qwen's use a fused op before they apply
-# their window, so they have none. If a window contains no real token, Gemma's softmax gives 0, the
-# others' the mean of all values.
+# Layers with special behaviour in KerasHub 0.32 with JAX. Qwen's call a fused op before they apply
+# their window, so the window has no effect. If a window contains no real token, Gemma's softmax
+# gives 0, the others' gives the mean of all values.
 WITHOUT_WINDOW = ("QwenAttention", "Qwen3Attention")
 BLIND_SEE_NOTHING = ("CachedGemmaAttention", "CachedGemma3Attention")
 # With int8 activations, a tiny difference can change how a value is rounded.
@@ -116,7 +116,7 @@ def attend_with_tokamax(
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
-        # Else tokamax would parse this program's command line, and fail.
+        # Otherwise tokamax would parse this program's command line and fail.
         flags.FLAGS(["arena-runner"])
     return tokamax.dot_product_attention(
         queries,
@@ -139,7 +139,7 @@ WAYS: dict[str, Attend | None] = {
 
 
 def ways_for(device: jax.Device) -> tuple[str, ...]:
-    """Return the ways to try on a device, the best first.
+    """Return the ways to try on a device, best first.
 
     tokamax has kernels for TPUs and for compute capability 8.0 and later (not for a T4). On a CPU
     it was only as fast as chunks of 128, so it is not tried there.
@@ -156,10 +156,10 @@ def choose_way(
 ) -> tuple[str, tuple[str, ...]]:
     """Return the first way that agrees with Keras' own attention on this model and device.
 
-    One layer of each kind (with and without a window) runs on a few tokens both ways.
+    Runs one layer of each kind (with and without a window) on a few tokens both ways.
 
     Returns:
-        The way, and a sentence for each way that was tried and rejected.
+        The way, and a warning for each way that was rejected.
     """
     checks = [_Check(layer, int(model.output.shape[-1])) for layer in _one_of_each_kind(model)]
     kind, tolerance = device.device_kind, _tolerance(model)
@@ -192,14 +192,14 @@ def choose_way(
 def attention(
     model: keras.Model, way: str, rows: int, length: int, lengths: jax.Array | None
 ) -> Iterator[None]:
-    """Within, the model takes tokens end to end, (rows x length, 1, ...), and attends in a way.
+    """Let the model take tokens end to end, (rows x length, 1, ...), and attend as `way` says.
 
     Args:
-        way: a key of `WAYS` but `keras`. lengths: as in `Attend`.
+        way: a key of `WAYS` other than `keras`. lengths: as in `Attend`.
     """
     chosen = WAYS[way]
     assert chosen is not None, "this is a bug: Keras' own attention needs no scope"
-    # Traced once for all equal layers; else it would take half of a model's tracing.
+    # Traced once for all equal layers; otherwise it would take half of a model's tracing time.
     attend: Any = _traced_once(chosen)
     kinds = {type(layer).__name__ for layer in _layers(model)}
     has_windows, blind_see_nothing = kinds.isdisjoint(WITHOUT_WINDOW), kinds <= {*BLIND_SEE_NOTHING}
@@ -257,7 +257,7 @@ def _layers(model: keras.Model) -> list[keras.Layer]:
 
 
 def _one_of_each_kind(model: keras.Model) -> list[keras.Layer]:
-    """Return a decoder layer for each length of window in the model, and one without a window."""
+    """Return one decoder layer for each window length in the model, and one without a window."""
     kinds: dict[Any, keras.Layer] = {}
     for block in model.layers:
         for layer in _layers(block):
@@ -272,26 +272,19 @@ def _window(layer: keras.Layer) -> int | None:
 
 
 def _tolerance(model: keras.Model) -> float:
-    return QUANTIZED_TOLERANCE if is_quantized(model) else TOLERANCES[model.compute_dtype]
-
-
-def is_quantized(model: keras.Model) -> bool:
-    """Return whether any of its layers holds int8 or int4 weights."""
-    return any(getattr(layer, "quantization_mode", None) for layer in model._flatten_layers())
+    modes = (getattr(layer, "quantization_mode", None) for layer in model._flatten_layers())
+    return QUANTIZED_TOLERANCE if any(modes) else TOLERANCES[model.compute_dtype]
 
 
 class _Check:
-    """A decoder layer and a small input, whose second row ends early.
-
-    width: the layer's input and output dim.
-    """
+    """A decoder layer, its width, and a small input whose second row ends early."""
 
     def __init__(self, layer: keras.Layer, width: int) -> None:
         rows, length = CHECKED_SHAPE
         self._layer, self._width = layer, width
         named = inspect.signature(layer.call).parameters
         self._mask = "padding_mask" if "padding_mask" in named else "decoder_padding_mask"
-        # As large as the output of a norm.
+        # Of the size that a norm outputs.
         self._inputs = np.random.default_rng(0).normal(size=(rows, length, width))
         self._lengths = np.array([length, length // 3], np.int32)
 

@@ -1,7 +1,7 @@
-"""A checkpoint directory of Hugging Face transformers -> a KerasHub preset directory.
+"""A Hugging Face checkpoint directory -> a KerasHub preset directory.
 
 KerasHub's own converters do the work; `families.py` says which model type becomes which backbone.
-Weights are only read from safetensors, and no code is loaded from the directory. Imports Keras, so
+Weights are read only from safetensors, and no code is loaded from the directory. Imports Keras, so
 `process.prepare_process` must be called first.
 """
 
@@ -15,7 +15,7 @@ from runner.preset.json_files import read_json
 
 
 def convert(checkpoint: Path, folder: Path, *, dtype: str) -> None:
-    """Write backbone, tokenizer and preprocessor as a preset; a head is not converted.
+    """Write backbone, tokenizer and preprocessor as a preset, without the head.
 
     The whole model is in memory during the conversion.
 
@@ -27,14 +27,14 @@ def convert(checkpoint: Path, folder: Path, *, dtype: str) -> None:
     """
     model_type = str(read_json(checkpoint / "config.json").get("model_type"))
     class_name = family_of_checkpoint(model_type)
-    assert class_name is not None, "this is a bug: read_preset takes no such checkpoint"
+    assert class_name is not None, "this is a bug: checkpoint_type rejects such checkpoints"
     models = keras_hub.models
     is_encoder = FAMILIES[class_name].classifier is not None
     preprocessors = models.TextClassifierPreprocessor if is_encoder else models.CausalLMPreprocessor
     try:
         backbone = models.Backbone.from_preset(str(checkpoint), dtype=dtype)
         preprocessor = preprocessors.from_preset(str(checkpoint))
-    except Exception as error:  # what a converter raises has no narrower class
+    except Exception as error:  # a converter can raise anything
         raise DataError(
             f"KerasHub's converter for {model_type} does not accept {checkpoint}: "
             f"{type(error).__name__}: {first_line(error)}"

@@ -6,24 +6,24 @@ core of an AMD EPYC (Zen 4), 2,048 tokens, layers of 512. Does not know models.
 
 Products: if the processor has instructions for it, XLA's CPU library (YNNPACK) multiplies bfloat16
 into float32 at twice the float32 rate. Keras asks for bfloat16 into bfloat16, which is converted
-and runs at the float32 rate: float32 109, bfloat16 into bfloat16 105, int8 into int32 163, bfloat16
-into float32 215 GFLOP/s. So a product of bfloat16 arrays keeps its float32 sums until they are
-rounded once, which is also more exact. A product of int8 arrays is computed in bfloat16, which
-holds every int8 exactly; float32 holds every sum of 1,040 such products (2^24 / 127^2), and longer
-sums are rounded by 6e-8. Without those instructions (Zen 3) both would be slower, 51 instead of 75
-and 49 instead of 91 GFLOP/s, so neither is rewritten.
+and runs at the float32 rate. In GFLOP/s: float32 109, bfloat16 into bfloat16 105, int8 into int32
+163, bfloat16 into float32 215. So a product of bfloat16 arrays keeps its float32 sums until they
+are rounded once, which is also more accurate. A product of int8 arrays is computed in bfloat16,
+which represents every int8 exactly. Sums of up to 1,040 such products (2^24 / 127^2) are exact in
+float32; longer ones have a rounding error of 6e-8. Without those instructions (Zen 3) both would be
+slower, 51 instead of 75 and 49 instead of 91 GFLOP/s, so neither is rewritten.
 
-Elements: the processor computes in float32, so XLA converts the operands of each operation and
-rounds its result to bfloat16. A gated activation of 2,048 x 2,048 took 11.3 ms in this way and 2.1
-ms in float32 (Zen 5). So elementwise results stay in float32 until another kind of operation uses
-them, as XLA's own `xla_allow_excess_precision` does between two conversions.
+Elementwise operations: the processor computes in float32, so XLA converts the operands of each
+operation and rounds its result to bfloat16. A gated activation of 2,048 x 2,048 took 11.3 ms this
+way and 2.1 ms in float32 (Zen 5). So elementwise results stay in float32 until another kind of
+operation uses them, as XLA's own `xla_allow_excess_precision` does between two conversions.
 
 Norms: YNNPACK also sums squares, but not over (tokens, 1, width), the shape in which tokens go
 through the layers (`attention.py`). Without the 1, a model is 1.05 times as fast.
 
 Rotary embedding: the cosines and sines of all positions are constant, but too large for XLA to
-compute at compile time. It computes them in each layer, for each head of queries and keys. As
-constants, they make a model 1.06 times as fast.
+compute at compile time. It would compute them in each layer, for each head of queries and keys.
+Passing them as constants makes a model 1.06 times as fast.
 """
 
 import functools
@@ -39,7 +39,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from runner.common.machine import multiplies_bfloat16
 
 # Primitives that NumPy computes while a program is traced, since compiling a JAX program for them
-# takes half a second a shape. Values that need other primitives stay in the program.
+# takes half a second per shape. Values that need other primitives stay in the program.
 UFUNCS: dict[str, np.ufunc] = {
     "add": np.add,
     "add_any": np.add,
@@ -51,7 +51,7 @@ UFUNCS: dict[str, np.ufunc] = {
     "cos": np.cos,
     "sin": np.sin,
 }
-# Primitives of which each element depends on one element of each operand.
+# Primitives whose elements each depend on one element per operand.
 ELEMENTWISE = {
     *("abs", "add", "add_any", "div", "erf", "exp", "integer_pow", "log", "logistic", "max", "min"),
     *("mul", "neg", "pow", "rsqrt", "sqrt", "square", "sub", "tanh"),
@@ -81,8 +81,8 @@ class _Value:
     """An operand or a result of an equation.
 
     Attributes:
-        made: its array in the program that is traced; None if it is to be rounded from `exact`.
-        made_by: its equation and that one's operands; None for an argument or a constant.
+        made: its array in the traced program; None if it is yet to be rounded from `exact`.
+        made_by: the equation that computes it, and its operands; None for an argument or constant.
         number: equal for values that are computed alike; None if it depends on an argument.
         exact: its float32 array before rounding to its own dtype; None if there is none.
     """
@@ -169,7 +169,7 @@ class _Rewriter:
         return self._numbers.setdefault(key, len(self._numbers))
 
     def _table(self, value: _Value) -> np.ndarray:
-        """Return the array of a constant value, the same one wherever the program uses it."""
+        """Return the array of a constant value; equal values share one."""
         if value.made_by is None:
             return np.asarray(value.array)
         if value.number not in self._tables:
@@ -204,7 +204,7 @@ def _rounds_elements(equation: JaxprEqn) -> bool:
 
 
 def _is_kept(conversion: JaxprEqn, value: _Value) -> bool:
-    """Return whether a conversion can keep float32, to be rounded later."""
+    """Return whether a conversion can stay in float32 and be rounded later."""
     old, new = _dtype(conversion.invars[0]), conversion.params["new_dtype"]
     floats = {jnp.dtype("float32"), jnp.dtype(jnp.bfloat16)}
     return (
@@ -216,7 +216,7 @@ def _is_kept(conversion: JaxprEqn, value: _Value) -> bool:
 
 
 def _dtype(variable: Any) -> Any:
-    """Return the dtype of an equation's variable; JAX's type hints do not have it."""
+    """Return the dtype of an equation's variable, which JAX's type hints lack."""
     return variable.aval.dtype
 
 
@@ -233,7 +233,7 @@ def _squared(value: _Value) -> _Value | None:
 def _sums_of_squares(sum_: JaxprEqn, array: Any) -> Any | None:
     """Return sums of squares over the last axis, computed without axes of length 1.
 
-    None if there are no such axes, or `sum_` is over other ones.
+    None if there are no such axes, or `sum_` reduces other axes.
     """
     *leading, width = array.shape
     if tuple(sum_.params["axes"]) != (len(leading),) or 1 not in leading:
@@ -260,7 +260,7 @@ def _product(equation: JaxprEqn, left: np.ndarray, right: np.ndarray) -> np.ndar
     return np.tensordot(left, right, axes=contracted)
 
 
-# Like `UFUNCS`, for primitives that are not a ufunc.
+# Like `UFUNCS`, for primitives that are not ufuncs.
 FORMS: dict[str, Callable[..., np.ndarray]] = {
     "iota": _counted,
     "broadcast_in_dim": _broadcast,

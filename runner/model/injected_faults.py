@@ -1,18 +1,18 @@
 """ARENA_RUNNER_FAULTS -> faults in workers, so that tests can show that a run recovers from them.
 
-Off unless the variable is set. It holds a JSON list of faults, read when a process starts, such as
+Off unless the variable is set. It holds a JSON list of faults, read when a process starts:
 
     [{"kind": "hang", "rows": [17], "once": "/tmp/x"}, {"kind": "memory", "tokens": 512}]
 
-kind: `hang` (never returns), `kill` (SIGKILL to itself), `error` (an exception), `memory` (what JAX
-raises if a device is out of memory), `nan` (answers of NaN), `slow` (`factor` times as long, or at
-`tokens_per_s`, until the file `until` exists if it is named). A fault strikes batches with one of
-`rows`, or of more than `tokens` tokens, or all batches; of `replica`, or of all replicas. `once`: a
-path that is created when it strikes; it does not strike again. `wide`: it also strikes when rows
-are repeated in float32.
+kind: `hang` (never returns), `kill` (SIGKILL to itself), `error` (an exception), `memory` (JAX's
+error if a device is out of memory), `nan` (NaN as answers), `slow` (`factor` times as long, or at
+`tokens_per_s`). until: a path; `slow` ends once it exists.
+rows, tokens, replica: limit a fault to batches that contain one of `rows`, to batches of more than
+`tokens` tokens, to one replica. once: strike a single time; creates this path to remember it. wide:
+also strike when rows are computed again in float32.
 
-`patience` is not a fault: it limits to `seconds` how much longer than its forecast a batch may take
-before the driver treats it as hung, so that tests of hangs are quick.
+`patience` is not a fault. A batch may take at most `seconds` longer than its forecast before the
+driver treats it as hung, so that tests of hangs are quick.
 """
 
 import json
@@ -31,7 +31,7 @@ VARIABLE = "ARENA_RUNNER_FAULTS"
 
 
 def patience_s() -> float:
-    """Return the most seconds that a batch may take beyond its forecast; infinite if not set."""
+    """Return how many seconds a batch may take beyond its forecast; infinite if not set."""
     asked = (fault["seconds"] for fault in _asked_for() if fault["kind"] == "patience")
     return min(map(float, asked), default=float("inf"))
 
@@ -67,8 +67,8 @@ class InjectedFaults:
         """Inject the faults that change a batch's answer or time; return the answer.
 
         Args:
-            probabilities: float32 (rows, classes). seconds: how long it took.
-            wide: whether this is the repetition in float32.
+            probabilities: float32 (rows, classes). seconds: how long the batch took.
+            wide: whether it was computed again in float32.
         """
         for fault in self._striking(batch, ("nan", "slow")):
             if fault["kind"] == "slow" and not wide:
@@ -84,7 +84,7 @@ class InjectedFaults:
         return probabilities
 
     def _wait_for_device(self, took_s: float, takes_s: float, until: str | None) -> None:
-        """Wait until a slower device, with one batch at a time, would have finished this one."""
+        """Wait until a slower device that takes one batch at a time would have finished it."""
         now = time.monotonic()
         with self._lock:
             self._free_at = done_at = max(self._free_at, now - took_s) + takes_s

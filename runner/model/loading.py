@@ -49,17 +49,17 @@ def build_backbone(preset: str, *, dtype: str) -> keras.Model:
     Configs are deserialized in Keras' safe mode: no code is loaded from the directory.
 
     Raises:
-        DataError: the config does not describe a backbone, or one with inputs other than tokens.
+        DataError: the config does not describe a backbone that takes only tokens.
     """
     try:
         with keras.StatelessScope(initialize_variables=False):
             backbone = keras_hub.models.Backbone.from_preset(
                 preset, load_weights=False, dtype=policies_of(Path(preset), dtype)
             )
-    except Exception as error:  # what Keras raises for a garbled config has no narrower class
+    except Exception as error:  # Keras can raise anything for a damaged config
         raise DataError(f"{preset} does not load as a preset: {first_line(error)}") from error
     finally:
-        # Else the next scope, inside the first trace, would initialize them at random when it ends.
+        # Otherwise the next scope, inside the first trace, would initialize them when it ends.
         global_state.set_global_attribute("uninitialized_variables", [])
     if set(backbone.input) - {"segment_ids"} != {"token_ids", "padding_mask"}:
         raise DataError(
@@ -72,9 +72,9 @@ def build_backbone(preset: str, *, dtype: str) -> keras.Model:
 def cut_stage(backbone: keras.Model, start: int, stop: int) -> keras.Model:
     """Return the part of a backbone's graph that computes decoder layers `start` to `stop`.
 
-    Its inputs are padding_mask, and token_ids or, if layers come before it, hidden. The first part
-    has the embedding, the last the final norm and all of the backbone's outputs. Layers are not
-    copied: the parts share the backbone's.
+    Its inputs are padding_mask and either token_ids or, after the first part, hidden. The first
+    part has the embedding; the last has the final norm and all of the backbone's outputs. The parts
+    share the backbone's layers.
 
     Raises:
         DataError: the backbone is not a chain of decoder layers, or has no such layers.
@@ -93,10 +93,10 @@ def cut_stage(backbone: keras.Model, start: int, stop: int) -> keras.Model:
 
 
 def float_parts(preset: str, lora_weights: str | None) -> Iterator[tuple[keras.Model, bool]]:
-    """Yield a float preset's decoder layers in float32, one at a time, and whether it is the last.
+    """Yield a float preset's decoder layers in float32, and whether each is the last.
 
-    The parts are those of `cut_stage`. The weights of a part are released before the next one is
-    loaded. A backbone that cannot be cut is yielded whole.
+    The parts are those of `cut_stage`. A part's weights are released before the next one is loaded.
+    A backbone that cannot be cut is yielded whole.
 
     Raises:
         DataError: as `build_backbone` and `locate_weights`.
@@ -143,18 +143,18 @@ def fill(
     """Give each variable of a model its values, one at a time.
 
     Args:
-        stored: as `locate_weights` returns it; entries are removed as they are used.
+        stored: from `locate_weights`; entries are removed as they are used.
         place: reads a variable's values onto devices.
         quantization: a key of `quantization.CONFIGS`. Each layer is quantized as soon as it has its
-            weights, so that at most one layer is in memory as float.
+            weights, so that at most one layer is in memory in float.
 
     Raises:
         DataError: weights are damaged or not finite.
     """
     with large_blocks_go_back():
         if quantization is not None:
-            # Keras collects garbage after each layer, which takes a sixth of a second a layer for
-            # objects that were there before.
+            # Keras collects garbage after each layer. Scanning the objects that were there before
+            # would take a sixth of a second per layer.
             gc.freeze()
             for layer in list(model._flatten_layers(include_self=False)):
                 if len(list(layer._flatten_layers())) == 1:
@@ -173,19 +173,19 @@ def _fill(
         if variable._value is not None:
             continue
         if id(variable) in stored:
-            # Wait for the copy; else several tensors would be in host memory twice.
+            # Wait for the copy; otherwise several tensors would be in host memory twice.
             values = place(variable, stored.pop(id(variable)))
             variable._value = jax.block_until_ready(values)
             variable._initializer = None
         else:
-            # The state of a random generator, which is not used and not in the files.
+            # The unused state of a random generator, which is not in the files.
             assert math.prod(variable.shape) <= 2, f"this is a bug: no values for {variable.path}"
             variable._deferred_initialize()
 
 
 def place_whole(variable: keras.Variable, stored: StoredWeight) -> jax.Array:
     """Return all values of a variable on this process' device."""
-    # Not jnp.asarray, which on a CPU compiles a copy for each shape.
+    # On a CPU jnp.asarray would compile a copy for each shape.
     return jax.device_put(stored.read(dtype=variable.dtype))
 
 
@@ -217,7 +217,7 @@ def _read_lora(
 def _read_factors(
     file: h5py.File, index: str, kernel: keras.Variable
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the LoRA factors of one layer in float32; checks their shapes before reading them."""
+    """Return the LoRA factors of one layer in float32, after checking their shapes."""
     a, b = (
         saving_lib.safe_get_h5_dataset(file, f"lora/{index}/vars/lora_kernel_{part}")
         for part in "ab"

@@ -1,6 +1,6 @@
-"""XLA's optimized program, as text -> what its products became, and what it does that costs time.
+"""XLA's optimized program, as text -> how it computes matrix products, and what wastes time.
 
-Pure: imports neither JAX nor Keras.
+Imports neither JAX nor Keras.
 """
 
 import math
@@ -10,9 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-# A score square of shorter rows costs nothing to speak of.
+# The cost of smaller squares of scores, and of smaller arrays, is negligible.
 SHORTEST_SQUARE = 256
-# Smaller arrays cost nothing to speak of.
 LARGE_WEIGHT_BYTES = 1 << 20
 ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "bf16": 16, "f16": 16}
 
@@ -62,15 +61,16 @@ class Computation:
 
 
 def read_program(text: str, *, length: int) -> dict[str, Any]:
-    """Return the products of an optimized program by kind, and warnings.
+    """Return an optimized program's matrix products by kind, and warnings.
 
     Args:
-        text: as `jax.stages.Compiled.as_text` returns it. length: tokens of its rows.
+        text: as `jax.stages.Compiled.as_text` returns it. length: tokens per row.
 
     Returns:
         products: "KIND of DTYPE" -> how many; KIND is library call, fused kernel, loop, or matrix
         unit (of a TPU). squares: how many float32 squares of scores there are.
-        made_of_weights_bytes: arrays that each call makes of weights alone. warnings: sentences.
+        made_of_weights_bytes: arrays that each call computes from weights alone. warnings:
+        sentences.
     """
     computations = _parse(text)
     products = _products(computations)
@@ -81,12 +81,12 @@ def read_program(text: str, *, length: int) -> dict[str, Any]:
         warnings.append(f"{squares} float32 squares of scores, {length} x {length}, are in memory")
     if made:
         warnings.append(
-            f"{len(made)} arrays ({sum(made) / 1e9:.2f} GB) are made of weights alone in each "
-            "call: transposed, joined or unpacked"
+            f"{len(made)} arrays ({sum(made) / 1e9:.2f} GB) are computed from weights alone in "
+            "each call: transposed, joined or unpacked"
         )
     slow = {name: count for name, count in products.items() if name in ("loop of s8", "loop of s4")}
     if slow:
-        warnings.append(f"{sum(slow.values())} integer products are no library calls")
+        warnings.append(f"{sum(slow.values())} integer products are not library calls")
     return {
         "products": dict(products),
         "squares": squares,
@@ -110,7 +110,7 @@ def _parse(text: str) -> dict[str, Computation]:
 
 
 def _products(computations: dict[str, Computation]) -> Counter[str]:
-    """Count the products, by what computes them and the dtype of their first operand."""
+    """Count the matrix products by what computes them and by the dtype of the first operand."""
     kernels = {
         one.attribute("calls")
         for computation in computations.values()
@@ -133,7 +133,6 @@ def _products(computations: dict[str, Computation]) -> Counter[str]:
 
 
 def _operand_dtype(one: Instruction, computation: Computation) -> str:
-    """Return the dtype of an instruction's first operand."""
     inline = ARRAY.match(one.rest)
     if inline:
         return inline[1]
@@ -143,7 +142,7 @@ def _operand_dtype(one: Instruction, computation: Computation) -> str:
 
 
 def _squares(computations: Iterable[Computation], length: int) -> int:
-    """Count the arrays of float32 scores that are as wide as they are high, outside of fusions."""
+    """Count the square arrays of float32 scores, outside of fusions."""
     if length < SHORTEST_SQUARE:
         return 0
     return sum(
@@ -175,7 +174,7 @@ def _made_of_weights(computations: dict[str, Computation]) -> list[int]:
 
 
 def _bytes_of(type_: str) -> int:
-    """Return the bytes of an array or of all arrays of a tuple."""
+    """Return the bytes of an array, or of all arrays in a tuple."""
     total = 0
     for dtype, sizes in ARRAY.findall(type_):
         bits = ITEM_BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 8)

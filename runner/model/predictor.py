@@ -1,4 +1,4 @@
-"""A backbone and a head -> a compiled program for each shape: token ids in, probabilities out.
+"""A backbone and a head -> a compiled program per shape: token ids in, probabilities out.
 
 Does not know Ray, the order of rows or files.
 """
@@ -32,15 +32,16 @@ class Predictor:
     Args:
         model: a functional model over "token_ids" or "hidden", "padding_mask" and for BERT
             "segment_ids", LoRA merged. Its weights stay where they are.
-        head: None to return hidden states, or pooled ones if output is none.
+        head: None to return hidden states, or pooled states if output is "none".
         pooling: a key of `POOLINGS`.
-        output: a key of `OUTPUTS`; or none, without a head, for pooled states.
-        replicated: the sharding of arrays that all processes of a mesh hold whole; None without a
+        output: a key of `OUTPUTS`; or "none", without a head, for pooled states.
+        replicated: the sharding of arrays that every process of a mesh holds whole; None without a
             mesh.
-        way: how to attend, a key of `attention.WAYS`; None chooses one by device and checks it.
+        way: how to attend, a key of `attention.WAYS`; None chooses one for the device and checks
+            it.
 
     Attributes:
-        way: the way chosen. notes: sentences about ways that were rejected.
+        way: the way chosen. notes: a sentence for each way that was rejected.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Predictor:
             way=self.way,
             dense=head.activation if head is not None and head.dense else None,
         )
-        # A GPU or TPU queues programs. A CPU would run two at once, each half as fast.
+        # GPUs and TPUs queue programs. A CPU would run two at once, each at half speed.
         self._is_cpu = KINDS[device.platform].is_host
         self._turns = threading.Lock()
         self._rewritten = rewritten_for_cpu(self._program.forward) if self._is_cpu else None
@@ -80,7 +81,7 @@ class Predictor:
 
     @property
     def weight_bytes(self) -> int:
-        """The bytes of weights that this process holds."""
+        """Bytes of the weights that this process holds."""
         return sum(
             shard.data.nbytes
             for array in jax.tree.leaves(self._arguments)
@@ -99,11 +100,12 @@ class Predictor:
         return CompileInfo(time.perf_counter() - started, _cache_hits().count > hits)
 
     def predict(self, entry: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Return the head's output, float32 (rows, classes), or pooled states, (rows, hidden); in
-        stages before the last, hidden states, (rows, length, hidden).
+        """Return the head's output, float32 (rows, classes), or pooled states, (rows, hidden).
+
+        Stages before the last return hidden states, (rows, length, hidden).
 
         Args:
-            entry: token ids, int32 (rows, length), padded after each row's end; or hidden states.
+            entry: token ids, int32 (rows, length), padded at the end; or hidden states.
             lengths: int32 (rows,), real tokens of each row; 0 marks a filler row.
         """
         shape = BatchShape(*entry.shape[:2])
@@ -124,7 +126,7 @@ class Predictor:
         )
 
     def fetch(self, output: jax.Array) -> np.ndarray:
-        """Wait for what `enqueue` returned, and return it as an array like `predict`."""
+        """Wait for the output of `enqueue` and return it like `predict`."""
         return np.asarray(output.addressable_data(0))
 
     def _on_device(self, array: np.ndarray) -> jax.Array:
@@ -139,9 +141,9 @@ def _arrays(head: Head | None) -> tuple[np.ndarray, ...]:
 
 @contextmanager
 def _every_process_writes_its_cache() -> Iterator[None]:
-    """Within, this process writes to JAX's cache on disk, whatever its number in the group.
+    """Let this process write to JAX's cache on disk, whatever its number in the group.
 
-    JAX 0.10 lets only process 0 of a group write, since all would write the same. But on a CPU the
+    In JAX 0.10 only process 0 of a group writes, since all would write the same. But on a CPU the
     key contains the process' place in the topology, so the others would compile in every run.
     """
     state = distributed.global_state
@@ -177,12 +179,12 @@ def resolve_dtype(requested: str, device: jax.Device, *, is_int8: bool = False) 
         return requested
     capability = float(getattr(device, "compute_capability", "0") or 0)
     dtype = auto_dtype(device.platform, capability)
-    assert dtype is not None, "this is a bug: a device's capability determines its dtype"
+    assert dtype is not None, f"this is a bug: no dtype is known for {device.platform}"
     return dtype_beside("int8" if is_int8 else None, dtype)
 
 
 def matmul_rate(dtype: str, device: jax.Device) -> float:
-    """Return the FLOP/s of a square matmul on this process' device, the best of three."""
+    """Return the FLOP/s of a square matmul on this process' device, best of three."""
     size = 1024 if device.platform == "cpu" else 8192
     array = jnp.full((size, size), 1 / size, dtype)
     multiply = jax.jit(jnp.matmul)

@@ -1,4 +1,4 @@
-"""A new process -> one that is bound to its device, with JAX started and its group joined.
+"""A new process -> one bound to its device, with JAX started and its group joined.
 
 Does not know what it will compute. Only this file of the room names Ray.
 """
@@ -21,9 +21,9 @@ from sharding.topology import WorkerSlot
 
 # The share of a GPU's memory that JAX allocates at start; no other process uses the GPU.
 GPU_MEMORY_FRACTION = "0.92"
-# Seconds in which all members of a group must connect to its address.
+# How long the members of a group may take to connect to its address.
 GROUP_MEETS_WITHIN_S = 120
-# For prctl(2): the signal to receive when the parent ends.
+# An option of prctl(2): which signal to receive when the parent ends.
 PR_SET_PDEATHSIG = 1
 # Words in the errors of XLA, CUDA and the host when they are out of memory.
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "OUT_OF_MEMORY")
@@ -63,8 +63,8 @@ def address_here() -> str:
 def _end_with_ray() -> None:
     """Let the kernel kill this process when its parent, Ray's raylet, ends.
 
-    Otherwise a worker that hangs or is stopped would not notice, and keep its device. Does nothing
-    if Ray has not started the process.
+    Otherwise a worker that hangs or is stopped would not notice and would keep its device. Does
+    nothing if Ray did not start the process.
     """
     raylet = os.environ.get("RAY_RAYLET_PID")
     if raylet is None or str(os.getppid()) != raylet or not sys.platform.startswith("linux"):
@@ -76,7 +76,7 @@ def _end_with_ray() -> None:
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Within, JAX's errors about memory become DeviceMemoryError."""
+    """Turn JAX's out-of-memory errors into DeviceMemoryError."""
     try:
         yield
     except (RuntimeError, ValueError, MemoryError) as error:
@@ -90,7 +90,7 @@ def memory_errors() -> Iterator[None]:
 def peak_rss_bytes() -> int:
     """Return the peak resident memory of this process, in bytes.
 
-    From VmHWM, since ru_maxrss is inherited from the process that forked this one.
+    Reads VmHWM, since a forked process inherits its parent's ru_maxrss.
     """
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -105,10 +105,10 @@ def peak_rss_bytes() -> int:
 
 
 def join_group(address: str, group_size: int, member: int) -> None:
-    """Connect JAX to the other members, so that it sees the devices of all; waits for all of them.
+    """Connect JAX to all members, so that it sees their devices; wait until all have joined.
 
     Args:
-        address: host:port where the group meets, at member 0.
+        address: host:port of member 0.
     """
     import jax
 
@@ -129,7 +129,7 @@ def join_group(address: str, group_size: int, member: int) -> None:
 
 
 def _keep_gloo_at(host: str) -> None:
-    """Let gloo listen on `host`; by default it uses the address of the machine's name, if any."""
+    """Let gloo listen on `host`, not on the address that the machine's name resolves to."""
     from functools import partial
 
     from jax._src import distributed, xla_bridge
@@ -162,12 +162,12 @@ def start_jax(kind: str, compilation_cache: str | None) -> Any:
     except RuntimeError as error:
         extra = (KINDS[kind].extra if kind in KINDS else "") or kind
         raise WorkerError(
-            f"There is a {kind}, but JAX cannot use it: {error}. Install the extra for it, "
-            f"'arena-runner[{extra}]', or set JAX_PLATFORMS=cpu."
+            f"There is a {kind}, but JAX cannot use it: {error}. Install 'arena-runner[{extra}]', "
+            "or set JAX_PLATFORMS=cpu."
         ) from error
     if compilation_cache is not None:
-        # XLA compiles a CPU program for its number of threads, which is not in JAX's cache key: on
-        # two cores, one core's program took 1.4 times as long.
+        # XLA compiles a CPU program for a number of threads, which is not in JAX's cache key: a
+        # program compiled for one core took 1.4 times as long on two.
         threads = os.environ.get("NPROC") or len(cores_here())
         name = f"cpu-{threads}" if device.platform == "cpu" else device.platform
         jax.config.update("jax_compilation_cache_dir", str(Path(compilation_cache, name)))

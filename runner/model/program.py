@@ -1,4 +1,4 @@
-"""A model, a pooling and a head -> the function that a device computes, and its lowering.
+"""A model, a pooling and a head -> the function that a device computes, ready to compile.
 
 Does not know the values of weights: arguments may be arrays, or shapes for an absent device.
 """
@@ -20,8 +20,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": jnp.tanh,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
 }
-# Logits (rows, labels) -> the numbers that are written. A new kind of head is a line here, and its
-# name in `task.HEADS`.
+# Logits (rows, labels) -> the numbers to write. A new kind of head needs a line here, and its name
+# in `task.HEADS`.
 OUTPUTS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "softmax": functools.partial(jax.nn.softmax, axis=-1),
     "sigmoid": jax.nn.sigmoid,
@@ -30,13 +30,13 @@ OUTPUTS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Program:
-    """What a device computes for a batch: hidden states, pooled, through the head.
+    """What a device computes for a batch: the backbone, the pooling, the head.
 
     Args:
         model: a functional model over "token_ids" or "hidden", "padding_mask" and for BERT
             "segment_ids", LoRA merged.
         pooling: a key of `POOLINGS`.
-        output: a key of `OUTPUTS`; none for pooled states; hidden for hidden states.
+        output: a key of `OUTPUTS`; "none" for pooled states; "hidden" for hidden states.
         way: how to attend, a key of `attention.WAYS`.
         dense: the activation between the two layers of a head, a key of `ACTIVATIONS`; None if the
             head has one layer.
@@ -70,8 +70,8 @@ class Program:
 
         Args:
             arguments: trainable and non-trainable variables and the head, arrays or shapes of them.
-            sharding: of the batch and of what comes out; None for this process' device.
-            function: what to lower in place of this program, with the same arguments.
+            sharding: of the batch and of the output; None for this process' device.
+            function: what to lower instead of `forward`, with the same arguments.
         """
         entry = self._model.input[self._entry]
         sizes = (shape.rows, shape.length, *entry.shape[2:])
@@ -114,7 +114,7 @@ class Program:
         entry: jax.Array,
         lengths: jax.Array,
     ) -> Any:
-        """Return hidden states, (rows, length, hidden); for BERT a dict of them and pooled ones."""
+        """Return hidden states, (rows, length, hidden); for BERT a dict with pooled states too."""
 
         def call(entry: jax.Array, mask: jax.Array) -> Any:
             inputs = {self._entry: entry, "padding_mask": mask}

@@ -1,8 +1,8 @@
 """Keras layers in float -> Keras' int8 or int4 layers, one at a time.
 
-The arithmetic is Keras' own. int8 has int8 weights with a scale for each channel, and rounds
-activations to int8 as they arrive. int4 has int4 weights with a scale for each block of 128 inputs,
-and computes in the model's dtype. Does not know weight files: `loading.py` fills the layers.
+The arithmetic is Keras' own. int8 has one scale per channel, and quantizes activations to int8 as
+they arrive. int4 has one scale per block of 128 inputs, and computes in the model's dtype. Does not
+know weight files: `loading.py` fills the layers.
 """
 
 import math
@@ -22,17 +22,17 @@ CONFIGS = {
     "int8": keras.quantizers.Int8QuantizationConfig,
     "int4": keras.quantizers.Int4QuantizationConfig,
 }
-# Bytes of a weight to quantize at a time: Keras' arithmetic has four copies of them in memory.
+# How much of a weight to quantize at a time: Keras holds four copies of it in memory.
 PIECE_BYTES = 2 << 20
 
 
 def quantize_layer(layer: keras.Layer, mode: str) -> None:
-    """Quantize a layer's weights to int8 or int4, in place; does nothing if Keras cannot.
+    """Quantize a layer's weights to int8 or int4, in place; do nothing if Keras cannot.
 
-    Its float variables are replaced, so that their memory is released.
+    Its float variables are replaced, which frees their memory.
     """
     with _in_pieces(), suppress(NotImplementedError), warnings.catch_warnings():
-        # Keras passes its variables to NumPy in NumPy 1's way.
+        # Keras converts its variables for NumPy as NumPy 1 did.
         warnings.simplefilter("ignore", DeprecationWarning)
         layer.quantize(mode, config=CONFIGS[mode]())
 
@@ -40,8 +40,8 @@ def quantize_layer(layer: keras.Layer, mode: str) -> None:
 def policies_of(preset: Path, dtype: str) -> Any:
     """Return the dtype argument for a preset's backbone.
 
-    For a quantized preset it is a map from layer to policy, with `dtype` for all that is not
-    quantized. KerasHub 0.32 saves that map, but `Backbone.from_preset` replaces it by its argument.
+    For a quantized preset it is a map from layer to policy, with `dtype` for everything that is not
+    quantized. KerasHub 0.32 saves that map, but `Backbone.from_preset` overrides it.
     """
     saved = read_json(preset / "config.json")["config"].get("dtype")
     if not isinstance(saved, dict) or saved.get("class_name") != "DTypePolicyMap":
@@ -54,7 +54,7 @@ def policies_of(preset: Path, dtype: str) -> Any:
 
 
 def quantized_policies(backbone: keras.Model, mode: str, dtype: str) -> Any:
-    """Return the dtype argument that builds a float backbone as `quantize_layer` leaves it."""
+    """Return the dtype argument that builds a backbone as `quantize_layer` would leave it."""
     policies = keras.dtype_policies.DTypePolicyMap(default_policy=dtype)
     for layer in backbone._flatten_layers(include_self=False):
         is_leaf = len(list(layer._flatten_layers())) == 1
@@ -69,7 +69,7 @@ _POLICIES = {"int8": "int8", "int4": "int4/128"}
 
 @contextmanager
 def _in_pieces() -> Iterator[None]:
-    """Within, Keras quantizes large weights a few channels at a time, with the same results."""
+    """Make Keras quantize large weights a few channels at a time, with the same results."""
     whole = quantizers.abs_max_quantize
     quantizers.abs_max_quantize = _channel_by_channel(whole)
     try:

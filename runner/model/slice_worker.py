@@ -16,7 +16,7 @@ class TensorMember(Replica):
     """A member of a tensor-parallel group, with a slice of each large weight."""
 
     def reserve_address(self, host: str) -> str:
-        """Return host:port, with a free port of this machine, where the group can meet."""
+        """Return host:port, with a free port of this machine, as the group's address."""
         with socket.socket() as server:
             server.bind((host, 0))
             return f"{host}:{server.getsockname()[1]}"
@@ -27,7 +27,7 @@ class TensorMember(Replica):
         """Join the group and load this member's slices.
 
         Args:
-            address: host:port where the group meets. family: the backbone's class name.
+            address: the group's host:port. family: the backbone's class name.
 
         Raises:
             ConfigError: a weight cannot be split over the group.

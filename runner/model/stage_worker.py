@@ -1,4 +1,4 @@
-"""Batches -> hidden states -> probabilities, in workers that hold some layers of a replica each.
+"""Batches -> hidden states -> probabilities, in workers that each hold some layers of a replica.
 
 Each stage sends hidden states to the next. Does not know Ray, nor how layers are divided.
 """

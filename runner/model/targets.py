@@ -5,9 +5,9 @@ Imports neither JAX nor Keras: the planner sets the environment of the process t
 
 from dataclasses import dataclass
 
-# Of JAX's compilers for absent devices: the package's extra that installs each.
+# The extras that install JAX's compilers for absent devices.
 CUDA, TPU = "compile-cuda", "compile-tpu"
-# For --device: the topology that libtpu knows, and the accelerator type that holds such chips.
+# By --device: libtpu's name of the topology, and the accelerator type that has such chips.
 TPU_TOPOLOGIES = {"v5e": ("v5e:2x2", "v5litepod-4"), "v3-8": ("v3:2x2", "v3-8")}
 
 
@@ -16,8 +16,9 @@ class GpuTarget:
     """A GPU as XLA's compiler sees it.
 
     capability: CUDA compute capability. cores: streaming multiprocessors. fpus, threads, shared_kb:
-    float32 units, resident threads and shared memory of one. l2_mb, bandwidth_gb_per_s, clock_ghz:
-    by the data sheet. memory_bytes: what the driver reports, less than the data sheet's.
+    float32 units, resident threads and shared memory per core. l2_mb, bandwidth_gb_per_s,
+    clock_ghz: from the data sheet. memory_bytes: as the driver reports it, less than the data
+    sheet's.
 
     Sources: NVIDIA's CUDA programming guide (limits by compute capability), the architectures'
     white papers (Turing, Ampere, Ada, Hopper) and data sheets.
@@ -53,7 +54,7 @@ class GpuTarget:
             "l2_cache_size": self.l2_mb << 20,
             "clock_rate_ghz": self.clock_ghz,
             "device_memory_size": self.memory_bytes,
-            # One KB of a core's shared memory is the system's.
+            # CUDA reserves one KB of shared memory per block.
             "shared_memory_per_block_optin": shared - 1024,
             "registers_per_core_limit": 65536,
             "registers_per_block_limit": 65536,
@@ -70,7 +71,7 @@ class GpuTarget:
 
 
 def _large(title: str, capability: tuple[int, int], **figures: int | float) -> GpuTarget:
-    """A data-center card: 2,048 threads a core."""
+    """Return a data-center card, which has 2,048 threads per core."""
     return GpuTarget(title=title, capability=capability, threads=2048, **figures)  # type: ignore[arg-type]
 
 
@@ -113,14 +114,14 @@ GPU_TARGETS = {
 
 
 def extra_for(device: str) -> str | None:
-    """Return the extra with the compiler for a device, None if there is no such compiler."""
+    """Return the extra that installs the compiler for a device, None if there is no compiler."""
     if device in GPU_TARGETS:
         return CUDA
     return TPU if device in TPU_TOPOLOGIES else None
 
 
 def environment_for(device: str) -> dict[str, str]:
-    """Return the variables that must be set before JAX starts, to compile for a device."""
+    """Return the environment variables to set before JAX starts, to compile for a device."""
     common = {"JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "3"}
     if device in GPU_TARGETS:
         # Autotuning times kernels on the card itself.

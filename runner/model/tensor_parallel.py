@@ -19,7 +19,7 @@ from sharding.layouts import Weight, WeightLayout, lay_out, replicated_reasons
 def lay_out_backbone(
     backbone: keras.Model, family: str, group_size: int
 ) -> tuple[WeightLayout, ...]:
-    """Return how each weight is divided over the group.
+    """Return how each weight is split over the group.
 
     Args:
         family: the backbone's class name, a key of `layouts.RULES`.
@@ -37,7 +37,7 @@ def lay_out_backbone(
 def place_slices(distribution: Any) -> Callable[[keras.Variable, StoredWeight], jax.Array]:
     """Return a `place` for `loading.fill` that reads only what this member holds.
 
-    Each process passes its own shards to JAX, so values are not sent between processes to compare.
+    Each process passes its own shards to JAX, so JAX need not compare values between processes.
     """
 
     def place(variable: keras.Variable, stored: StoredWeight) -> jax.Array:
@@ -50,8 +50,11 @@ def place_slices(distribution: Any) -> Callable[[keras.Variable, StoredWeight], 
 
 
 def audit(backbone: keras.Model, layouts: Sequence[WeightLayout]) -> tuple[str, ...]:
-    """Check that each weight is divided as decided; return why large ones are not divided, as
-    sentences for the user."""
+    """Check that each weight is split as decided.
+
+    Returns:
+        Sentences for the user that say why large weights are not split.
+    """
     by_path = {layout.path: layout for layout in layouts}
     for variable in backbone.weights:
         layout = by_path[variable.path]
@@ -59,7 +62,7 @@ def audit(backbone: keras.Model, layouts: Sequence[WeightLayout]) -> tuple[str, 
         held = math.prod(array.addressable_shards[0].data.shape)
         parts = len(array.sharding.device_set) if "model" in layout.axes else 1
         assert held * parts == math.prod(variable.shape), (
-            f"this is a bug: {variable.path} should be divided as {layout.axes}, but this member "
+            f"this is a bug: {variable.path} should be split as {layout.axes}, but this member "
             f"holds {held} of {math.prod(variable.shape)} values"
         )
     return replicated_reasons([layout for layout in layouts if len(layout.axes) > 1])

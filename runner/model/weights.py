@@ -1,8 +1,8 @@
-"""A preset's weight files -> where each variable's values are stored, and reads of parts of them.
+"""A preset's weight files -> where each variable's values are stored, and parts of them.
 
-A backbone is built without values. Then each process reads only the variables, or slices of them,
-that it holds: no process has random weights beside the real ones, or a whole model if it needs a
-part. LoRA is merged as a slice is read. Does not know devices.
+A backbone is built without values. Then each process reads only the variables that it holds, or
+slices of them. So no process holds random weights next to the real ones, or a whole model if it
+needs a part. LoRA is merged as a slice is read. Does not know devices.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from keras.src.saving import saving_lib
 from runner.common.errors import DataError, first_line, readable, shown
 
 Index = tuple[slice, ...]
-# The exponent's bits in each format; only NaN and infinity have all of them set.
+# The exponent bits of each format; only NaN and infinity have all of them set.
 EXPONENTS: dict[str, tuple[str, np.integer]] = {
     "float32": ("<u4", np.uint32(0x7F800000)),
     "float16": ("<u2", np.uint16(0x7C00)),
@@ -34,7 +34,7 @@ class StoredWeight:
     """One dataset of a weight file, with its LoRA factors (a, b), if any.
 
     dtype: as stored. a: (*shape[:-1], rank), b: (rank, shape[-1]), float32. The merged kernel is
-    the stored one + a @ b.
+    the stored kernel plus a @ b.
     """
 
     file: str
@@ -44,7 +44,7 @@ class StoredWeight:
     lora: tuple[np.ndarray, np.ndarray] | None = None
 
     def read(self, index: Index | None = None, dtype: Any = None) -> np.ndarray:
-        """Return the values at `index`, or all of them, in `dtype`, or as stored.
+        """Return the values at `index` (default: all) in `dtype` (default: as stored).
 
         The LoRA update is added in float32, before the conversion to `dtype` (Hu et al. 2021,
         section 4.1; KerasHub loads with alpha equal to the rank).
@@ -74,8 +74,8 @@ class StoredWeight:
 def is_finite(values: np.ndarray, dtype: str) -> bool:
     """Return whether a stored array has neither NaN nor infinity.
 
-    It checks the exponents' bits in pieces that fit a core's cache, at 12 GB/s, an eighth of the
-    time it takes to read the array. `np.isfinite` on 16 bits reaches 1 GB/s.
+    Checks the exponent bits in pieces that fit a core's cache. It runs at 12 GB/s and takes an
+    eighth of the time to read the array; `np.isfinite` on 16 bits reaches 1 GB/s.
 
     Args:
         dtype: as stored; bfloat16 values are given as uint16. Integers are always finite.
@@ -89,7 +89,7 @@ def is_finite(values: np.ndarray, dtype: str) -> bool:
 
 
 class _LazyStore(saving_lib.H5IOStore):
-    """Returns where a dataset is, instead of its values."""
+    """Returns where a dataset is stored, instead of its values."""
 
     def __getitem__(self, key: str) -> Any:
         dataset = saving_lib.safe_get_h5_dataset(self._h5_entry_group, key)
@@ -98,13 +98,13 @@ class _LazyStore(saving_lib.H5IOStore):
 
 
 class _LazyShardedStore(saving_lib.ShardedH5IOStore, _LazyStore):
-    """The same for several files: ShardedH5IOStore finds the file, _LazyStore the dataset."""
+    """The same for several files: ShardedH5IOStore finds the file, _LazyStore the dataset in it."""
 
 
 def find_weights(model: keras.Model, preset: Path) -> dict[int, StoredWeight]:
     """Return id(variable) -> where its values are stored.
 
-    Keras itself walks the model and matches it with the files, as in `load_weights`.
+    Keras itself walks the model and matches it with the files, as `load_weights` does.
 
     Raises:
         DataError: the files do not fit the model.
@@ -114,12 +114,12 @@ def find_weights(model: keras.Model, preset: Path) -> dict[int, StoredWeight]:
     def note(variable: keras.Variable, stored: StoredWeight) -> None:
         if tuple(stored.shape) != tuple(variable.shape):
             raise DataError(
-                f"{preset} holds weights of another size than its config says: expected "
+                f"{preset} holds weights whose shape differs from its config: expected "
                 f"{variable.path} of shape {tuple(variable.shape)}. Received: {stored.shape}"
             )
         if "float" in variable.dtype and stored.dtype not in EXPONENTS:
             raise DataError(
-                f"{preset} holds weights of another type than its config says: expected "
+                f"{preset} holds weights whose dtype differs from its config: expected "
                 f"{variable.path} as one of {', '.join(EXPONENTS)}. Received: {shown(stored.dtype)}"
             )
         found[id(variable)] = stored
@@ -135,7 +135,7 @@ def find_weights(model: keras.Model, preset: Path) -> dict[int, StoredWeight]:
             )
     except DataError:
         raise
-    except Exception as error:  # what Keras and h5py raise here has no narrower class
+    except Exception as error:  # Keras and h5py can raise anything here
         raise DataError(
             f"{preset} holds weights that do not fit its config: {first_line(error)}"
         ) from error
@@ -155,7 +155,7 @@ def _open_store(preset: Path) -> Iterator[saving_lib.H5IOStore]:
 
 @contextmanager
 def _assignments_go_to(note: Any) -> Iterator[None]:
-    """Within, `variable.assign(value)` calls `note(variable, value)`."""
+    """Make `variable.assign(value)` call `note(variable, value)`."""
     original = keras.Variable.assign
     keras.Variable.assign = note
     try:

@@ -40,11 +40,11 @@ from sharding.topology import WorkerSlot
 class Replica:
     """One copy of the weights, on one device, in this process.
 
-    Two threads may call `predict` and a third `compile`: the next batch is then on the device
+    Two threads may call `predict` and a third `compile`. The next batch is then on the device
     before the last one has finished, and batches run while later shapes compile.
 
     Args:
-        log_folder: for this process' output, None to leave it where it goes.
+        log_folder: where to write this process' output, None to leave it unchanged.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Replica:
         return address_here()
 
     def find_device(self, dtype: str, compilation_cache: str | None) -> tuple[str, str]:
-        """Start JAX; return the kind of its device and what `dtype` means there.
+        """Start JAX; return the kind of its device and the dtype that `dtype` means there.
 
         Raises:
             WorkerError: JAX cannot use the device.
@@ -119,8 +119,7 @@ class Replica:
         return self._injected.after(batch, probabilities, 0.0, wide=True)
 
     def _work_since(self, started: float, sent_bytes: int = 0) -> Work:
-        """Return the work of a batch that ends now, without the time in which it waited on the
-        device for the batch before it."""
+        """Return the work of a batch that ends now, not counting its wait for the batch before."""
         with self._clock:
             ended = time.perf_counter()
             seconds, self._last_end = ended - max(started, self._last_end), ended
@@ -133,10 +132,9 @@ class Replica:
     def _load(
         self, spec: ModelSpec, make: Callable[[str], Any], join: Callable[[], None] | None = None
     ) -> WorkerInfo:
-        """Start JAX, make the predictor, and describe this worker.
+        """Join the worker's group, if there is one, start JAX, and make the predictor.
 
-        Args:
-            make: dtype -> the predictor. join: joins the worker's group, before JAX starts.
+        make: dtype -> the predictor.
         """
         started = time.perf_counter()
         if join is not None:
@@ -184,8 +182,8 @@ def _whole_predictor(spec: ModelSpec, dtype: str) -> Any:
 def predict_in_float(spec: ModelSpec, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Return a float preset's output in float32, (rows, classes), by Keras' own layers.
 
-    The weights are read again, a decoder layer at a time. This is slow, but never holds the whole
-    model.
+    Reads the weights again, one decoder layer at a time: slow, but the whole model is never in
+    memory.
 
     Args:
         tokens: int32 (rows, length). lengths: int32 (rows,).
@@ -207,7 +205,7 @@ def predict_in_float(spec: ModelSpec, tokens: np.ndarray, lengths: np.ndarray) -
 
 
 def load_head(spec: ModelSpec, backbone: Any) -> Head | None:
-    """Return the head that a spec names, else the preset's own; None if it wants pooled states.
+    """Return the head that a spec names, else the preset's own; None for pooled states.
 
     Raises:
         DataError: it is damaged, or does not fit.

@@ -1,7 +1,7 @@
-"""Config and preset -> what `auto` resolves to: the strategy, the tokens of a batch, the plan.
+"""Config and preset -> what `auto` resolves to: the strategy, the tokens per batch, the plan.
 
-`sharding/` decides, from plain arguments; its ValueError becomes a ConfigError here. Asks
-nvidia-smi for a device's memory. What --dtype auto means is in `sharding/kinds.py`.
+`sharding/` decides from plain arguments; its ValueError becomes a ConfigError here. A GPU's memory
+comes from nvidia-smi. `sharding/kinds.py` says what --dtype auto means.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,10 +27,10 @@ def choose_strategy(
     """Return the strategy of a model-parallel run, None for the other modes.
 
     Args:
-        memory_bytes: returns the memory of the smallest GPU, None if not known.
+        memory_bytes: returns the memory of the smallest GPU, None if unknown.
 
     Raises:
-        ConfigError: the model cannot be divided in the way that was asked for.
+        ConfigError: the model cannot be split as requested.
     """
     if config.mode != "model-parallel":
         return None
@@ -55,10 +55,10 @@ def tokens_per_batch(
     kind: str,
     memory_bytes: Callable[[], int | None] = device_memory_bytes,
 ) -> int:
-    """Return the most padded tokens of a batch on a kind of device.
+    """Return the maximum number of padded tokens per batch on a kind of device.
 
     Args:
-        memory_bytes: returns the memory of the smallest GPU, None if not known.
+        memory_bytes: returns the memory of the smallest GPU, None if unknown.
 
     Raises:
         ConfigError: a stage does not fit any device.
@@ -96,7 +96,7 @@ def plan_run(
 
     Args:
         lengths: token counts, (rows,).
-        budget: the most padded tokens of a batch, None for `tokens_per_batch`.
+        budget: the maximum number of padded tokens per batch, None for `tokens_per_batch`.
         rows, cap, known: as in `sharding.plan.plan_rows`.
 
     Raises:

@@ -1,7 +1,7 @@
 """The task.json and task.weights.h5 of a KerasHub `TextClassifier` preset -> its head.
 
-Read without Keras, in the driver and in workers. `families.py` says which pooling and layers a
-class has. Does not know the backbone, which `reader.py` reads as that of any preset.
+Both the driver and the workers read it, without Keras. `families.py` says which pooling and layers
+a class has. Does not know the backbone, which `reader.py` reads as in any preset.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from runner.preset.json_files import read_json, settings_of
 
 TASK = "task.json"
 TASK_WEIGHTS = "task.weights.h5"
-# linear: the model returns logits. The others name the activation that it ends in.
+# linear: the model returns logits. The others are the final activation.
 ACTIVATIONS = ("linear", "softmax", "sigmoid")
 
 
@@ -47,11 +47,11 @@ class TextClassifier:
             hidden_dim: the backbone's. classes: the number of label columns.
 
         Raises:
-            DataError: they are damaged, or do not fit the backbone or the number of classes.
+            DataError: the weights are damaged, or do not fit the backbone or the classes.
         """
         if self.classes != classes:
             raise DataError(
-                f"{self.path / TASK} must classify into {classes}, one for each label column. "
+                f"{self.path / TASK} must have {classes} classes, one for each label column. "
                 f"Received: num_classes={self.classes}"
             )
         layers = _dense_layers(self.path / TASK_WEIGHTS)
@@ -95,34 +95,32 @@ def read_classifier(path: Path, class_name: str) -> TextClassifier | None:
     if known is None or not all((path / name).is_file() for name in (TASK, TASK_WEIGHTS)):
         return None
     content = read_json(path / TASK)
-    if content.get("class_name") not in (known.class_name, _old_name(known)):
+    # KerasNLP called a BertTextClassifier BertClassifier.
+    old_name = known.class_name.replace("TextClassifier", "Classifier")
+    if content.get("class_name") not in (known.class_name, old_name):
         return None
     config = settings_of(path / TASK, content)
     classes, activation = config.get("num_classes"), _name(config.get("activation"))
     if type(classes) is not int or classes < 1:
-        raise DataError(f"{path / TASK} must name its num_classes. Received: {shown(classes)}")
+        raise DataError(
+            f"{path / TASK} must set num_classes to a positive integer. Received: {shown(classes)}"
+        )
     if activation not in ACTIVATIONS:
         raise DataError(
-            f"{path / TASK} must end in one of {', '.join(ACTIVATIONS)}. "
+            f"{path / TASK} must set activation to one of {', '.join(ACTIVATIONS)}. "
             f"Received: activation={shown(activation)}"
         )
     return TextClassifier(path, known, classes, activation)
 
 
 def read_own_head(preset: Path, *, hidden_dim: int, classes: int) -> Head:
-    """Return the head of a preset that is a whole classifier; arguments as `TextClassifier.head`.
+    """Return the head of a preset that is a whole classifier.
 
-    Raises:
-        DataError: as `read_classifier` and `TextClassifier.head`.
+    Arguments and errors are those of `TextClassifier.head` and `read_classifier`.
     """
     classifier = read_classifier(preset, str(read_json(preset / "config.json").get("class_name")))
-    assert classifier is not None, f"this is a bug: {preset} was taken for a classifier"
+    assert classifier is not None, f"this is a bug: {preset} is not a classifier"
     return classifier.head(hidden_dim=hidden_dim, classes=classes)
-
-
-def _old_name(known: Classifier) -> str:
-    """Return KerasNLP's name of the class, without Text: BertClassifier."""
-    return known.class_name.replace("TextClassifier", "Classifier")
 
 
 def _name(activation: Any) -> str:
@@ -133,7 +131,7 @@ def _name(activation: Any) -> str:
 
 
 def _dense_layers(path: Path) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return kernel and bias of each layer of a file that has them, in the order of the model."""
+    """Return (kernel, bias) of each dense layer in a file, in the order of the model."""
     with readable(path), h5py.File(path, "r") as file:
         names = sorted(file["layers"], key=lambda name: (len(name), name))
         groups = [file[f"layers/{name}/vars"] for name in names]

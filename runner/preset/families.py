@@ -1,8 +1,7 @@
-"""The table of supported backbone families, one entry each, and of their tokenizers.
+"""The supported backbone families and their tokenizers, one entry each.
 
-A new family is an entry in `FAMILIES`, and one in `TOKENIZERS` if its tokenizer is new. To split it
-over a tensor group, add a table to `sharding/layouts.py`. `docs/models.md` shows the families as a
-matrix and explains how to add one. Imports neither Keras nor JAX.
+`docs/architecture.md` explains how to add a family, `docs/models.md` shows all of them as a table.
+Imports neither Keras nor JAX.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +12,7 @@ from runner.common.poolings import DECODER, ENCODER, poolings_of
 from sharding.costs import ModelShape, encoder, gated, gated_halves
 from sharding.layouts import RULES
 
-# How a text becomes tokens. The preprocessor packs them; see `Tokenizer`.
+# How a tokenizer splits texts.
 SENTENCE_PIECES, BYTE_PAIRS, WORD_PIECES = "sentence-pieces", "byte-pairs", "word-pieces"
 
 
@@ -23,10 +22,10 @@ class Tokenizer:
 
     kind: SENTENCE_PIECES, BYTE_PAIRS or WORD_PIECES.
     start: None if the family has none. pad: None if padding has the id 0, whatever its token.
-    others: more special tokens to find in texts: byte-level BPE always does, WordPiece if the
-    preset asks for it.
+    others: more special tokens to recognize in texts. Byte-level BPE always recognizes them,
+    WordPiece only if the preset says so.
     is_segment: packed by `TextClassifierPreprocessor`, which always keeps the end token; else by
-    `CausalLMPreprocessor`, which packs one position more and drops the last.
+    `CausalLMPreprocessor`, which packs one extra position and drops the last.
     splits_words: byte-level BPE merges only within words.
     """
 
@@ -90,13 +89,13 @@ DECODER_POOLINGS = poolings_of(DECODER)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """What is known of a family of backbones.
+    """What the runner knows about a backbone family.
 
-    shape: reads the dimensions in its config. tokenizer: a key of `TOKENIZERS`. checkpoints: the
+    shape: reads the dimensions from a config. tokenizer: a key of `TOKENIZERS`. checkpoints: the
     Hugging Face model types that KerasHub converts to it. shares_seam: its attention layers hand
     over queries, keys and values (`attention.py`), so the masked half need not be computed.
     has_stages: a layer needs only hidden states and mask from earlier layers, so the backbone can
-    be cut into pipeline stages. has_positions: it has one embedding for each position, so rows are
+    be cut into pipeline stages. has_positions: it has one embedding per position, so rows are
     limited to the config's max_sequence_length. classifier: its TextClassifier, if it has one.
     """
 
@@ -130,7 +129,7 @@ def _encoder(
     )
 
 
-# KerasHub's backbone class -> what is known of it.
+# By KerasHub's backbone class.
 FAMILIES: dict[str, Family] = {
     "GemmaBackbone": Family(
         shape=gated_halves, tokenizer="GemmaTokenizer", checkpoints=("gemma", "gemma2")
@@ -151,7 +150,7 @@ FAMILIES: dict[str, Family] = {
         Classifier("RobertaTextClassifier", "first", dense="tanh"),
         checkpoints=("roberta",),
     ),
-    # Each layer also needs the embedded distances, which are made from the first layer's input.
+    # Each layer also needs the embedded distances, computed from the first layer's input.
     "DebertaV3Backbone": _encoder(
         "DebertaV3Tokenizer",
         Classifier("DebertaV3TextClassifier", "first", dense="gelu"),
@@ -159,18 +158,18 @@ FAMILIES: dict[str, Family] = {
         has_positions=False,
     ),
 }
-# Config keys of Gemma 3 with which the backbone also takes images, or returns a pooled vector.
+# Gemma 3 config keys that make the backbone also take images or return a pooled vector.
 MORE_THAN_TEXT = ("vision_encoder", "is_embedding_model")
 
 
 def strategies(class_name: str) -> tuple[str, ...]:
-    """Return the strategies with which several workers can hold one replica of a family."""
+    """Return the strategies that can split a replica of this family over several workers."""
     found = ["pipeline"] if FAMILIES[class_name].has_stages else []
     return (*found, "tensor") if class_name in RULES else tuple(found)
 
 
 def family_of_checkpoint(model_type: str) -> str | None:
-    """Return the backbone class that KerasHub makes of a Hugging Face model type, or None."""
+    """Return the backbone class for a Hugging Face model type, None if KerasHub converts none."""
     return next(
         (name for name, family in FAMILIES.items() if model_type in family.checkpoints), None
     )

@@ -1,4 +1,4 @@
-"""A JSON file of a preset -> an object and its parts, or a DataError that names the file."""
+"""A preset's JSON file -> an object and its parts, or a DataError that names the file."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object that a file holds.
 
     Raises:
-        DataError: there is no such file, or it does not hold a JSON object.
+        DataError: the file is missing, or does not hold a JSON object.
     """
     if not path.is_file():
-        raise DataError(f"The preset lacks a file. Expected: {path}")
+        raise DataError(f"The preset is missing a file. Expected: {path}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -28,11 +28,11 @@ def settings_of(path: Path, content: dict[str, Any], key: str = "config") -> dic
     """Return the object under a key of a JSON file's content; empty if it is missing or null.
 
     Raises:
-        DataError: there is something else under the key.
+        DataError: the value is not an object.
     """
     settings = content.get(key)
     if settings is None:
         return {}
     if not isinstance(settings, dict):
-        raise DataError(f"{path} must hold an object as {key}. Received: {shown(settings)}")
+        raise DataError(f"{path} must set {key} to an object. Received: {shown(settings)}")
     return settings

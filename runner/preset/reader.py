@@ -1,6 +1,6 @@
 """Model files on disk -> checked facts about them, read from JSON and array headers.
 
-Wrong files are found here, in the driver, before any worker starts. Imports neither Keras nor JAX;
+The driver rejects wrong files here, before any worker starts. Imports neither Keras nor JAX;
 `model/loading.py` builds the model.
 """
 
@@ -36,7 +36,7 @@ NPY_HEADERS = {
 WEIGHTS = "model.weights.h5"
 # In a prepared preset: how much its answers differ from float32.
 ACCURACY_FILE = "quantization.json"
-# The least that a weight takes in a file: int4.
+# The fewest bytes that a weight takes in a file: int4.
 LEAST_WEIGHT_BYTES = 0.5
 SHARDED_WEIGHTS_INDEX = "model.weights.json"
 
@@ -45,8 +45,8 @@ SHARDED_WEIGHTS_INDEX = "model.weights.json"
 class Preset:
     """A complete KerasHub preset directory.
 
-    quantization: of its weights on disk, int8 or int4, or None. max_positions: the most tokens of a
-    row, None for no limit. classifier: its own head, if it is a whole `TextClassifier`.
+    quantization: of its weights on disk, int8, int4 or None. max_positions: the maximum number of
+    tokens per row, None for no limit. classifier: its own head, if it is a whole `TextClassifier`.
     """
 
     path: Path
@@ -74,12 +74,12 @@ class Preset:
             figures = read_json(self.path / ACCURACY_FILE)
         except DataError:
             figures = {}
-        numbers = ("reference_rows", "max_abs_difference", "mean_abs_difference", "changed_argmax")
-        said = figures.get("measured")
-        if not isinstance(said, str):
+        measured = figures.get("measured")
+        if not isinstance(measured, str):
             return {"measured": "the preset does not say"}
-        was_measured = all(isinstance(figures.get(name), int | float) for name in numbers)
-        return figures if was_measured else {"measured": said}
+        numbers = ("reference_rows", "max_abs_difference", "mean_abs_difference", "changed_argmax")
+        is_complete = all(isinstance(figures.get(name), int | float) for name in numbers)
+        return figures if is_complete else {"measured": measured}
 
     @property
     def small_files(self) -> tuple[Path, ...]:
@@ -100,9 +100,9 @@ def read_preset(path: Path, *, needs_weights: bool = True) -> Preset:
         needs_weights: if False, weight files may be missing.
 
     Raises:
-        DataError: a file is missing or unreadable, or the class is not a known text backbone.
+        DataError: a file is missing or unreadable, or the backbone is not supported.
     """
-    if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
+    if not os.path.isdir(path):  # Path.is_dir raises if the name is too long
         raise DataError(f"--preset must be a KerasHub preset directory. Received: {path}")
     if model_type := checkpoint_type(path):
         raise DataError(
@@ -140,7 +140,7 @@ def read_preset(path: Path, *, needs_weights: bool = True) -> Preset:
 
 
 def checkpoint_type(path: Path) -> str | None:
-    """Return the model type of a checkpoint of Hugging Face transformers, None for other folders.
+    """Return the model type of a Hugging Face checkpoint, None if the folder is not one.
 
     Raises:
         DataError: KerasHub does not convert this type to a backbone in `FAMILIES`.
@@ -152,26 +152,26 @@ def checkpoint_type(path: Path) -> str | None:
     if family_of_checkpoint(model_type) is None:
         known = sorted(name for family in FAMILIES.values() for name in family.checkpoints)
         raise DataError(
-            f"{path} is a Hugging Face checkpoint that KerasHub does not convert to a backbone of "
-            f"this runner. Expected a model_type of {', '.join(known)}. "
+            f"{path} is a Hugging Face checkpoint that KerasHub cannot convert to a supported "
+            f"backbone. Expected a model_type of {', '.join(known)}. "
             f"Received: model_type={shown(model_type)}"
         )
     return model_type
 
 
 def _check_size(config: Path, shape: ModelShape, weight_files: tuple[Path, ...]) -> None:
-    """Reject a garbled size before a worker builds, say, a million layers."""
+    """Reject absurd sizes before a worker builds, say, a million layers."""
     for name in SIZES:
         value = getattr(shape, name)
         if value < 1:
             raise DataError(
-                f"{config} must describe a backbone of positive sizes. Received: {name}={value}"
+                f"{config} must describe a backbone with positive sizes. Received: {name}={value}"
             )
     expected = shape.weight_bytes(LEAST_WEIGHT_BYTES)
     stored = sum(file.stat().st_size for file in weight_files)
     if expected > stored:
         raise DataError(
-            f"{config} does not belong to the weights beside it: expected at least {expected:.3g} "
+            f"{config} does not match the weights beside it: expected at least {expected:.3g} "
             f"bytes of weights. Received: {stored:.3g} bytes in {len(weight_files)} files"
         )
 
@@ -192,14 +192,14 @@ def _quantization(path: Path, policies: Any) -> str | None:
     }
     if len(modes) > 1 or not modes <= {"int8", "int4"}:
         raise DataError(
-            f"{path / 'config.json'} must be float, all int8 or all int4. "
+            f"{path / 'config.json'} must name one quantization, int8 or int4, or none. "
             f"Received: {shown(', '.join(sorted(modes)))}"
         )
     return next(iter(modes), None)
 
 
-def check_lora(path: Path, shape: ModelShape) -> int:
-    """Return the rank of a LoRA file after checking its shapes against the backbone's.
+def check_lora(path: Path, shape: ModelShape) -> None:
+    """Check the shapes in a LoRA file against the backbone's.
 
     `backbone.save_lora_weights` writes `lora/<layer>/vars/lora_kernel_{a,b}` for the query and
     value projection of each layer. Whether each fits its own layer is checked when it is merged.
@@ -217,7 +217,7 @@ def check_lora(path: Path, shape: ModelShape) -> int:
                 for name, group in file["lora"].items()
                 if name != "vars"
             }
-    except Exception as error:  # what h5py raises for a damaged file has no narrower class
+    except Exception as error:  # h5py raises anything for a damaged file
         raise DataError(
             f"{path} is not a LoRA file as backbone.save_lora_weights writes it: "
             f"{first_line(error)}"
@@ -230,7 +230,7 @@ def check_lora(path: Path, shape: ModelShape) -> int:
     for name, (a, b) in pairs.items():
         if not a or not b or a[-1] != rank or b[0] != rank:
             raise DataError(
-                f"{path} must have one rank: expected rank {rank}, which the file names. "
+                f"{path} must have the same rank everywhere: expected {rank}, as the file says. "
                 f"Received: layer {name} with kernels of shape {a} and {b}"
             )
         if shape.hidden_dim not in a[:-1]:
@@ -238,7 +238,6 @@ def check_lora(path: Path, shape: ModelShape) -> int:
                 f"{path} belongs to another backbone: expected hidden size {shape.hidden_dim}. "
                 f"Received: layer {name} with a kernel of shape {a}"
             )
-    return rank
 
 
 def read_head(kernel_path: Path, bias_path: Path, *, hidden_dim: int, classes: int) -> Head:
@@ -267,10 +266,10 @@ def _read_array(name: str, path: Path) -> np.ndarray:
         raise DataError(f"{name} must be a .npy file that exists. Received: {path}")
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a header that Python 2 wrote
-            _check_claims(file)
+            warnings.simplefilter("ignore")  # headers written by Python 2
+            _check_size_in_header(file)
             array = np.lib.format.read_array(file, allow_pickle=False)
-    except Exception as error:  # a header is parsed as Python: what that raises has no bounds
+    except Exception as error:  # the header is parsed as Python, which can raise anything
         raise DataError(
             f"{name} must be a plain .npy array, as np.save writes it. "
             f"Received: {path} ({first_line(error)})"
@@ -288,9 +287,8 @@ def _read_array(name: str, path: Path) -> np.ndarray:
     return array
 
 
-def _check_claims(file: BinaryIO) -> None:
-    """Compare the size in a .npy header with the file's, before that much is allocated; leave the
-    file at its start."""
+def _check_size_in_header(file: BinaryIO) -> None:
+    """Check the size in a .npy header against the file's before NumPy allocates it; rewind."""
     version = np.lib.format.read_magic(file)
     if version not in NPY_HEADERS:
         raise ValueError(f"a .npy header of version {version}")
@@ -314,11 +312,13 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
             for name in (value if isinstance(value, list) else [value])
         ]
         if not names or not all(isinstance(name, str) for name in names):
-            raise DataError(f"{index} must name the weight files in its weight_map.")
+            raise DataError(
+                f"{index} must name the weight files in its weight_map. Received: {shown(names)}"
+            )
         files = [path / name for name in sorted(set(names))]
     for file in files:
         if not os.path.isfile(file):
-            raise DataError(f"The preset lacks a part of its weights. Expected: {file}")
+            raise DataError(f"The preset is missing a part of its weights. Expected: {file}")
         with readable(file), h5py.File(file, "r"):
             pass
     return tuple(files)

@@ -1,6 +1,6 @@
 """Config -> the files of a run, the facts about them, and what workers need to load them.
 
-All of it is checked before anything starts. Does not know rows, devices or workers.
+Everything is checked before anything starts. Does not know rows, devices or workers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,8 +45,10 @@ class Job:
         return task.width(self.preset.shape.hidden_dim)
 
     def dtype(self, config: RunConfig, of_device: str) -> str:
-        """Return the dtype to compute in; `of_device` is what config and device come to without
-        quantization."""
+        """Return the dtype to compute in.
+
+        of_device: the one that config and device give without quantization.
+        """
         quantization = self.preset.quantization or config.quantization
         return dtype_beside(quantization, of_device) if config.dtype == "auto" else of_device
 
@@ -85,7 +87,7 @@ class Job:
         """Return what determines the answers of this run.
 
         Args:
-            ids, texts: one of each a row, texts as rendered.
+            ids, texts: one of each per row; texts are rendered.
         """
         found = versions()
         return fingerprint(
@@ -109,7 +111,7 @@ class Job:
 
 
 def named_files(config: RunConfig, others: Mapping[str, Path]) -> dict[str, Path]:
-    """Return field name -> file: those of a config, replaced by `others` if they are there."""
+    """Return field name -> file: those of a config, overridden by `others`."""
     names = ("preset", "lora_weights", "head_kernel", "head_bias", "input")
     named = {name: getattr(config, name) for name in names} | dict(others)
     return {name: path for name, path in named.items() if path is not None}
@@ -145,10 +147,10 @@ def find_job(config: RunConfig, others: Mapping[str, Path]) -> Job:
 
 
 def check_head(preset: Preset, kernel: Path | None, bias: Path | None, task: Task) -> None:
-    """Check the named head, or else the preset's own.
+    """Check the head in the two files, or else the preset's own.
 
     Raises:
-        ConfigError: there is neither, or the preset's own ends in another activation than the task.
+        ConfigError: there is neither, or the preset's own does not match the task's activation.
         DataError: it is damaged, or does not fit.
     """
     hidden_dim, classes = preset.shape.hidden_dim, len(task.label_columns)
@@ -157,8 +159,8 @@ def check_head(preset: Preset, kernel: Path | None, bias: Path | None, task: Tas
     elif preset.classifier is not None:
         if preset.classifier.activation not in ("linear", task.head):
             raise ConfigError(
-                f"{preset.path} ends in {preset.classifier.activation}, so [task] must name that "
-                f"head. Received: head = {task.head!r}"
+                f"{preset.path} has the activation {preset.classifier.activation}, so [task] must "
+                f"set head to it. Received: head = {task.head!r}"
             )
         preset.classifier.head(hidden_dim=hidden_dim, classes=classes)
     else:
@@ -170,10 +172,10 @@ def check_head(preset: Preset, kernel: Path | None, bias: Path | None, task: Tas
 
 
 def settle(config: Config, preset: Preset) -> Config:
-    """Return the config with the preset's own values in place of defaults that the user kept.
+    """Return the config with the preset's own values where the user kept the defaults.
 
-    They are a classifier's pooling, the sequence length of its preprocessor, and the number of
-    positions of the backbone as a limit.
+    These are a classifier's pooling and its preprocessor's sequence length. The backbone's number
+    of positions limits the sequence length.
 
     Raises:
         ConfigError: the preset does not support what the user asked for.
@@ -187,7 +189,7 @@ def settle(config: Config, preset: Preset) -> Config:
         elif pooling != own.pooling:
             raise ConfigError(
                 f"{preset.path} has the head of a {own.known.class_name}, which was trained "
-                f"with --pooling {own.pooling}; omit the flag, or name a head of your own. "
+                f"with --pooling {own.pooling}; omit the flag, or pass your own head. "
                 f"Received: --pooling {pooling}"
             )
     if pooling not in preset.family.poolings:
@@ -205,7 +207,7 @@ def settle(config: Config, preset: Preset) -> Config:
         )
     if preset.tokenizer.is_segment and length < 2:
         raise ConfigError(
-            f"{preset.class_name} has a start and an end token in every row, so --sequence-length "
+            f"{preset.class_name} needs a start and an end token in each row, so --sequence-length "
             f"must be at least 2. Received: --sequence-length {length}"
         )
     return replace(config, pooling=pooling, sequence_length=length)
@@ -214,16 +216,14 @@ def settle(config: Config, preset: Preset) -> Config:
 def _settings_of(config: RunConfig) -> dict[str, object]:
     """Return the parts of a task that determine an answer. Label names do not.
 
-    The contest's own are left out, since its journals are older than tasks.
+    The contest's are left out: its journals were written before there were tasks.
     """
     task, settings = config.task, dict[str, object]()
     if (task.template, task.head) != (CONTEST.template, CONTEST.head):
         settings |= {"template": repr(task.template), "kind_of_head": task.head}
-    exchanged = task.swapped_columns, task.swapped_labels
-    if config.extra_passes == "swap" and exchanged != (
-        CONTEST.swapped_columns,
-        CONTEST.swapped_labels,
-    ):
+    swapped = task.swapped_columns, task.swapped_labels
+    contest = CONTEST.swapped_columns, CONTEST.swapped_labels
+    if config.extra_passes == "swap" and swapped != contest:
         settings["swapped"] = f"{' and '.join(task.swap)}, labels to {task.swapped_labels}"
     return settings
 
@@ -239,8 +239,8 @@ def _quantization_to_do(config: RunConfig, preset: Preset) -> str | None:
         )
     if config.lora_weights is not None:
         raise ConfigError(
-            f"{preset.path} holds {preset.quantization} weights, into which no LoRA file can be "
-            "merged; merge it first with `run.py prepare`. Received: --lora-weights "
-            f"{config.lora_weights}"
+            f"A LoRA file cannot be merged into {preset.quantization} weights, which {preset.path} "
+            "holds; merge it into the float preset with `run.py prepare`. "
+            f"Received: --lora-weights {config.lora_weights}"
         )
     return None

@@ -26,7 +26,7 @@ VOCABULARIES = {
 
 @dataclass(frozen=True, slots=True)
 class BytePairOptions:
-    """What byte-level BPE needs beside its vocabulary.
+    """What byte-level BPE needs besides its vocabulary.
 
     unsplittable_tokens: strings that become one token wherever they occur in a text. splits_words:
     merges stay within words, as GPT-2 defines them.
@@ -40,7 +40,7 @@ class BytePairOptions:
 
 @dataclass(frozen=True, slots=True)
 class WordPieceOptions:
-    """What WordPiece needs beside its vocabulary.
+    """What WordPiece needs besides its vocabulary.
 
     unsplittable_tokens: as for `BytePairOptions`; empty unless the preset asks for them.
     """
@@ -136,7 +136,9 @@ def _word_pieces(file: Path, known: Tokenizer, config: dict[str, Any]) -> WordPi
     suffix, unknown = config.get("suffix_indicator", "##"), config.get("oov_token", "[UNK]")
     for key, value in {"suffix_indicator": suffix, "oov_token": unknown}.items():
         if not isinstance(value, str) or not value:
-            raise DataError(f"{file} must give {key} as a string. Received: {shown(value)}")
+            raise DataError(
+                f"{file} must set {key} to a non-empty string. Received: {shown(value)}"
+            )
     found: list[str] = []
     if config.get("special_tokens_in_strings"):
         found = known.special_tokens + (_tokens(file, config, "special_tokens") or [])
@@ -157,12 +159,12 @@ def _tokens(file: Path, config: dict[str, Any], key: str) -> list[str] | None:
     if not isinstance(tokens, list) or not all(
         isinstance(token, str) and token for token in tokens
     ):
-        raise DataError(f"{file} must give {key} as a list of tokens. Received: {shown(tokens)}")
+        raise DataError(f"{file} must set {key} to a list of tokens. Received: {shown(tokens)}")
     return tokens
 
 
 def _asset(path: Path, name: str) -> Path:
     asset = path / ASSETS / name
     if not asset.is_file():
-        raise DataError(f"The preset lacks a file of its tokenizer. Expected: {asset}")
+        raise DataError(f"The preset is missing a file of its tokenizer. Expected: {asset}")
     return asset

@@ -154,7 +154,7 @@ class TestTokens:
     @pytest.mark.parametrize(
         ("name", "file", "change", "message"),
         [
-            ("qwen", "assets/tokenizer/merges.txt", None, r"lacks a file.*merges\.txt"),
+            ("qwen", "assets/tokenizer/merges.txt", None, r"is missing a file.*merges\.txt"),
             ("qwen", "assets/tokenizer/merges.txt", "a b c\n", "not a byte-pair encoding"),
             ("qwen", "assets/tokenizer/merges.txt", "Ġ nowhere\n", "not a byte-pair encoding"),
             ("qwen", "assets/tokenizer/vocabulary.json", "{", "not a byte-pair encoding"),

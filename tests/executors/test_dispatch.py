@@ -688,7 +688,7 @@ class TestNodes:
         cards(a=1 << 20, b=1 << 20)
         done = cluster(*self.MODES["pipeline"], *self.JOIN)
         assert_whole(done, job)
-        assert done.err.startswith("strategy pipeline: as asked for")
+        assert done.err.startswith("strategy pipeline: as requested")
         assert len(done.report["group"]["stages"]) == 2
 
     def test_stages_that_do_not_fit_the_cards_of_the_nodes(self, cluster, cards):

@@ -143,7 +143,7 @@ def test_what_cannot_be_quantized_is_said_at_once(models, cli, test_set, prepare
     ready = ("--preset", str(folder), *head, "--input", str(test_set))
     cases = {
         "holds int8 weights; use the float preset": (*ready, "--quantization", "int4"),
-        "no LoRA file can be merged": (*ready, *model.flags()[2:4]),
+        "A LoRA file cannot be merged": (*ready, *model.flags()[2:4]),
         "goes with --strategy pipeline": (
             *(*ready, "--mode", "model-parallel", "--strategy", "tensor"),
         ),

@@ -92,9 +92,9 @@ def change_task(folder, **values):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"num_classes": 5}, r"must classify into 3.*Received: num_classes=5"),
-        ({"num_classes": "3"}, "must name its num_classes"),
-        ({"activation": "relu"}, "must end in one of linear, softmax, sigmoid.*relu"),
+        ({"num_classes": 5}, r"must have 3 classes.*Received: num_classes=5"),
+        ({"num_classes": "3"}, "must set num_classes to a positive integer"),
+        ({"activation": "relu"}, "must set activation to one of linear, softmax, sigmoid.*relu"),
     ],
 )
 def test_classifiers_that_cannot_be_followed(copy, values, message):
@@ -107,7 +107,9 @@ def test_classifiers_that_cannot_be_followed(copy, values, message):
 def test_a_sigmoid_wants_a_task_of_its_kind(copy):
     folder = copy("bert")
     change_task(folder, activation="sigmoid")
-    with pytest.raises(ConfigError, match=r"ends in sigmoid, so \[task\] must name that head"):
+    with pytest.raises(
+        ConfigError, match=r"has the activation sigmoid, so \[task\] must set head to it"
+    ):
         check_head(read_preset(folder), None, None, CONTEST)
     labels = {"label_columns": ("a", "b", "c"), "head": "sigmoid"}
     task = Task(text_columns=("text",), template="{text}", **labels)

@@ -143,7 +143,7 @@ def test_lora_of_another_rank_or_backbone(refuse, models, rows, tmp_path):
     shutil.copy(own, tmp_path / "rank.lora.h5")
     with h5py.File(tmp_path / "rank.lora.h5", "r+") as file:
         file["lora/vars/rank"][()] = 8
-    refuse(flags("rank.lora.h5"), "expected rank 8", "shape")
+    refuse(flags("rank.lora.h5"), "same rank everywhere: expected 8", "shape")
 
     def rewrite(name, change):
         shutil.copy(own, tmp_path / name)
@@ -203,12 +203,15 @@ def test_bad_presets(refuse, models, rows, tmp_path):
     def lose_a_part(preset):
         sorted(preset.glob("*_0*.weights.h5"))[0].unlink()
 
-    refuse(damaged("part", lose_a_part, "sharded"), "lacks a part of its weights")
+    refuse(damaged("part", lose_a_part, "sharded"), "is missing a part of its weights")
     parallel = ["--mode", "data-parallel"]
     # Weights of another size, and a config that asks for code: both are seen while loading.
     refuse(
         damaged("size", lambda preset: set_config(preset, num_key_value_heads=4)),
-        *("weights of another size", "attention/key/kernel of shape (4, 48, 16)"),
+        *(
+            "weights whose shape differs from its config",
+            "attention/key/kernel of shape (4, 48, 16)",
+        ),
     )
     code = {"class_name": "__lambda__", "config": {"value": "4wA="}}
     refuse(

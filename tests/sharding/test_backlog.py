@@ -55,7 +55,7 @@ def test_every_row_is_answered_once_or_at_fault(lengths, replicas, poison, memor
             if batch is not None:
                 mine.append(batch)
                 continue
-            elsewhere = [b for b in backlog.under_way() if b not in mine]
+            elsewhere = [b for b in backlog.in_flight() if b not in mine]
             if not mine and elsewhere and len(backlog.replicas_of(elsewhere[0])) == 1:
                 backlog.copy(elsewhere[0], replica)
                 mine.append(elsewhere[0])
