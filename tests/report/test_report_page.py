@@ -487,7 +487,7 @@ class TestDoubts:
     def test_guesses(self):
         values = 1 / 3 + np.random.default_rng(1).uniform(-0.01, 0.01, (100, 2))
         values = np.column_stack([values, 1 - values.sum(axis=1)])
-        assert "hardly surer" in self.about(values)
+        assert "hardly more confident than a guess" in self.about(values)
 
     def test_few_rows_are_not_judged(self):
         assert self.about(np.tile([1.0, 0, 0], (49, 1))) == ""
