@@ -138,7 +138,10 @@ def _describe_devices(devices: Devices) -> dict[str, Any]:
     model = devices.model
     return {
         "name": model.name if model else devices.kind,
-        **{name: getattr(devices, name) for name in ("title", "kind", "count", "is_here")},
+        "title": devices.title,
+        "kind": devices.kind,
+        "count": devices.count,
+        "is_here": devices.is_here,
         "memory_bytes": devices.memory_bytes,
         "host_bytes": devices.host_bytes,
         "auto_dtype": devices.native_dtype,

@@ -214,7 +214,7 @@ def classes_and_confidence(figure: Figure, labels: Sequence[str], values: np.nda
     name_bars(left, [_short(labels[place]) for place in shown])
     left.set_xlim(0, max(likeliest.max(), means.max()) * 1.25)
     left.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    left.set_xlabel("rows with this most likely class; stroke: mean probability")
+    left.set_xlabel("rows predicted as this class; stroke: mean probability")
     top = values.max(axis=1)
     counts, bins = np.histogram(top, np.linspace(1 / len(labels), 1, 31))
     right.stairs(counts, bins, fill=True, color=MARKS[SLOWER], linewidth=0)
@@ -263,7 +263,7 @@ def memory(
     name_bars(axes, labels[:count])
     axes.set_xlim(0, max(float(left.max(initial=0.0)), 1e6) * 1.15)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: mb(value)))
-    axes.set_xlabel("peak of the machine's memory")
+    axes.set_xlabel("peak resident memory")
 
 
 def _count(value: float) -> str:

@@ -1,7 +1,7 @@
 """A finished run -> one self-contained page: figures, charts, faults and decisions in words.
 
-The page has no scripts and no ids, and fetches nothing. The HTML is in `templates/`, the words are
-in `page_text.py` and the drawings in `charts.py`. Imported only when a page is written.
+The page has no scripts and no ids of rows, and fetches nothing. The HTML is in `templates/`, the
+words are in `page_text.py` and the drawings in `charts.py`. Imported only when a page is written.
 """
 
 from collections.abc import Iterator, Sequence

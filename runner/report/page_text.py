@@ -76,7 +76,8 @@ def tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
     if rates["mfu"]:
         found.append((f"{rates['mfu']:.0%}", "of the matmul rate while predicting"))
     if slack_s is not None:
-        found.append((duration(abs(slack_s)), "before the limit" if slack_s >= 0 else "too late"))
+        what = "before the limit" if slack_s >= 0 else "after the limit"
+        found.append((duration(abs(slack_s)), what))
     for key, what in (
         ("resumed", "rows were in the journal"),
         ("shortened", "rows were shortened"),

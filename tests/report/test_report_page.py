@@ -386,7 +386,7 @@ class TestPage:
         assert "Dotted" not in text
 
     @pytest.mark.parametrize(
-        ("slack_s", "said"), [(16.0, "16 sbefore the limit"), (-16.0, "16 stoo late")]
+        ("slack_s", "said"), [(16.0, "16 sbefore the limit"), (-16.0, "16 safter the limit")]
     )
     def test_a_run_that_is_late_has_no_time_left(self, slack_s, said):
         report = make_report()
