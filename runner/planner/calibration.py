@@ -28,9 +28,9 @@ from sharding.times import compile_seconds
 
 # How long all batches together should take, by the forecast before calibration.
 MEASURE_S = 20.0
-# Batches of each length and replica; at least two, so that one is in flight while another computes.
+# Batches per length and replica: at least two, so that one is in flight while another computes.
 FEWEST_BATCHES, MOST_BATCHES = 2, 8
-# The rows to sample, in order of length, as shares of all FLOPs: each represents a third of them.
+# Where to sample rows in order of length, as shares of all FLOPs: each stands for a third of them.
 PLACES = (5 / 6, 1 / 2, 1 / 6)
 STOPS_WITHIN_S = 30
 
@@ -48,11 +48,12 @@ def calibrate(job: PlanInput, option: Option, examples: Examples, progress: Prog
     if not option.fits or option.plan is None:
         raise ConfigError(
             f"--calibrate runs a few batches in the requested way, which does not fit: "
-            f"{option.why_not}. Omit it to see what fits. Received: --mode {option.mode}"
+            f"{option.why_not}. Received: --mode {option.mode}; --plan without --calibrate shows "
+            "what fits"
         )
     rows = sample_rows(job, option)
     sample = _rows_of(examples, rows)
-    replicas = max(1, option.workers // option.group_size)
+    replicas = option.replicas
     of_sample = replace(job, lengths=job.lengths[rows], plans={})
     plan = of_sample.plan(budget=option.budget, replicas=replicas)
     lengths = ", ".join(str(one.length) for one in plan.shapes)
@@ -63,12 +64,10 @@ def calibrate(job: PlanInput, option: Option, examples: Examples, progress: Prog
         # Compiling took cores from the batches. Now the programs are in the cache.
         progress.phase("calibrating: the same again, with nothing left to compile")
         runs.append(_measure(job, sample))
-    return _evaluate(job, option, plan, replicas, runs)
+    return _evaluate(job, option, plan, runs)
 
 
-def _evaluate(
-    job: PlanInput, option: Option, plan: Plan, replicas: int, runs: list[dict[str, Any]]
-) -> Measured:
+def _evaluate(job: PlanInput, option: Option, plan: Plan, runs: list[dict[str, Any]]) -> Measured:
     """Return what the reports of one or two runs of a plan show; only the first compiled."""
     first, last = runs[0], runs[-1]
     flops = plan_flops(job.preset.shape, plan) * _busiest_share(job, option)
@@ -79,7 +78,7 @@ def _evaluate(
         job.preset.shape,
         kind=job.devices.kind,
         shapes=1,
-        replicas=replicas,
+        replicas=option.replicas,
         members=option.group_size,
         strategy=option.strategy,
     )
@@ -100,7 +99,7 @@ def _evaluate(
     if last is not first and others:
         # Batches and compiling shared the cores, so a shape added less than it took to compile.
         added = first["seconds"]["predict"] - last["seconds"]["predict"]
-        compile_s = min(compile_s, max(0.0, added * replicas / others))
+        compile_s = min(compile_s, max(0.0, added * option.replicas / others))
     return Measured(
         way=option.way,
         flops_per_s=flops_per_s,
@@ -120,7 +119,7 @@ def sample_rows(job: PlanInput, option: Option) -> np.ndarray:
     about the same FLOPs, since each represents a third of the test set's.
     """
     assert option.plan is not None, "this is a bug: only what fits has a plan"
-    shape, replicas = job.preset.shape, max(1, option.workers // option.group_size)
+    shape, replicas = job.preset.shape, option.replicas
     order = np.argsort(job.lengths, kind="stable")
     costs = np.array([shape.batch_flops(BatchShape(1, int(n))) for n in job.lengths[order]], float)
     up_to = np.cumsum(costs)
@@ -136,15 +135,13 @@ def sample_rows(job: PlanInput, option: Option) -> np.ndarray:
             total = sum(shape.batch_flops(batch.shape) for batch in option.plan.batches)
             one = shape.batch_flops(BatchShape(rows_of_batch, padded)) / total
             wanted = MEASURE_S / len(PLACES) / (one * option.seconds.predict)
-            batches = replicas * round(
-                min(max(wanted / replicas, FEWEST_BATCHES), MOST_BATCHES)
-            )  # fmt: skip
+            batches = replicas * round(min(max(wanted / replicas, FEWEST_BATCHES), MOST_BATCHES))
         chosen += [row] * (batches * rows_of_batch)
     return np.array(chosen)
 
 
 def _rows_of(examples: Examples, rows: np.ndarray) -> Examples:
-    """Return some rows under ids of their own."""
+    """Return some rows under new ids, since rows may repeat."""
     return Examples(
         tuple(str(number) for number in range(len(rows))),
         {name: tuple(cells[row] for row in rows) for name, cells in examples.columns.items()},
@@ -172,7 +169,7 @@ def _measure(job: PlanInput, sample: Examples) -> dict[str, Any]:
         try:
             _, errors = process.communicate()
         except BaseException:
-            # On SIGTERM it ends its own workers.
+            # On SIGTERM it ends its workers itself.
             process.terminate()
             try:
                 process.communicate(timeout=STOPS_WITHIN_S)
@@ -180,7 +177,7 @@ def _measure(job: PlanInput, sample: Examples) -> dict[str, Any]:
                 process.kill()
             raise
         if process.returncode:
-            lines = errors.splitlines() or ["it said nothing"]
+            lines = errors.splitlines() or ["it printed nothing"]
             said = next((line for line in lines if line.startswith("error: ")), lines[-1])
             raise WorkerError(
                 f"The calibration run failed with exit code {process.returncode}: "

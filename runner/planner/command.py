@@ -1,8 +1,8 @@
 """--plan: a config and the devices -> what fits, how long it takes, and what to choose, printed.
 
-Starts no worker, neither Ray nor JAX, and needs no weights; but --calibrate runs a few batches with
-the ordinary command. `ways.py` does the arithmetic, `recommendation.py` chooses, `document.py` and
-`text.py` say it as JSON and as text.
+Starts no workers, Ray or JAX and needs no weights, except for --calibrate, which runs the ordinary
+command on a few batches. `ways.py` does the arithmetic, `recommendation.py` chooses, `document.py`
+and `text.py` present the plan as JSON and as text.
 """
 
 import json
@@ -30,7 +30,7 @@ from runner.preset.resolve import check_head, named_files, settle
 from runner.telemetry.progress import Progress
 from sharding.memory import weight_item_bytes
 
-# Longer than any row: the plan shows lengths before truncation.
+# Longer than any row, since the plan shows lengths before truncation.
 UNCUT = 1 << 24
 
 
@@ -92,7 +92,7 @@ def plan(config: RunConfig, *, started: float | None = None) -> dict[str, Any]:
 
 
 def _file_bytes(preset: Preset) -> float:
-    """Return the bytes of the weight files; if they are not there, of 16-bit ones."""
+    """Return the bytes of the weight files; if there are none, of 16-bit ones."""
     if preset.weight_files:
         return float(preset.stored_bytes)
     item_bytes = weight_item_bytes("float16", preset.quantization or "none")

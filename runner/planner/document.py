@@ -16,7 +16,7 @@ from sharding.fit import plan_flops
 
 SCHEMA = 1
 PERCENTILES = (0, 5, 25, 50, 75, 90, 95, 99, 100)
-# Of the memory that a worker needs.
+# Parts of the memory that a worker needs.
 PARTS = ("weights", "activations", "workspace", "total")
 
 
@@ -93,8 +93,10 @@ def _describe_lengths(job: PlanInput, uncut: np.ndarray) -> dict[str, Any]:
 
 
 def _histogram(uncut: np.ndarray, sequence_length: int) -> list[dict[str, int]]:
-    """Return the rows by length before truncation: about ten ranges, of which one ends at the
-    sequence length and the last has all longer rows."""
+    """Return the number of rows by length before truncation, in about ten ranges.
+
+    One range ends at the sequence length. The last has all longer rows.
+    """
     if not uncut.size:
         return []
     longest, step = max(1, int(uncut.max())), max(1, sequence_length // 4)
@@ -108,7 +110,7 @@ def _histogram(uncut: np.ndarray, sequence_length: int) -> list[dict[str, int]]:
 
 
 def _add_batches(document: dict[str, Any], job: PlanInput, batches: Plan) -> None:
-    """Add the batches of the shown way to a document."""
+    """Add the batches of the way that the plan shows."""
     shape = job.preset.shape
     of_shape = dict.fromkeys(batches.shapes, 0)
     for batch in batches.batches:
@@ -136,7 +138,10 @@ def _describe_devices(devices: Devices) -> dict[str, Any]:
     model = devices.model
     return {
         "name": model.name if model else devices.kind,
-        **{name: getattr(devices, name) for name in ("title", "kind", "count", "is_here")},
+        "title": devices.title,
+        "kind": devices.kind,
+        "count": devices.count,
+        "is_here": devices.is_here,
         "memory_bytes": devices.memory_bytes,
         "host_bytes": devices.host_bytes,
         "auto_dtype": devices.native_dtype,

@@ -1,4 +1,4 @@
-"""The ways to run -> the one to take, why, and its command. Does not know how a plan is shown."""
+"""The ways to run -> the best one, why, and its command. Does not know how a plan is shown."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from runner.planner.records import Option, PlanInput
 from runner.planner.ways import pipeline_over
 from sharding.kinds import dtype_beside
 
-# Ways within this factor and these seconds of the fastest count as equally fast; the simplest of
-# them is recommended.
+# Ways that take at most this many times as long as the fastest, plus these seconds, count as
+# equally fast; the simplest of them is recommended.
 AS_FAST, AS_FAST_S = 1.05, 30.0
 # A less precise way is mentioned if it takes less than this share of the time.
 MUCH_FASTER = 0.8
@@ -101,7 +101,7 @@ def _what_would_fit(job: PlanInput) -> str:
             f"them would hold {job.dtype(quantization)} weights: --mode model-parallel "
             f"--group-size {members}."
         )
-    return f"Nothing fits, nor would {MOST_MEMBERS} x {job.devices.title} together."
+    return f"Nothing fits, not even {MOST_MEMBERS} x {job.devices.title} together."
 
 
 def command_of(job: PlanInput, best: Option) -> list[str]:

@@ -26,7 +26,7 @@ QUANTIZATIONS = ("none", "int8", "int4")
 class Measured:
     """The results of a calibration.
 
-    way: the one that was run. flops_per_s: of a worker on the model. efficiency: flops_per_s over
+    way: what was run. flops_per_s: of a worker on the model. efficiency: flops_per_s over
     `PlanInput.peak`, None if the peak is not known. before_predict_s: a run's time without reading,
     tokenizing and predicting. slowness: before_predict_s over its forecast. compile_s: the time
     that another shape adds on one worker. seconds: how long the calibration took.
@@ -66,7 +66,7 @@ class PlanInput:
         return (self.preset.quantization,) if self.preset.quantization else QUANTIZATIONS
 
     def dtype(self, quantization: str) -> str:
-        """Return the dtype to compute in with such weights."""
+        """Return the dtype to compute in, with weights quantized this way."""
         if self.config.dtype != "auto":
             return self.config.dtype
         return dtype_beside(quantization, self.devices.native_dtype)
@@ -82,7 +82,7 @@ class PlanInput:
         return self.config.mode, strategy, self.dtype(quantization), quantization
 
     def peak(self, way: "Way | Option") -> float | None:
-        """Return the FLOP/s of large matmuls in one of the workers, None if not known."""
+        """Return the FLOP/s of large matmuls on one worker, None if not known."""
         rate = self.devices.rate(way.dtype, way.quantization)
         if rate is None or not self.devices.is_host:
             return rate
@@ -110,7 +110,7 @@ class Option:
 
     why_not: the reason if it does not fit. memory_bytes, need: of the fullest device. host_bytes:
     memory that the machine needs. budget: the most padded tokens of a batch. range_s: the shortest
-    and the longest time that is likely. arithmetic: how memory and time were computed, in a line.
+    and the longest likely time. arithmetic: how memory and time were computed, in a line.
     """
 
     mode: str
@@ -134,6 +134,10 @@ class Option:
     def way(self) -> tuple[str, str | None, str, str]:
         """Mode, strategy, dtype and quantization."""
         return self.mode, self.strategy, self.dtype, self.quantization
+
+    @property
+    def replicas(self) -> int:
+        return max(1, self.workers // self.group_size)
 
     @property
     def total_s(self) -> float | None:

@@ -18,7 +18,7 @@ PLAIN_BLOCKS = " #"
 
 
 def render(plan: dict[str, Any], *, encoding: str = "utf-8") -> str:
-    """Return the lines of a plan, with block characters if the encoding has them."""
+    """Return the text of a plan, with block characters if the encoding has them."""
     sections = [
         _head(plan),
         _lengths(plan, _blocks(encoding)),
@@ -183,7 +183,7 @@ def _indented(text: str) -> list[str]:
 
 
 def _caveats(plan: dict[str, Any]) -> list[str]:
-    """Return lines on what the times are based on."""
+    """Return lines on what the forecast times are based on."""
     device, measured = plan["device"], plan["calibration"]
     expected, low, high = KINDS[device["kind"]].efficiency
     if measured:

@@ -166,14 +166,14 @@ def _memory_text(shape: ModelShape, room: Room, way: Way, found: Fit) -> tuple[s
         if found.exceeds == DEVICE:
             usable = gb(limit * SHARE_IN_USE)
             return (
-                f"needs {gb(total)}, {usable} of {gb(limit)} can be used",
+                f"needs {gb(total)}, only {usable} of {gb(limit)} can be used",
                 f"{memory} > {SHARE_IN_USE:g} x {gb(limit)}",
             )
         memory += f" of {SHARE_IN_USE:g} x {gb(limit)}"
     if found.exceeds == HOST:
         assert room.host_bytes is not None, "this is a bug: nothing exceeds no limit"
         return (
-            f"needs {gb(host)} of host memory, {gb(room.host_bytes)} are here",
+            f"needs {gb(host)} of host memory, this machine has {gb(room.host_bytes)}",
             f"{memory} a worker, {gb(host)} with all libraries and loading > "
             f"{gb(room.host_bytes)} of this machine",
         )
@@ -217,7 +217,8 @@ def _not_dividable(job: PlanInput, way: Way) -> str | None:
     if way.strategy not in strategies(job.preset.class_name):
         return f"{job.preset.class_name} cannot be divided in this way"
     if not devices.is_host and devices.count < members:
-        return f"needs {members} devices, there is {devices.count}"
+        there = "there is" if devices.count == 1 else "there are"
+        return f"needs {members} devices, {there} {devices.count}"
     if way.strategy == "pipeline":
         too_many = f"{shape.num_layers} layers cannot be cut into {members} stages"
         return too_many if members > shape.num_layers else None
@@ -300,7 +301,7 @@ def _rates(job: PlanInput, way: Way) -> tuple[tuple[float, float, float] | None,
     peak = job.peak(way)
     if peak is None:
         with_ = "" if way.quantization == "none" else f" with {way.quantization}"
-        return None, f"how fast {way.dtype}{with_} is on {job.devices.title} is not known"
+        return None, f"the speed of {way.dtype}{with_} on {job.devices.title} is not known"
     expected, low, high = KINDS[job.devices.kind].efficiency
     if measured is not None and measured.efficiency is not None:
         expected, low, high = (measured.efficiency * part for part in (1.0, 0.8, 1.2))

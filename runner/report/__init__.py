@@ -1,1 +1,1 @@
-"""Facts of a run -> JSON, a page with charts and a trace. Computes nothing of the run itself."""
+"""Facts of a run -> JSON, a page with charts, and a trace. Computes no results of its own."""

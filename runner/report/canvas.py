@@ -1,6 +1,6 @@
-"""A figure of matplotlib -> inline SVG in the page's colours, and what all charts share.
+"""A matplotlib figure -> inline SVG in the page's colours; and what all charts share.
 
-Each role has a marker colour, which becomes a CSS variable: one drawing serves light and dark
+Each role has a marker colour, which becomes a CSS variable, so one drawing serves light and dark
 pages. Does not know what is drawn.
 """
 
@@ -44,7 +44,7 @@ COLOURS = {
     LOST: ("#c93c37", "#f0716b"),
     ENDING: ("#aab4be", "#57606a"),
 }
-# Colours that matplotlib draws with in place of the roles; it never picks these by itself.
+# Stand-ins for the roles that matplotlib draws with; it never picks these colours by itself.
 MARKS = {role: f"#01fe{place:02x}" for place, role in enumerate(COLOURS)}
 
 WIDTH = 9.6  # inches, each 72 units of the drawing
@@ -54,7 +54,7 @@ STEPS_S = (
     *(1800, 3600, 7200, 14400, 28800),
 )
 
-# Its note that it builds a cache of fonts is of no use to users.
+# Hide its message about building a font cache, which is of no use to users.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
@@ -88,7 +88,7 @@ def draw(
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # As wide as the page, with ids that no other drawing has.
+    # Make it as wide as the page, with ids that no other drawing has.
     tag, rest = svg.split(">", maxsplit=1)
     svg = re.sub(r' (width|height)="[^"]*"', "", tag) + ">" + rest
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(described)}" ', 1)
@@ -143,7 +143,7 @@ def time_axis(axes: Axes, end_s: float) -> None:
 
 
 def axis_step(seconds: float, most: int) -> float:
-    """Return the smallest step that cuts so many seconds into `most` parts at most."""
+    """Return the smallest step that cuts the seconds into at most `most` parts."""
     return next((step for step in STEPS_S if seconds / step <= most), STEPS_S[-1])
 
 
@@ -156,7 +156,7 @@ def mark_faults(axes: Axes, faults_s: Sequence[float]) -> None:
 def label_line(
     axes: Axes, at: float, text: str, *, color: str = MARKS["ink"], is_below: bool = False
 ) -> None:
-    """Write on a horizontal line, at the left: nothing else is drawn where the run starts."""
+    """Label a horizontal line at its left end: nothing else is drawn where the run starts."""
     axes.annotate(
         text,
         (0, at),
@@ -177,7 +177,7 @@ def name_bars(axes: Axes, names: Sequence[str]) -> None:
 
 
 def row_axis(axes: Axes) -> None:
-    """Make y a number of rows, from zero."""
+    """Make y a count of rows, from zero."""
     axes.set_ylim(0)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.grid(axis="y")

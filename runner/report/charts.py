@@ -1,6 +1,6 @@
-"""Figures of a run -> drawings on a matplotlib figure, which `canvas.py` makes an SVG of.
+"""Figures of a run -> drawings on a matplotlib figure, which `canvas.py` turns into SVG.
 
-Imported only where a page is written. Does not know the report.
+Imported only when a page is written. Does not know the report.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ from runner.report.canvas import (
 from runner.report.lanes import PADDING, SLOWER, WORKING, Lane
 from runner.telemetry.timeline import COMPILING, LOADING, LOST, Event, Phase, Span
 
-# Cells that a lane is cut into, and cells of all lanes together, at most.
+# The most cells that a lane is cut into, and that all lanes have together.
 CELLS, MOST_CELLS = 1200, 60_000
 MOST_LABELLED_LANES = 48
-# Bars of one chart, and curves of one chart, at most.
+# The most bars, and the most curves, in one chart.
 MOST_BARS, MOST_CURVES = 40, 6
 
 
@@ -120,7 +120,7 @@ def throughput(
     faults_s: Sequence[float],
     end_s: float,
 ) -> None:
-    """Draw real tokens a second. rates: between each two of edges, in seconds."""
+    """Draw real tokens per second. rates: one between each pair of edges, which are in seconds."""
     axes = figure.subplots()
     axes.stairs(rates, edges, fill=True, color=MARKS[SLOWER], linewidth=0)
     axes.stairs(rates, edges, color=MARKS["accent"], linewidth=1.2, baseline=None)
@@ -214,7 +214,7 @@ def classes_and_confidence(figure: Figure, labels: Sequence[str], values: np.nda
     name_bars(left, [_short(labels[place]) for place in shown])
     left.set_xlim(0, max(likeliest.max(), means.max()) * 1.25)
     left.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    left.set_xlabel("rows with this most likely class; stroke: mean probability")
+    left.set_xlabel("rows predicted as this class; stroke: mean probability")
     top = values.max(axis=1)
     counts, bins = np.histogram(top, np.linspace(1 / len(labels), 1, 31))
     right.stairs(counts, bins, fill=True, color=MARKS[SLOWER], linewidth=0)
@@ -263,7 +263,7 @@ def memory(
     name_bars(axes, labels[:count])
     axes.set_xlim(0, max(float(left.max(initial=0.0)), 1e6) * 1.15)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: mb(value)))
-    axes.set_xlabel("peak of the machine's memory")
+    axes.set_xlabel("peak resident memory")
 
 
 def _count(value: float) -> str:

@@ -1,9 +1,8 @@
-"""Facts of a finished run -> the JSON report and a short summary in words."""
+"""A report -> a JSON file, a table of its rows, and a short summary in words."""
 
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,84 +10,12 @@ import pandas as pd
 
 from runner.common.files import write_whole
 from runner.common.poolings import POOLINGS
-from runner.common.records import Faults, Tally, WorkerInfo, WorkerStats
-from runner.common.units import mb, tenths
-from runner.common.versions import versions
+from runner.common.units import mb, seconds_text, tenths
 from runner.config.run_config import RunConfig
 from runner.model.accuracy import describe
 from runner.results.table import Merger
-from sharding.strategies import Strategy
 
-SCHEMA = 1
 DEMO = "The model is the demo preset: its weights are random, so its predictions mean nothing."
-
-
-def make_report(
-    config: RunConfig,
-    *,
-    fingerprint: str | None,
-    rows: dict[str, int],
-    tally: Tally,
-    model_flops: float,
-    seconds: dict[str, float],
-    info: WorkerInfo | None,
-    workers: list[WorkerStats],
-    faults: Faults,
-    plan: dict[str, Any],
-    deadline: dict[str, Any],
-    extra_passes: dict[str, float] | None,
-    strategy: Strategy | None,
-    quantization: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """Return the report. Durations are in seconds, rates are over `seconds["predict"]`.
-
-    `rates` cover the rows answered in this run, not those resumed. `rates.mfu` divides the model
-    FLOPs of real tokens by what all workers' devices reached in a large matmul, measured in this
-    run. `forecasts` are pairs: seconds since the start, and the total seconds forecast then.
-    """
-    predict_s = seconds["predict"]
-    flops_per_s = model_flops / predict_s if predict_s else None
-    peak = info.matmul_flops_per_s * len(workers) if info else 0.0
-    return {
-        "schema": SCHEMA,
-        "config": config.as_json(),
-        "versions": versions(),
-        "fingerprint": fingerprint,
-        "mode": config.mode,
-        "strategy": strategy.name if strategy else None,
-        "rows": rows,
-        "tokens": {"real": tally.real_tokens, "padded": tally.padded_tokens},
-        "seconds": {key: round(value, 4) for key, value in seconds.items()},
-        "rates": {
-            "rows_per_s": tally.answered / predict_s if predict_s else None,
-            "tokens_per_s": tally.real_tokens / predict_s if predict_s else None,
-            "model_flops_per_s": flops_per_s,
-            "mfu": flops_per_s / peak if flops_per_s and peak else None,
-        },
-        "workers": [asdict(worker) for worker in workers],
-        "faults": asdict(faults),
-        "deadline": deadline,
-        "forecasts": tally.forecasts,
-        "extra_passes": extra_passes,
-        "journal": {"path": str(config.journal_path), "seconds": round(tally.journal_s, 4)},
-        "model": asdict(info) if info else None,
-        "quantization": quantization,
-        "plan": plan,
-        "group": _describe_group(strategy, workers) if workers else None,
-    }
-
-
-def _describe_group(strategy: Strategy | None, workers: list[WorkerStats]) -> dict[str, Any] | None:
-    """Return why this strategy, what its members exchange, and how idle they were."""
-    if strategy is None:
-        return None
-    alive = sum(worker.busy_s + worker.idle_s for worker in workers)
-    return {
-        "why": strategy.why,
-        "stages": [asdict(stage) for stage in strategy.stages],
-        "bytes_between_members_per_token": strategy.bytes_per_token,
-        "idle_share": sum(worker.idle_s for worker in workers) / alive if alive else None,
-    }
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
@@ -97,14 +24,14 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
 
 
 def write_rows(path: Path, merger: Merger, *, id_column: str) -> None:
-    """Write how each row was made and from how many tokens, as a CSV beside the report."""
+    """Write a CSV beside the report: how each row was made, and from how many tokens."""
     table = pd.DataFrame({"how": merger.how, "tokens": merger.lengths})
     table.insert(0, id_column, pd.Series(merger.ids, dtype=object), allow_duplicates=True)
     write_whole(path, table.to_csv(index=False, lineterminator="\n"), private=True)
 
 
 def say_summary(report: dict[str, Any], config: RunConfig) -> str:
-    """Return what standard output gets at the end: a few lines, or one JSON object."""
+    """Return what the command prints at the end: a few lines, or one JSON object."""
     said = summarize(report, config)
     if config.log_format != "json":
         return said
@@ -114,7 +41,7 @@ def say_summary(report: dict[str, Any], config: RunConfig) -> str:
 
 
 def summarize(report: dict[str, Any], config: RunConfig) -> str:
-    """Return the summary that a run ends with, a few lines."""
+    """Return the summary of a run, a few lines."""
     rows, seconds, rates = report["rows"], report["seconds"], report["rates"]
     quantization = report["quantization"]
     lines = [
@@ -146,13 +73,13 @@ def summarize(report: dict[str, Any], config: RunConfig) -> str:
 
 
 def describe_devices(workers: Sequence[dict[str, Any]]) -> str:
-    """Return how many workers have which device, such as 2 x cpu; those not loaded have none."""
+    """Return the number of workers on each device, such as 2 x cpu; skips those not loaded."""
     counts = Counter(worker["device"].split(",")[0] for worker in workers if worker["device"])
     return " and ".join(f"{count} x {device}" for device, count in counts.items())
 
 
 def what_happened(report: dict[str, Any]) -> list[str]:
-    """Return sentences on what the run did differently than asked, and on the faults in it."""
+    """Return sentences on how the run departed from its settings, and on its faults."""
     return [*_describe_rows(report), *_describe_faults(report["faults"])]
 
 
@@ -163,12 +90,12 @@ def _describe_rows(report: dict[str, Any]) -> Iterator[str]:
     if rows["shortened"]:
         said = f"{_count(rows['shortened'], 'row')} used fewer tokens than asked for"
         if POOLINGS[report["config"]["pooling"]].sees_padding:
-            said += ", so pooling used another length than the head was trained with"
+            said += ", so pooling used a length that the head was not trained with"
         yield said + "."
     if rows["filled"]:
         yield f"The fallback fills {_count(rows['filled'], 'row')} without a prediction."
     if extra := report["extra_passes"]:
-        # Some of these rows may be an earlier run's.
+        # Some of these rows may be from an earlier run.
         yield (
             f"Averaged {_count(extra['rows'], 'row')} with predictions for swapped responses; this "
             f"run spent {tenths(extra['seconds'])} on it."
@@ -178,7 +105,7 @@ def _describe_rows(report: dict[str, Any]) -> Iterator[str]:
         yield (
             f"The submission was written {tenths(abs(slack_s))} "
             f"{'before' if slack_s >= 0 else 'after'} the time limit of "
-            f"{deadline['limit_s']:,.0f} s."
+            f"{seconds_text(deadline['limit_s'])}."
         )
 
 

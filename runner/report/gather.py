@@ -1,7 +1,7 @@
 """The outcome of a run -> its report, page and trace on disk, and its figures at any moment.
 
-The driver updates an `Outcome` during the run. What the executor and the deadline have to say
-arrives as plain facts.
+The driver updates an `Outcome` during the run. Facts about the executor and the deadline arrive as
+plain records.
 """
 
 from collections.abc import Callable, Sequence, Sized
@@ -15,10 +15,10 @@ import numpy as np
 
 from runner.common.background import in_background
 from runner.common.errors import first_line
-from runner.common.records import Computed, Faults, Tally
+from runner.common.records import Computed, Faults, Tally, WorkerStats
 from runner.common.versions import versions
 from runner.config.run_config import RunConfig
-from runner.report.facts import make_report, what_happened, write_report, write_rows
+from runner.report.facts import what_happened, write_report, write_rows
 from runner.results.table import FILLED, SHORTENED, Merger
 from runner.telemetry.metrics import Figures
 from runner.telemetry.progress import Progress
@@ -27,9 +27,10 @@ from sharding.batches import Plan
 from sharding.costs import ModelShape
 from sharding.strategies import Strategy
 
-# Seconds that the trace and the page may each take; a run waits no longer for them.
+SCHEMA = 1
+# The most seconds that a run waits for the trace, and for the page.
 PAGE_WITHIN_S = 60.0
-# Numbers that a page's charts are drawn from, at most.
+# The most numbers that a page's charts are drawn from.
 MOST_VALUES = 5_000_000
 NOT_WRITTEN = "the submission was written, but its {} was not"
 
@@ -58,8 +59,8 @@ class Outcome:
 class Reports:
     """Writes the reports of one run; made once its rows are read.
 
-    seconds: of each phase of the driver. limit_s, events: of the deadline, whose list of events
-    grows during the run. now: returns the seconds since the process started.
+    seconds: of each phase of the driver. limit_s, events: of the deadline; `events` grows during
+    the run. now: returns the seconds since the process started.
     """
 
     config: RunConfig
@@ -90,8 +91,10 @@ class Reports:
     def write(
         self, computed: Computed, quantization: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Write the report, the table of rows, the trace and the page; return the report. If a file
-        cannot be written, say so."""
+        """Write the report, the table of rows, the trace and the page; return the report.
+
+        A file that cannot be written causes only a warning.
+        """
         config, note = self.config, self.progress.note
         report = self.report(computed, quantization)
         try:
@@ -109,39 +112,46 @@ class Reports:
                 note(f"warning: {failure}")
         return report
 
-    def report(self, computed: Computed, quantization: dict[str, Any] | None) -> dict[str, Any]:
-        """Return the report of the run so far."""
-        outcome, limit_s, rows = self.outcome, self.limit_s, self._rows()
-        stats, tally = computed.stats, outcome.tally
+    def report(
+        self, computed: Computed, quantization: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the report of the run so far. Durations are in seconds.
+
+        `forecasts` are pairs: seconds since the start, and the total seconds forecast then.
+        """
+        config, outcome, strategy = self.config, self.outcome, self.strategy
+        tally, rows, info = outcome.tally, self._rows(), computed.info
+        workers = computed.stats if rows["total"] and info else []
         self.seconds.update(
             start_workers=computed.start_workers_s,
-            load=max((worker.load_s for worker in stats), default=0.0),
-            compile=max((worker.compile_s for worker in stats), default=0.0),
+            load=max((worker.load_s for worker in computed.stats), default=0.0),
+            compile=max((worker.compile_s for worker in computed.stats), default=0.0),
             predict=computed.predict_s,
             total=self.now(),
         )
         unlike = rows["resumed"] + rows["shortened"] + rows["filled"]
-        return make_report(
-            self.config,
-            fingerprint=outcome.fingerprint,
-            rows={"total": rows["total"], "predicted": rows["total"] - unlike, **rows},
-            tally=tally,
-            model_flops=self.shape.rows_flops(tally.lengths_done),
-            seconds=self.seconds,
-            info=computed.info,
-            workers=list(stats) if rows["total"] and computed.info else [],
-            faults=computed.faults if computed.info else Faults(),
-            plan=self._describe_plan(computed),
-            strategy=self.strategy,
-            quantization=quantization,
-            deadline={
-                "limit_s": limit_s,
-                "finished_s": round(outcome.stands_s, 4),
-                "slack_s": None if limit_s is None else round(limit_s - outcome.stands_s, 4),
-                "events": self.events,
-            },
-            extra_passes=outcome.extra_passes,
-        )
+        return {
+            "schema": SCHEMA,
+            "config": config.as_json(),
+            "versions": versions(),
+            "fingerprint": outcome.fingerprint,
+            "mode": config.mode,
+            "strategy": strategy.name if strategy else None,
+            "rows": {"total": rows["total"], "predicted": rows["total"] - unlike, **rows},
+            "tokens": {"real": tally.real_tokens, "padded": tally.padded_tokens},
+            "seconds": {key: round(value, 4) for key, value in self.seconds.items()},
+            "rates": self._rates(computed, len(workers)),
+            "workers": [asdict(worker) for worker in workers],
+            "faults": asdict(computed.faults if info else Faults()),
+            "deadline": self._describe_deadline(),
+            "forecasts": tally.forecasts,
+            "extra_passes": outcome.extra_passes,
+            "journal": {"path": str(config.journal_path), "seconds": round(tally.journal_s, 4)},
+            "model": asdict(info) if info else None,
+            "quantization": quantization,
+            "plan": self._describe_plan(computed),
+            "group": _describe_group(strategy, workers) if strategy and workers else None,
+        }
 
     def _rows(self) -> dict[str, int]:
         how = self.table.how
@@ -150,6 +160,33 @@ class Reports:
             "resumed": self.outcome.resumed,
             "shortened": how.count(SHORTENED),
             "filled": how.count(FILLED),
+        }
+
+    def _rates(self, computed: Computed, workers: int) -> dict[str, float | None]:
+        """Return rates over the seconds of predicting, of the rows answered in this run.
+
+        `mfu` divides the model FLOPs of real tokens by what all workers' devices reached in a large
+        matmul, measured in this run.
+        """
+        tally, predict_s, info = self.outcome.tally, computed.predict_s, computed.info
+        if not predict_s:
+            return dict.fromkeys(("rows_per_s", "tokens_per_s", "model_flops_per_s", "mfu"))
+        flops_per_s = self.shape.rows_flops(tally.lengths_done) / predict_s
+        peak = info.matmul_flops_per_s * workers if info else 0.0
+        return {
+            "rows_per_s": tally.answered / predict_s,
+            "tokens_per_s": tally.real_tokens / predict_s,
+            "model_flops_per_s": flops_per_s,
+            "mfu": flops_per_s / peak if flops_per_s and peak else None,
+        }
+
+    def _describe_deadline(self) -> dict[str, Any]:
+        limit_s, stands_s = self.limit_s, self.outcome.stands_s
+        return {
+            "limit_s": limit_s,
+            "finished_s": round(stands_s, 4),
+            "slack_s": None if limit_s is None else round(limit_s - stands_s, 4),
+            "events": self.events,
         }
 
     def _describe_plan(self, computed: Computed) -> dict[str, Any]:
@@ -203,11 +240,23 @@ class Reports:
         write_page(path, story)
 
 
+def _describe_group(strategy: Strategy, workers: Sequence[WorkerStats]) -> dict[str, Any]:
+    """Return why this strategy, what its members exchange, and how idle they were."""
+    alive_s = sum(worker.busy_s + worker.idle_s for worker in workers)
+    return {
+        "why": strategy.why,
+        "stages": [asdict(stage) for stage in strategy.stages],
+        "bytes_between_members_per_token": strategy.bytes_per_token,
+        "idle_share": sum(worker.idle_s for worker in workers) / alive_s if alive_s else None,
+    }
+
+
 def try_to_write(what: str, path: Path, write: Callable[[], None]) -> str | None:
-    """Write an optional file; return what went wrong. The run neither fails nor waits long."""
+    """Write an optional file; return what went wrong, if anything. Never fails the run, and delays
+    it by `PAGE_WITHIN_S` at most."""
     try:
         in_background(write, name=what).result(timeout=PAGE_WITHIN_S)
-    except Exception as error:  # whatever it is, the submission is there
+    except Exception as error:  # whatever it is, the submission is already written
         why = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
         with suppress(OSError):
             path.unlink(missing_ok=True)  # a file of an older run would be misleading

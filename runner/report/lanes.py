@@ -1,6 +1,6 @@
 """Overlapping spans -> the state of each worker at each moment, and where all their time went.
 
-Pure arithmetic on the records of `timeline.py`. Knows no drawings.
+Pure arithmetic on the records of `timeline.py`. Does not know drawings.
 """
 
 from collections.abc import Iterable, Sequence
@@ -34,8 +34,11 @@ class Lane:
         return dict(zip(STATES, sums.tolist(), strict=True))
 
     def runs(self, cells: int) -> list[tuple[str, float, float]]:
-        """Return consecutive stretches, (state, start, end): the run in so many cells, each in the
-        state that takes most of it, with neighbours in the same state joined."""
+        """Return consecutive stretches, (state, start, end).
+
+        The run is cut into `cells` equal cells. Each has the state that takes most of it, and
+        neighbours in the same state are joined.
+        """
         grid = np.linspace(self.edges[0], self.edges[-1], cells + 1)
         spent = np.zeros((len(STATES), cells))
         lengths = np.diff(self.edges)
@@ -102,7 +105,7 @@ def shares(lanes: Sequence[Lane], *, padding: float, limit_s: float | None) -> d
     Args:
         padding: the share of padding and filler in the predicted tokens.
         limit_s: worker seconds that the model FLOPs of real tokens take at the rate of a large
-            matmul; None if unknown, then SLOWER is all of predicting but for the padding.
+            matmul; None if unknown: then SLOWER is all of predicting except padding.
     """
     total_s = sum(float(lane.edges[-1] - lane.edges[0]) for lane in lanes)
     if not total_s:
@@ -120,7 +123,7 @@ def shares(lanes: Sequence[Lane], *, padding: float, limit_s: float | None) -> d
 
 
 def rate_over_time(spans: Sequence[Span], amounts: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Return the amount per second between each two edges, float64 (len(edges) - 1,).
+    """Return the amount per second between each pair of edges, float64 (len(edges) - 1,).
 
     Args:
         amounts: (spans,), each spread evenly over the time of its span.
@@ -150,10 +153,10 @@ def real_tokens(spans: Sequence[Span], lengths: np.ndarray) -> np.ndarray:
 
 
 def answers(spans: Sequence[Span], *, copies: bool = False) -> list[Span]:
-    """Return the span of each answered batch, on the last member: it sends the answer.
+    """Return the span of each answered batch on the last member, which sends the answer.
 
     Args:
-        copies: whether to include answers that came after another replica's.
+        copies: whether to include answers to batches that another replica had already answered.
     """
     last = {span.replica: 0 for span in spans}
     for span in spans:

@@ -1,7 +1,7 @@
 """A finished run -> one self-contained page: figures, charts, faults and decisions in words.
 
-No script, nothing fetched, no ids. The HTML is in `templates/`, the words are in `page_text.py`
-and the drawings in `charts.py`. Imported only where a page is written.
+The page has no scripts and no ids of rows, and fetches nothing. The HTML is in `templates/`, the
+words are in `page_text.py` and the drawings in `charts.py`. Imported only when a page is written.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,19 +20,19 @@ from runner.report.markup import Html, fill
 from runner.telemetry.timeline import Event, Phase, Span
 from sharding.kinds import KINDS
 
-# Rows of the table of workers, and events, at most.
+# The most rows in the table of workers, and the most events in the list.
 MOST_LISTED = 200
-# Points of the curve of the throughput.
+# Points of the throughput curve.
 FEWEST_POINTS, MOST_POINTS = 12, 120
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Story:
-    """All that a page tells.
+    """Everything that a page is made from.
 
-    report: see `facts.py`. spans, phases, events: see `timeline.py`. lengths: int64 (rows,), the
-    tokens of each row, zero if unknown. values: (rows, columns), the model's own predictions, in
-    the order of `labels`, for one row of `every`. summary: sentences, see `facts.what_happened`.
+    report: see `gather.py`. spans, phases, events: see `timeline.py`. lengths: int64 (rows,), the
+    tokens of each row, zero if unknown. values: (rows, columns), the model's own predictions for
+    one row in `every`, with a column for each of `labels`. summary: see `facts.what_happened`.
     """
 
     report: dict[str, Any]
@@ -136,7 +136,7 @@ def _where_time_went(story: Story, own: Sequence[Lane]) -> Iterator[Html]:
     rate = report["rates"]["model_flops_per_s"]
     limit_s = None
     if report["model"] and rate and report["tokens"]["real"]:
-        # The report counts one pass over the rows, the lanes extra passes and copies too.
+        # The report counts one pass over the rows; the lanes also have extra passes and copies.
         flops = rate * report["seconds"]["predict"] * real / report["tokens"]["real"]
         limit_s = flops / report["model"]["matmul_flops_per_s"]
     parts = lanes.shares(own, padding=1 - real / padded if padded else 0.0, limit_s=limit_s)
@@ -158,7 +158,7 @@ def _speed(story: Story) -> Iterator[Html]:
     tokens = lanes.real_tokens(done, story.lengths)
     if not tokens.sum():
         return
-    # Several batches for each point: the curve of one would only show where it began and ended.
+    # Use several batches a point: with one each, the curve only shows when batches start and end.
     points = min(MOST_POINTS, max(FEWEST_POINTS, len(done) // 3))
     edges = np.linspace(0, story.end_s, points + 1)
     first, last = min(span.start_s for span in done), max(span.end_s for span in done)
@@ -290,7 +290,7 @@ def _tables(story: Story) -> Iterator[Html]:
         title = "Workers" + f" (the first {MOST_LISTED})" * (len(workers) > MOST_LISTED)
         yield _folded(title, names, rows, numbers=range(2, len(names)))
     seconds = [(key, f"{value:,.2f}") for key, value in report["seconds"].items()]
-    yield _folded("Seconds of each stage", ("stage", "seconds"), seconds, numbers=(1,))
+    yield _folded("Seconds of each phase", ("phase", "seconds"), seconds, numbers=(1,))
     settings = [(key, str(value)) for key, value in report["config"].items()]
     yield _folded("Settings", ("setting", "value"), settings)
     yield _folded("Versions", ("package", "version"), [*report["versions"].items()])
@@ -320,7 +320,7 @@ def _folded(
 def _table(
     names: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int] = ()
 ) -> Html:
-    """Return a table. numbers: the columns that hold some."""
+    """Return a table. numbers: the places of columns that hold numbers."""
 
     def line(cells: Sequence[str], text: str, number: str) -> Html:
         kinds = [number if place in numbers else text for place in range(len(cells))]

@@ -1,4 +1,4 @@
-"""Facts of a finished run -> the words of its page. Knows no HTML, drawings or files."""
+"""Facts of a finished run -> the words of its page. Does not know HTML, drawings or files."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from runner.report.lanes import ENDING, IDLE, PADDING, SLOWER, WORKING
 from runner.telemetry.timeline import COMPILING, LOADING, LOST, PREDICTING, STARTING, Event
 from sharding.kinds import KINDS
 
-# Predictions of fewer rows are not judged.
+# With fewer rows than this, predictions are not judged.
 ROWS_TO_DOUBT = 50
 ONE_CLASS_SHARE = 0.95
 SAME_ANSWER = 1e-3
@@ -26,12 +26,12 @@ STATES = {
     STARTING: "starting",
     IDLE: "idle",
     LOST: "lost: no answer came back",
-    ENDING: "ending; the run's own work",
+    ENDING: "ending: the run merges and writes",
 }
 PARTS = {
     WORKING: "the model's matrix products, at the speed of one large matrix product",
-    SLOWER: "other time in predicting: attention, norms, memory access, smaller matrices",
-    PADDING: "predicting tokens that only fill up a batch",
+    SLOWER: "the rest of predicting: attention, norms, memory access, smaller matrices",
+    PADDING: "predicting tokens that only pad a batch",
     IDLE: "waiting for batches, programs, tokens or other members",
     COMPILING: "compiling a program or reading it from the cache, while predicting nothing",
     LOADING: "loading weights",
@@ -76,7 +76,8 @@ def tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
     if rates["mfu"]:
         found.append((f"{rates['mfu']:.0%}", "of the matmul rate while predicting"))
     if slack_s is not None:
-        found.append((duration(abs(slack_s)), "before the limit" if slack_s >= 0 else "too late"))
+        what = "before the limit" if slack_s >= 0 else "after the limit"
+        found.append((duration(abs(slack_s)), what))
     for key, what in (
         ("resumed", "rows were in the journal"),
         ("shortened", "rows were shortened"),
@@ -119,7 +120,7 @@ def doubts(values: np.ndarray, labels: Sequence[str], report: dict[str, Any]) ->
             "match the training?"
         )
     if values.max(axis=1).mean() < 1 / values.shape[1] + NEAR_GUESSING:
-        found.append("On average, the predictions are hardly surer than a guess.")
+        found.append("On average, the predictions are hardly more confident than a guess.")
     return found
 
 
@@ -166,7 +167,7 @@ def how_to_read_shares(report: dict[str, Any], parts: dict[str, float]) -> str:
             f"that rate, the model's matrix products make up {parts[WORKING]:.0%} of the time."
         )
     if SLOWER in parts:
-        return f"{said} Predicting is one part: this run has no rate to split it by."
+        return f"{said} Predicting is one part: this run measured no rate to split it by."
     return f"{said} The run predicted nothing."
 
 
@@ -178,7 +179,10 @@ def how_to_read_throughput(has_faults: bool) -> str:
 
 
 def how_to_read_forecasts(pairs: Sequence[tuple[float, float]], end_s: float) -> str:
-    """Return how good the forecasts were. pairs: see `facts.py`. end_s: when the rows were done."""
+    """Return how good the forecasts were.
+
+    pairs: the report's `forecasts`. end_s: when the rows were done.
+    """
     first, last = pairs[0][0], pairs[-1][0]
     at_s, expected_s = next(pair for pair in pairs if pair[0] >= first + (last - first) / 10)
     return (
@@ -207,7 +211,7 @@ def how_to_read_lengths(report: dict[str, Any], lengths: np.ndarray, buckets: in
 
 
 def how_to_read_memory(report: dict[str, Any], most: int) -> str:
-    """Return what the chart of memory shows. most: workers that it draws."""
+    """Return what the chart of memory shows. most: how many workers it can draw."""
     workers = report["workers"]
     said = "Peak resident memory of each worker's process."
     if len(workers) > most:
@@ -222,14 +226,14 @@ def how_to_read_answers(values: np.ndarray, every: int, *, bars: int, curves: in
     """Return what the charts of predictions show.
 
     Args:
-        values: (rows, columns), those drawn: one row of `every`. bars, curves: the most classes or
+        values: (rows, columns), those drawn: one row in `every`. bars, curves: the most classes or
             columns that are drawn.
     """
     columns: int = values.shape[1]
     if are_probabilities(values):
         said = (
             "A good model usually spreads over the classes as the training set does, and is sure "
-            "of some rows only. One bar with nearly all rows, or a single spike, usually means a "
+            "of only some rows. One bar with nearly all rows, or a single spike, usually means a "
             "broken model."
             + f" The {bars} most frequent of {columns:,} classes are drawn."
             * (columns > bars)

@@ -16,7 +16,7 @@ from runner.common.files import write_whole
 from runner.report.lanes import answers, rate_over_time
 from runner.telemetry.timeline import COMPILING, Event, Phase, Span
 
-# Points of the curve of rows per second, at most.
+# The most points in the curve of rows per second.
 MOST_POINTS = 200
 RUN = 0
 
@@ -38,7 +38,7 @@ def make_trace(
     """Return the trace's events, with times in microseconds since the process started.
 
     Args:
-        devices: of each worker, by (replica, member). noun: for a replica, worker or group.
+        devices: of each worker, by (replica, member). noun: for a replica, `worker` or `group`.
     """
     made = [*_names(devices, noun)]
     made += [_complete(phase, phase.what, RUN, 0, {}) for phase in phases]

@@ -30,12 +30,12 @@ class Fingerprint:
         return hashlib.sha256(json.dumps(self.parts, sort_keys=True).encode()).hexdigest()
 
     def differences(self, earlier: Mapping[str, str]) -> list[str]:
-        """Return a phrase for each difference to the parts of an earlier run; empty if none."""
+        """Return a phrase for each difference from the parts of an earlier run."""
         names = [
             name for name in {**self.parts, **earlier} if self.parts.get(name) != earlier.get(name)
         ]
         if {"text format", "template"} & {*names} and "test set" in names:
-            # Another format explains the other texts: the user need not look at the file.
+            # A new format explains the new texts: the user need not look at the file.
             names.remove("test set")
         return [_difference(name, earlier.get(name), self.parts.get(name)) for name in names]
 
@@ -56,9 +56,9 @@ def fingerprint(
     Args:
         settings: each is a part named after its key; `dtype` is the resolved one, not `auto`.
         versions: package -> version; each is a part.
-        ids, texts: one of each a row, texts as rendered; hashed completely.
+        ids, texts: one of each per row, texts as rendered; hashed completely.
         preset_files, head_files, lora_file: hashed completely, without their names.
-        weight_files: hashed are the size and the first and last `WEIGHT_SAMPLE_BYTES` of each.
+        weight_files: the size and the first and last `WEIGHT_SAMPLE_BYTES` of each are hashed.
     """
     parts = {name.replace("_", " "): str(value) for name, value in settings.items()}
     parts |= dict(versions)
@@ -85,7 +85,7 @@ def _difference(name: str, before: str | None, now: str | None) -> str:
 def _hash(pieces: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for piece in pieces:
-        # The length first, so that the same bytes divided into other pieces have another hash.
+        # Hash the length first, so that the same bytes cut into other pieces hash differently.
         digest.update(len(piece).to_bytes(8, "little"))
         digest.update(piece)
     return HASHED + digest.hexdigest()

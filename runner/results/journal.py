@@ -1,7 +1,7 @@
 """Finished rows -> an SQLite file beside the output, from which a killed run resumes.
 
 A row is done once `Journal.add` has returned: it is on the disk then, and survives SIGKILL and a
-power cut. Only one run at a time can hold a journal. Does not know batches, nor what determines an
+power cut. Only one run at a time can hold a journal. Does not know batches, or what determines an
 answer: a fingerprint says whether an earlier run's rows are valid for this one. `journal_file.py`
 has the file and its lock, `journal_rows.py` the tables.
 """
@@ -92,10 +92,10 @@ class Journal:
         """Resume the journal at `path`, or create one there.
 
         Args:
-            classes: numbers a row. head: one of `task.HEADS`, which says what they must be.
+            classes: numbers per row. head: one of `task.HEADS`, which decides what is valid.
             resume: `auto` resumes if the fingerprint agrees and every row is valid, and otherwise
                 starts afresh; `require` resumes or raises; `never` starts afresh. A journal that
-                is not resumed is renamed to the first free name of `<name>.1`, `<name>.2`, ...
+                is not resumed is renamed to the first free one of `<name>.1`, `<name>.2`, ...
 
         Raises:
             ConfigError: another run holds it, it is not a journal, it cannot be created or read,
@@ -138,7 +138,7 @@ class Journal:
         Rows that are already there are replaced.
 
         Args:
-            how: how the rows were made, a word of `table.py`. worker: which made them, in words.
+            how: how the rows were made, a word of `table.py`. worker: who made them, in words.
             lengths: tokens of each row.
 
         Raises:
@@ -146,7 +146,7 @@ class Journal:
         """
         entries = self._entries(rows, probabilities, how, worker, lengths)
         try:
-            # One transaction: any error rolls it back, an interrupt too.
+            # One transaction: any error rolls it back, even an interrupt.
             with self._connection:
                 self._connection.execute("BEGIN IMMEDIATE")
                 self._connection.executemany(
@@ -175,7 +175,7 @@ class Journal:
             self._rescue()
 
     def close(self, *, keep_empty: bool = True) -> None:
-        """Close the journal: one file without a -wal, from which the next run can resume.
+        """Close the journal, leaving one file without a -wal, from which the next run can resume.
 
         Args:
             keep_empty: whether a journal without rows is kept.
@@ -227,7 +227,7 @@ class Journal:
         return entries
 
     def _is_gone(self) -> bool:
-        """Return whether the path no longer leads to the open file: writes would be lost."""
+        """Return whether the path no longer leads to the open file; writes would be lost."""
         identity = identity_of(self._path)
         return identity is None or identity != self._identity
 

@@ -60,7 +60,7 @@ def one_opens(folder: Path) -> Iterator[None]:
 
 
 def check_file(path: Path, resume: str, held: set[Identity]) -> bool:
-    """Return whether there is a journal at `path`; a file that no run has written is not touched.
+    """Return whether there is a journal at `path`. Changes no file.
 
     Args:
         held: the journals that this process holds.
@@ -143,7 +143,7 @@ def begin(connection: sqlite3.Connection) -> None:
 
 
 def make_durable(connection: sqlite3.Connection) -> None:
-    """Let every commit wait for the disk, with only an append to the -wal."""
+    """Make every commit wait for the disk, at the price of one append to the -wal."""
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
 
@@ -175,13 +175,13 @@ def keep_aside(path: Path, connection: sqlite3.Connection | None) -> Path:
             f"--journal cannot be renamed to {aside}. Received: {path} ({error.strerror})"
         ) from None
     finally:
-        # Only now, when SQLite sees that its file has moved and changes nothing.
+        # Close only now: SQLite sees that its file has moved, and changes nothing.
         close(connection)
     return aside
 
 
 def sidecars(path: Path) -> list[Path]:
-    """Return the files that SQLite has left beside a database."""
+    """Return the files that SQLite left beside a database."""
     return [file for suffix in SIDECARS if os.path.lexists(file := _beside(path, suffix))]
 
 
@@ -206,8 +206,8 @@ def close(connection: sqlite3.Connection | None) -> None:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Within, SQLite's errors become a ConfigError (in use, or trouble with the disk) or Unusable
-    (damage in the file)."""
+    """Turn SQLite's errors into a ConfigError (the journal is in use, or the disk is in trouble) or
+    into Unusable (the file is damaged)."""
     try:
         yield
     except sqlite3.Error as error:

@@ -31,7 +31,8 @@ LITTLE_ENDIAN_FLOAT32 = np.dtype("<f4")
 class Owner:
     """The run to which a journal belongs.
 
-    ids: one a row. classes: numbers a row. head: one of `task.HEADS`, which says what they must be.
+    ids: one per row. classes: numbers per row. head: one of `task.HEADS`, which decides what is
+    valid.
     """
 
     fingerprint: Fingerprint

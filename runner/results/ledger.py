@@ -1,9 +1,10 @@
 """Answers -> the journal first, then the table, so that every row in the table is on the disk.
 
-Does not know how rows are predicted, nor the format of the submission.
+Does not know how rows are predicted, or the format of the submission.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,20 +12,16 @@ from runner.results.journal import Journal
 from runner.results.table import FILLED, Merger
 
 
+@dataclass(frozen=True, slots=True)
 class Ledger:
-    """The finished rows of a run whose journal is open.
+    """The finished rows of a run: in memory, and in its open journal."""
 
-    Attributes:
-        table: the same rows in memory.
-    """
-
-    def __init__(self, table: Merger, journal: Journal) -> None:
-        self.table = table
-        self._journal = journal
+    table: Merger
+    journal: Journal
 
     def take_up(self) -> int:
-        """Load the rows of an earlier run into the table; return how many need no more work."""
-        done = self._journal.done()
+        """Load the journal's rows into the table; return how many rows need no more work."""
+        done = self.journal.done()
         ways = np.array(done.how, dtype=object)
         for how in sorted(set(done.how) - {FILLED}):
             these = ways == how
@@ -45,7 +42,7 @@ class Ledger:
         lengths: Sequence[int] | np.ndarray,
         worker: str = "",
     ) -> None:
-        """Save rows with their values, (len(rows), classes); replaces those that are there.
+        """Save rows with their values, (len(rows), classes), replacing any earlier ones.
 
         Args:
             how: how they were made, a word of `table.py`. lengths: tokens of each row.
@@ -54,5 +51,5 @@ class Ledger:
             JournalError: they cannot be saved.
         """
         counts = [int(length) for length in lengths]
-        self._journal.add(rows, values, how=how, worker=worker, lengths=counts)
+        self.journal.add(rows, values, how=how, worker=worker, lengths=counts)
         self.table.add(rows, values, how=how, lengths=counts, again=True)

@@ -1,6 +1,6 @@
 """Answers in any order -> one complete, checked table in the order of the test set.
 
-Does not know where the answers come from, nor the journal.
+Does not know the journal, or where the answers come from.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,8 @@ from runner.common.errors import MergeError, list_ids
 # How a row was made. PREDICTED: as configured. SHORTENED: truncated, or with `padded-mean` padded,
 # to fewer tokens than configured. WIDER: in float32, since the run's dtype gave NaN or infinity.
 # SWAPPED: averaged with a prediction for swapped responses. FILLED: with the fallback.
-PREDICTED, SHORTENED, WIDER, SWAPPED, FILLED = (
-    "predicted",
-    "shortened",
-    "wider",
-    "swapped",
-    "filled",
-)
+PREDICTED, SHORTENED, WIDER = "predicted", "shortened", "wider"
+SWAPPED, FILLED = "swapped", "filled"
 
 # Float32 softmax sums to one within a few units in the last place.
 SUM_TOLERANCE = 1e-4
@@ -27,12 +22,12 @@ KNOWING_NOTHING = {"sigmoid": 0.5, "regression": 0.0, "none": 0.0}
 
 
 class Merger:
-    """Collects a head's numbers by row, and rejects what would make a wrong submission.
+    """Collects a head's numbers by row, and rejects whatever would make the submission wrong.
 
     The numbers are called probabilities, as they are in the contest.
 
     Args:
-        classes: numbers a row. head: one of `task.HEADS`, which says what they must be.
+        classes: numbers per row. head: one of `task.HEADS`, which decides what is valid.
 
     Attributes:
         how: of each row, how it was made; empty if it has no answer yet.
@@ -59,7 +54,7 @@ class Merger:
 
         Args:
             how: how they were made. lengths: tokens of each row.
-            again: whether they may replace earlier ones.
+            again: whether rows may replace earlier ones.
 
         Raises:
             MergeError: a row is outside the test set or repeated, or the shape is wrong.
@@ -133,8 +128,7 @@ class Merger:
 
 
 def table_dtype(head: str) -> type[np.floating]:
-    """Return the dtype of a head's table, in memory and as written: float64 if rows must sum to
-    one, else the model's float32."""
+    """Return the dtype of a head's table: float64 if rows must sum to one, else float32."""
     return np.float64 if head == "softmax" else np.float32
 
 

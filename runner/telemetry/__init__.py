@@ -1,1 +1,1 @@
-"""What a run reports while it goes on: progress, logs, metrics and a timeline."""
+"""What a run reports while it works: progress, logs, metrics and a timeline."""

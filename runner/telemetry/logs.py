@@ -8,7 +8,7 @@ The folder, which only its owner can read:
     ray/              the logs of Ray's own processes, if the run failed
     previous/         the same files of the previous run
 
-A file that exceeds `MOST_BYTES` is copied to NAME.1 and emptied. Texts of rows are never logged.
+A file that exceeds `MOST_BYTES` is copied to NAME.1 and truncated. Texts of rows are never logged.
 Does not know rows, Ray or JAX. Workers import it, so it imports only the standard library and
 `common/errors.py`.
 """
@@ -31,7 +31,7 @@ from runner.common.errors import ArenaRunnerError, ConfigError, DataError, on_on
 
 DRIVER_LOG, DRIVER_ERRORS, RAY_FOLDER, PREVIOUS = "driver.log", "driver.err", "ray", "previous"
 MOST_BYTES = 4 << 20
-# How many logs of Ray's processes are kept, and how many bytes of the end of each.
+# The most bytes to keep from the end of each log of Ray's processes, and the most logs to keep.
 MOST_RAY_BYTES, MOST_RAY_FILES = 256 << 10, 40
 # Seconds between checks for new output.
 LOOK_S = 0.3
@@ -70,11 +70,11 @@ def _iso(seconds: float) -> str:
 
 
 class RunLogs:
-    """The log folder of a run, and its way to the terminal. A context manager.
+    """The log folder of a run, and what it echoes to the terminal. A context manager.
 
     Args:
-        takes_streams: whether the process belongs to the command: what libraries write to standard
-            error and output then goes to the folder and is echoed from there.
+        takes_streams: whether the process belongs to the command. If so, what libraries write to
+            standard error and output goes to the folder, and is echoed from there.
         workers_too: whether to echo the output of workers.
 
     Attributes:
@@ -186,7 +186,7 @@ class RunLogs:
                 self._file = None
 
     def release(self) -> None:
-        """Restore the streams, and show what was written so far."""
+        """Restore the streams, and echo what was written so far."""
         self._stop.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=5)
@@ -237,14 +237,14 @@ class RunLogs:
             echo(name + line)
 
     def _remove(self) -> None:
-        """Remove the logs of this run, which ended in a user's error."""
+        """Remove the logs of this run, which ended with a user error."""
         assert self.folder is not None, "this is a bug: there is no log folder to remove"
         if self._file is not None:
             self._file.close()
         for path in _files_of_a_run(self.folder):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.folder / RAY_FOLDER, ignore_errors=True)
-        with suppress(OSError):  # it has other files
+        with suppress(OSError):  # it has other files, and stays
             self.folder.rmdir()
 
 
@@ -278,7 +278,7 @@ def keep_logs_of_ray(session: Path, folder: Path) -> None:
     """Copy the ends of the latest logs of Ray's own processes into the folder of a failed run.
 
     Args:
-        session: Ray's folder of logs. folder: the run's.
+        session: Ray's log folder. folder: the run's log folder.
     """
     written = [path for path in session.glob("*.*") if path.is_file() and path.stat().st_size]
     kept = folder / RAY_FOLDER

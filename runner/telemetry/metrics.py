@@ -1,8 +1,8 @@
 """The current figures of a run -> Prometheus' text format, on a port of this machine.
 
-The official client serves them from a registry of their own. Once the port is open nothing here can
-fail the run: if figures cannot be read, the answer is empty. Does not know how rows are predicted.
-docs/observability.md lists the names.
+The official client serves them from a separate registry. Once the port is open, nothing here can
+fail the run: if the figures cannot be read, the response is empty. Does not know how rows are
+predicted. docs/observability.md lists the names.
 """
 
 import threading
@@ -44,7 +44,7 @@ class Metrics:
         port: 0 for any free port, None for no metrics.
 
     Attributes:
-        url: of the metrics, None if they are not served.
+        url: where the metrics are served, None if they are not.
     """
 
     def __init__(self, port: int | None) -> None:
@@ -83,7 +83,7 @@ class Metrics:
             self._thread.join(timeout=5)
 
     def watch(self, find: Callable[[], Figures]) -> None:
-        """Serve what `find` returns; it is called from another thread."""
+        """Serve what `find` returns; another thread calls it."""
         self._find = find
 
     def collect(self) -> Iterable["Metric"]:
@@ -135,7 +135,7 @@ def families(figures: Figures) -> Iterator["Metric"]:
         f"{PREFIX}_replica_state", "1 for a replica's current state.", labels=["replica", "state"]
     )
     for replica, doing in now.workers.items():
-        # Without its count of shapes: each value would become a time series of its own.
+        # Leave out its count of shapes: each value would become a separate time series.
         state.add_metric([str(replica), doing.split()[0]], 1)
     yield state
 

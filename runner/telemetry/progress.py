@@ -37,10 +37,10 @@ LISTED_WORKERS = 4
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The progress of a run. Rates are since the first finished batch; None is not known yet.
+    """The progress of a run. Rates are since the first finished batch; None means not known yet.
 
     workers: the state of each replica, by its number. left_s: forecast of the remaining work.
-    slack_s: time to the limit minus that, negative if it is too late.
+    slack_s: time to the limit minus that, negative if the run would end too late.
     """
 
     phase: str
@@ -119,7 +119,7 @@ class Progress:
             self._draw_cell(self._cell)
 
     def phase(self, text: str) -> None:
-        """Show what the run does now, such as `planning`."""
+        """Show the current phase of the run, such as `planning`."""
         with self._lock:
             # If only the counts in its text change, it is the same phase and not an event.
             is_new = re.sub("[0-9,]+", "", text) != re.sub("[0-9,]+", "", self._phase)
@@ -162,21 +162,21 @@ class Progress:
         """Return the progress of the run."""
         with self._lock:
             now = time.monotonic()
-            rates: list[float | None] = [None, None]
+            rows_per_s = tokens_per_s = left_s = None
             if self._tokens and self._first_row_at is not None:
                 took = now - self._first_row_at
-                rates = [self._timed_rows / took, self._tokens / took]
+                rows_per_s, tokens_per_s = self._timed_rows / took, self._tokens / took
+            if self._left_s is not None:
+                left_s = max(0.0, self._left_s - (now - self._forecast_at))
             return Status(
                 phase=self._phase,
                 workers=dict(sorted(self._states.items())),
                 elapsed_s=now - self._started,
                 rows_done=self._rows_before + self._rows,
                 rows_total=self._total_rows,
-                rows_per_s=rates[0],
-                tokens_per_s=rates[1],
-                left_s=None
-                if self._left_s is None
-                else max(0.0, self._left_s - (now - self._forecast_at)),
+                rows_per_s=rows_per_s,
+                tokens_per_s=tokens_per_s,
+                left_s=left_s,
                 slack_s=self._slack_s,
             )
 
@@ -194,7 +194,7 @@ class Progress:
         """Count a finished batch."""
         with self._lock:
             if self._first_row_at is None:
-                # Rates start here: the time that the first batch took is not known.
+                # Rates start here: how long the first batch took is not known.
                 self._first_row_at = time.monotonic()
             else:
                 self._tokens += tokens
@@ -202,8 +202,10 @@ class Progress:
             self._rows += rows
 
     def forecast(self, *, left_s: float, slack_s: float | None) -> None:
-        """Set the seconds of work that are left, and by how much they end before the limit; None
-        without a limit."""
+        """Set how many seconds of work are left.
+
+        slack_s: how long before the time limit they end, None without a limit.
+        """
         with self._lock:
             self._left_s, self._slack_s = left_s, slack_s
             self._forecast_at = time.monotonic()
@@ -229,7 +231,7 @@ class Progress:
     def _say(self, event: LogEvent) -> None:
         self._record(event)
         if self._is_json:
-            # Not by _print, since JSON progress lines keep their interval.
+            # Not with _print, which would postpone the next progress line.
             print(event.as_json(), file=self._stream, flush=True)
 
     def _progress_event(self) -> LogEvent:
@@ -302,7 +304,7 @@ class _Cell:
         self._is_there = False
 
     def show(self, share: float | None, text: str) -> None:
-        from IPython.display import display  # every notebook kernel has it
+        from IPython.display import display
 
         bar = "" if share is None else f'<progress max="1" value="{share:.4f}"></progress> '
         line = f"<pre style='display:inline'>{html.escape(text)}</pre>"

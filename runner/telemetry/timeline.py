@@ -1,7 +1,7 @@
 """Requests to workers and the times of their answers -> spans of time, and events.
 
-The report page and the trace are drawn from it. It has a small record for each batch and shape,
-none for rows, and holds no ids. Does not know Ray, files or drawings.
+The report page and the trace are drawn from it. It keeps a small record of each batch and shape,
+none of rows, and no ids. Does not know Ray, files or drawings.
 """
 
 import time
@@ -21,8 +21,8 @@ class Span:
     """What one worker did from `start_s` to `end_s`, in seconds since the process started.
 
     what: STARTING, LOADING, COMPILING, PREDICTING, or LOST: work without an answer.
-    batch: which it predicted or lost. is_copy: another replica had answered it before.
-    shape: which it compiled. is_cached: its program was read from the cache on disk.
+    batch: what it predicted or lost. is_copy: whether another replica had answered it before.
+    shape: what it compiled. is_cached: whether the program was read from the cache on disk.
     """
 
     what: str
@@ -62,11 +62,11 @@ class Event:
 class Timeline:
     """Records what the driver and the workers do.
 
-    A worker answers requests in their order, so a span begins at the end of the worker's last one
-    or later. Compiling runs beside predicting.
+    A worker answers requests in order, so no span begins before the worker's previous one ended.
+    Compiling runs alongside predicting.
 
     Args:
-        started: of the process, by `clock`.
+        started: when the process started, by `clock`; None for now.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Timeline:
 
         Args:
             what, batch, is_copy, shape, is_cached: as in `Span`.
-            ended_s: None for now.
+            ended_s: when it ended, None for now.
         """
         lane = (replica, member, what == COMPILING)
         ended = self.now() if ended_s is None else ended_s
@@ -127,7 +127,7 @@ class Timeline:
         )
 
     def predicted(self, batch: Batch, replica: int, work: Sequence[Work], asked_s: float) -> None:
-        """Record an answer that has just come, with the work of each member on the batch."""
+        """Record an answer that has just arrived, with the work of each member on the batch."""
         now, wall = self.now(), time.time()
         is_copy = batch.index in self._answered
         self._answered.add(batch.index)

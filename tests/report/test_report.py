@@ -4,36 +4,47 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from runner.common.records import Faults, Tally, WorkerInfo, WorkerStats
+from runner.common.records import Computed, Faults, WorkerInfo, WorkerStats
 from runner.config.run_config import RunConfig
-from runner.report.facts import describe_devices, make_report, say_summary, what_happened
+from runner.report.facts import describe_devices, say_summary, what_happened
+from runner.report.gather import Outcome, Reports
+from runner.results.table import FILLED, Merger
+from runner.telemetry.progress import Progress
+from runner.telemetry.timeline import Timeline
+from sharding.costs import ModelShape
 from sharding.strategies import Strategy
 from tests.support import stories
 
 INFO = WorkerInfo("cpu", "cpu, cores 0", "float32", 9_000_000, 400_000_000, 5.0, 1e11, "chunked")
+SHAPE = ModelShape(
+    vocabulary_size=256, num_layers=2, hidden_dim=8, num_query_heads=1, num_key_value_heads=1,
+    head_dim=8, intermediate_dim=16,
+)  # fmt: skip
 NO_PREDICTION = "The fallback fills 10 rows without a prediction."
 
 
 def early_report(config, strategy=None, *, loaded=False):
     """Return the report of a run whose time was over before its first batch."""
-    return make_report(
-        config,
-        fingerprint="0" * 64,
-        rows={"total": 10, "predicted": 0, "resumed": 0, "shortened": 0, "filled": 10},
-        tally=Tally(),
-        model_flops=0.0,
-        seconds={"total": 30.0, "predict": 0.0, "merge": 0.1},
-        info=INFO if loaded else None,
-        workers=[WorkerStats(replica=0), WorkerStats(replica=1)] if loaded else [],
-        faults=Faults(),
-        plan={"batches": 2, "predicted_padding": 0.1, "shapes": [], "copied_batches": 0},
-        deadline={"limit_s": 31.0, "finished_s": 30.0, "slack_s": 1.0, "events": []},
-        extra_passes=None,
+    table = Merger([str(row) for row in range(10)], 3)
+    table.add(range(10), np.full((10, 3), 1 / 3), how=FILLED, lengths=[0] * 10)
+    workers = [WorkerStats(replica=0), WorkerStats(replica=1)]
+    reports = Reports(
+        config=config,
         strategy=strategy,
-        quantization=None,
+        shape=SHAPE,
+        table=table,
+        outcome=Outcome(rows=10, fingerprint="0" * 64, stands_s=30.0),
+        seconds={"merge": 0.1},
+        timeline=Timeline(),
+        progress=Progress(),
+        limit_s=31.0,
+        events=[],
+        now=lambda: 30.0,
     )
+    return reports.report(Computed(info=INFO, stats=workers) if loaded else Computed())
 
 
 @pytest.mark.parametrize("strategy", [None, "pipeline", "tensor"])
@@ -53,6 +64,9 @@ def test_time_over_before_the_first_batch(strategy, loaded):
         NO_PREDICTION,
         "The submission was written 1.0 s before the time limit of 31 s.",
     ]
+    counts = {"total": 10, "predicted": 0, "resumed": 0, "shortened": 0, "filled": 10}
+    assert report["rows"] == counts
+    assert report["deadline"]["slack_s"] == 1.0
     assert (report["group"] is not None) == (strategy is not None and loaded)
     assert report["rates"] == dict.fromkeys(report["rates"]), "no rate of no prediction"
 
@@ -91,7 +105,7 @@ class TestWhatHappened:
 
     def test_shortened_rows_that_are_pooled_over_the_padding(self):
         (said,) = self.about(rows={"shortened": 2}, pooling="padded-mean")
-        assert said.endswith("so pooling used another length than the head was trained with.")
+        assert said.endswith("so pooling used a length that the head was not trained with.")
 
     @pytest.mark.parametrize(
         ("slack_s", "said"), [(2.0, "2.0 s before"), (0.0, "0.0 s before"), (-3.5, "3.5 s after")]

@@ -386,7 +386,7 @@ class TestPage:
         assert "Dotted" not in text
 
     @pytest.mark.parametrize(
-        ("slack_s", "said"), [(16.0, "16 sbefore the limit"), (-16.0, "16 stoo late")]
+        ("slack_s", "said"), [(16.0, "16 sbefore the limit"), (-16.0, "16 safter the limit")]
     )
     def test_a_run_that_is_late_has_no_time_left(self, slack_s, said):
         report = make_report()
@@ -487,7 +487,7 @@ class TestDoubts:
     def test_guesses(self):
         values = 1 / 3 + np.random.default_rng(1).uniform(-0.01, 0.01, (100, 2))
         values = np.column_stack([values, 1 - values.sum(axis=1)])
-        assert "hardly surer" in self.about(values)
+        assert "hardly more confident than a guess" in self.about(values)
 
     def test_few_rows_are_not_judged(self):
         assert self.about(np.tile([1.0, 0, 0], (49, 1))) == ""
