@@ -147,10 +147,10 @@ def test_what_cannot_be_quantized_is_said_at_once(models, cli, test_set, prepare
         "goes with --strategy pipeline": (
             *(*ready, "--mode", "model-parallel", "--strategy", "tensor"),
         ),
-        "must be a new or an empty folder": (
+        "must be a new or empty folder": (
             *("prepare", "--preset", str(model.preset), "--output", str(folder)),
         ),
-        "which is int8 already": (
+        "which is already int8": (
             *("prepare", "--preset", str(folder), "--output", str(tmp_path / "new")),
         ),
         "prepare needs --preset and --output": ("prepare",),

@@ -198,7 +198,7 @@ def test_bad_presets(refuse, models, rows, tmp_path):
         weights = preset / "model.weights.h5"
         weights.write_bytes(weights.read_bytes()[:50_000])
 
-    refuse(damaged("cut", cut), "model.weights.h5", "damaged or cut short")
+    refuse(damaged("cut", cut), "model.weights.h5", "damaged or truncated")
 
     def lose_a_part(preset):
         sorted(preset.glob("*_0*.weights.h5"))[0].unlink()
