@@ -33,7 +33,7 @@ def test_int8_is_never_beside_float16():
         assert resolve_dtype("auto", device, is_int8=True) == found
     t4 = SimpleNamespace(platform="gpu", compute_capability="7.5")
     assert resolve_dtype("auto", t4) == "float16"
-    with pytest.raises(ConfigError, match="int8 weights do not go with --dtype float16"):
+    with pytest.raises(ConfigError, match="int8 weights cannot be used with --dtype float16"):
         PrepareConfig(preset=Path("p"), output=Path("o"), dtype="float16")
 
 
