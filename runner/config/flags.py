@@ -257,7 +257,7 @@ FLAGS: tuple[Flag, ...] = (
         "float32 with int8 weights",
         default="auto",
         prepare={
-            "help": "dtype for loading weights, and of those that are not quantized; pass the "
+            "help": "dtype to load weights in, and to store those that are not quantized; pass the "
             "run's dtype to get exactly the numbers of its --quantization",
             "default_note": ", float32",
         },
