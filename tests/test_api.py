@@ -311,7 +311,7 @@ class TestHelp:
         ]
         assert places == sorted(places)
         assert "\n  --sequence-length TOKENS\n" in text
-        for whole in ("data-parallel: Ray", "--num-workers of another device"):
+        for whole in ("data-parallel: Ray", "--num-workers devices of another kind"):
             assert whole in re.sub(r"\s+", " ", text)
 
 
