@@ -2,8 +2,8 @@
 
     python benchmarks/chart.py
 
-Reads benchmarks/results/2026-11-26-throughput.json and writes docs/results.svg. Made for a width
-of 360 pixels, so that it can be read on a phone.
+Reads benchmarks/results/2026-11-26-throughput.json and writes docs/results.svg, 360 pixels wide, so
+that it can be read on a phone.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "2026-11-26-throughput.json"
 CHART = ROOT / "docs" / "results.svg"
-# Pooling -> the contenders that are shown, with their label.
+# Pooling -> the contenders to show, with their labels.
 SHOWN = {
     "padded-mean": {
         "notebook": "notebook's eager loop",
@@ -36,7 +36,7 @@ OURS, OTHERS = "#c77700", "#9fb3c8"
 
 
 def draw(result: dict[str, Any]) -> str:
-    """Return the chart: seconds of each contender, a bar each."""
+    """Return the chart: one bar per contender, its length the seconds."""
     seconds = {one["name"]: one["steady_s"] for one in result["contenders"]}
     longest = max(seconds[name] for shown in SHOWN.values() for name in shown)
     versions = result["versions"]

@@ -1,10 +1,10 @@
 """How close to its limit does the engine come on one device, without Ray and TensorFlow?
 
-Random weights are made on the device. For each sequence length and batch size, this times the whole
-model, its matrix products alone, and the model without attention (each position returns its own
-value); the rest is the difference. The limit is a large square matmul in the same dtype on the same
-device. Runs on whatever device JAX finds, also a CPU. Call `process.prepare_process` before you
-import this.
+Makes random weights on the device. For each sequence length and batch size, times the whole model,
+its matrix products alone, and the model without attention (each position returns its own value);
+the rest is the difference. The limit is a large square matmul in the same dtype on the same device.
+Runs on any device that JAX finds, even a CPU. Call `process.prepare_process` before you import
+this.
 """
 
 import json
@@ -47,7 +47,7 @@ def measure(shape_name: str) -> None:
         np.full((config["hidden_dim"], CLASSES), 0.01, np.float32),
         np.zeros(CLASSES, np.float32),
     )
-    attention.WAYS["nothing"] = hand_on_values
+    attention.WAYS["nothing"] = pass_on_values
     rows = []
     for name in (dtype, "int8"):
         if name == "int8":
@@ -86,7 +86,7 @@ def measure(shape_name: str) -> None:
 
 
 def build(config: dict[str, Any], dtype: str) -> keras.Model:
-    """Return a backbone whose random weights were made on the device, one after the other."""
+    """Return a backbone whose random weights are made on the device, one variable at a time."""
     with keras.StatelessScope(initialize_variables=False):
         backbone = keras_hub.models.GemmaBackbone(**config, dtype=dtype)
     global_state.set_global_attribute("uninitialized_variables", [])
@@ -102,7 +102,7 @@ def build(config: dict[str, Any], dtype: str) -> keras.Model:
     return backbone
 
 
-def hand_on_values(queries: jax.Array, keys: jax.Array, values: jax.Array, **_: Any) -> jax.Array:
+def pass_on_values(queries: jax.Array, keys: jax.Array, values: jax.Array, **_: Any) -> jax.Array:
     """Return each position's own value, in place of attention."""
     return jnp.repeat(values, queries.shape[2] // values.shape[2], axis=2)
 
@@ -114,8 +114,8 @@ def time_parts(
     config: dict[str, Any],
     dtype: str | None,
 ) -> dict[str, float | None]:
-    """Return seconds of the whole model, of its bare matrix products (None without a dtype), of
-    attention and of all else."""
+    """Return seconds of the whole model, its matrix products alone (None without a dtype),
+    attention, and the rest."""
     tokens = np.random.default_rng(0).integers(
         4, config["vocabulary_size"], (batch.rows, batch.length), dtype=np.int32
     )
@@ -136,7 +136,7 @@ def time_parts(
 
 
 def time_matmuls(tokens: int, config: dict[str, Any], dtype: str) -> float:
-    """Return seconds of all layers' projections and feed-forward products, and nothing else."""
+    """Return seconds of only the projections and feed-forward products of all layers."""
     hidden, inner = config["hidden_dim"], config["intermediate_dim"] // 2
     heads = config["num_query_heads"] * config["head_dim"]
     pairs = config["num_key_value_heads"] * config["head_dim"]
@@ -156,7 +156,7 @@ def time_matmuls(tokens: int, config: dict[str, Any], dtype: str) -> float:
 
 
 def fastest(call: Callable[[], Any]) -> float:
-    """Return the least seconds of some calls, compiles left out."""
+    """Return the fewest seconds of `REPEATS` calls, after one that compiles."""
     jax.block_until_ready(call())
     best = float("inf")
     for _ in range(REPEATS):

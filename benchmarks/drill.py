@@ -1,13 +1,13 @@
 """Is a submission in place before the limit, whatever the limit and whatever fails?
 
-Runs the demo preset on generated rows with time limits at 25, 50, 75 and 100 % of the time that the
+Runs the demo preset on generated rows with time limits of 25, 50, 75 and 100 % of the time that the
 whole job needs, in data-parallel and pipeline mode, without faults, with a worker killed, with one
-slowed to a third, and with one hung. Each drill is a process of its own with injected faults
+slowed to a third, and with one hung. Each drill is its own process with injected faults
 (`runner/model/injected_faults.py`). Workers sleep until a device of a known speed would have
 finished a batch, so that predicting takes its share of the time and the machine's load matters
-less. Every drill must end with exit code 0, and with a complete, valid submission before the limit,
+less. Every drill must end with exit code 0 and a complete, valid submission before the limit,
 counted from before the process began. If rows were given up, `shorten` must have used 85 % of its
-time. Ends with one JSON object, and with exit code 1 if any drill failed.
+time. Prints one JSON object at the end; the exit code is 1 if any drill failed.
 
     python benchmarks/drill.py                                     # all 32, about 12 minutes
     python benchmarks/drill.py --modes pipeline --limits 50 --faults hung --repetitions 20
@@ -44,12 +44,12 @@ MODES = {
 REPLICAS = {"data-parallel": 2, "pipeline": 1, "single": 1}
 FAULTS = ("none", "killed", "slow", "hung")
 LIMITS = (25, 50, 75, 100)
-# All devices of a mode together, and how many times as long a slow one takes.
+# Tokens per second of all devices of a mode together, and how many times as long a slow one takes.
 TOKENS_PER_S, SLOW = 6000.0, 3.0
 # Killed and hung workers fail at the batch that holds the row of this rank by length: an early one.
 STRIKES_AT = 10
 LEAST_USED = 0.85
-# A process that is still there so long after its limit has failed.
+# A process that still runs this long after its limit has failed.
 GIVE_UP_S = 60.0
 
 
@@ -69,7 +69,7 @@ def main() -> None:
         "--rows", type=int, default=360, help="1200 or more are still predicted at 25 percent"
     )
     arguments = parser.parse_args()
-    # A limit that falls into the loading or the first batch finds what round ones do not.
+    # Limits that fall into loading or the first batch find bugs that round ones do not.
     drawn = np.random.default_rng(arguments.seed).integers(10, 110, arguments.random_limits)
     arguments.limits += drawn.tolist()
     with tempfile.TemporaryDirectory(prefix="arena-runner-drill-") as folder:
@@ -77,9 +77,9 @@ def main() -> None:
     failed = [drill for drill in drills if drill["violations"]]
     used = [drill["used"] for drill in drills if drill["given_up"] and drill["used"]]
     print(
-        f"\n{len(drills) - len(failed)} of {len(drills)} drills passed; where rows were given up, "
-        f"{min(used, default=1):.0%} of the limit was used at least, {median(used or [1]):.0%} in "
-        f"the median; the closest submission stood "
+        f"\n{len(drills) - len(failed)} of {len(drills)} drills passed; if rows were given up, at "
+        f"least {min(used, default=1):.0%} of the limit was used, {median(used or [1]):.0%} in the "
+        f"median; the closest submission was in place "
         f"{min(drill['limit_s'] - drill['stood_s'] for drill in drills):.2f} s before its limit; "
         f"load average {os.getloadavg()[0]:.1f}"
     )
@@ -125,7 +125,7 @@ def drill_all(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str,
 def faults_of(
     fault: str, mode: str, victim: int = 0, once: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Return the faults of a drill: devices of a known speed, and what befalls one of them."""
+    """Return the faults of a drill: devices of a known speed, and what happens to one of them."""
     speeds = [TOKENS_PER_S / REPLICAS[mode]] * REPLICAS[mode]
     if fault == "slow":
         speeds[0] /= SLOW
@@ -165,7 +165,7 @@ def run(
         _, errors = process.communicate(timeout=None if limit_s is None else limit_s + GIVE_UP_S)
     except subprocess.TimeoutExpired:
         process.kill()
-        errors = process.communicate()[0] or "it did not end"
+        errors = process.communicate()[1] or "it did not end"
     ended = time.time()
     found: dict[str, Any] = {
         "code": process.returncode,
@@ -187,7 +187,7 @@ def run(
 
 
 def check(drill: dict[str, Any], output: Path, test_set: Path, policy: str) -> None:
-    """Add what is wrong with a drill, and the figures of its report."""
+    """Add to a drill its violations and the figures of its report."""
     report, wrong = drill.pop("report"), []
     rows = report.get("rows", {})
     drill["rows"] = {name: rows.get(name) for name in ("predicted", "shortened", "filled")}
@@ -212,7 +212,7 @@ def check(drill: dict[str, Any], output: Path, test_set: Path, policy: str) -> N
 
 
 def wrong_with(output: Path, test_set: Path, report: dict[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with a submission and the table of how its rows were made."""
+    """Yield what is wrong with a submission and its table of rows."""
     expected = pd.read_csv(test_set, dtype=str, keep_default_na=False)["id"].tolist()
     found = pd.read_csv(output, dtype={"id": str}, keep_default_na=False)
     values = found.iloc[:, 1:].to_numpy(dtype=float)
@@ -237,7 +237,7 @@ def show(drill: dict[str, Any]) -> None:
     used = f"{drill['used']:.0%}" if drill["used"] else "?"
     fault = drill["fault"]
     if fault in ("killed", "hung") and not drill["struck"]:
-        fault = f"({fault})"  # it ended before the worker came to that batch
+        fault = f"({fault})"  # it ended before the worker reached that batch
     print(
         f"{drill['mode']:14} {fault:8} {drill['percent']:3}% {drill['limit_s']:5.1f} s "
         f"{drill['stood_s']:6.1f} s  {used:>5}  {made:>16}  {len(drill['decisions'])}, "

@@ -1,7 +1,7 @@
 """A run whose replicas compute nothing -> the driver's time per batch.
 
-An ordinary run through Ray, with journal, table, timeline and progress. The workers answer at once,
-so all remaining time is the driver's. Does not know the simulation.
+An ordinary run through Ray, with journal, table, timeline and progress. Workers answer at once, so
+all time is the driver's. Does not know the simulation.
 """
 
 import tempfile
@@ -19,7 +19,7 @@ from runner.demo import make_rows, write_test_set
 from sharding.batches import Batch, BatchShape
 from sharding.topology import WorkerSlot
 
-# Calls that wait, to see what looking at them takes: of so many workers, two each.
+# Numbers of workers for which to time a look at pending calls, two per worker.
 PENDING = (128, 1024)
 LOOKS = 30
 
@@ -50,8 +50,8 @@ class Idle:
 def measure(batches: int, num_workers: int = 2) -> dict[str, Any]:
     """Run batches of one row on idle workers.
 
-    Returns: seconds of the clock, and of the driver's processor, that one takes; how many there
-    were a second; and the seconds of one look at the calls of so many workers.
+    Returns: wall-clock and CPU seconds of the driver per batch, batches per second, and the seconds
+    of one look at pending calls by number of workers.
     """
     from runner.executors.ray import actors, replicas
 
@@ -85,7 +85,7 @@ def measure(batches: int, num_workers: int = 2) -> dict[str, Any]:
     finally:
         replicas.RayReplicas._run = plain_run  # type: ignore[method-assign]
         actors.ACTORS.update(plain_actors)
-    # The first batches come while shapes are still asked for.
+    # During the first batches, shapes are still compiled.
     steady = times[len(times) // 4 :]
     (began, cpu_began), (ended, cpu_ended) = steady[0], steady[-1]
     count = len(steady) - 1
@@ -99,8 +99,8 @@ def measure(batches: int, num_workers: int = 2) -> dict[str, Any]:
 
 
 def look_s() -> dict[int, float]:
-    """Return, by the number of workers, the seconds in which Ray says that none of the two calls of
-    each has ended."""
+    """Return, by number of workers, the seconds that Ray takes to say that none of their calls has
+    ended."""
     import ray
 
     @ray.remote(num_cpus=0)

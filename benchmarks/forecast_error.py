@@ -1,10 +1,10 @@
 """How far off are the forecasts of `--plan --calibrate`, and of the run itself?
 
-Plans, then runs, each in a process of its own and with the same flags; both start with an empty
-compilation cache. The plan's error is that of the whole run: start, load, compile, predict and end.
-The run's error compares its forecast of the total, after a tenth of predicting, with the time when
-its submission was in place. If the machine's speed drifts, the errors include that drift; the load
-is printed. The last line is one JSON object.
+Plans, then runs, each in its own process with the same flags; both start with an empty compilation
+cache. The plan's error covers the whole run: start, load, compile, predict and end. The run's error
+compares its forecast of the total, after a tenth of predicting, with the time when its submission
+was in place. If the machine's speed drifts, the errors include that drift; the load is printed. The
+last line is one JSON object.
 
     python benchmarks/forecast_error.py                                # the demo, two rounds
     python benchmarks/forecast_error.py --runs-only --warm -- --mode single --pooling mean
@@ -28,10 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare the forecast with the run.")
-    parser.add_argument("--rounds", type=int, default=2, help="forecast and run (default: 2)")
-    parser.add_argument("--runs-only", action="store_true", help="no plans")
+    parser.add_argument("--rounds", type=int, default=2, help="plan and run (default: 2)")
+    parser.add_argument("--runs-only", action="store_true", help="make no plans")
     parser.add_argument(
-        "--warm", action="store_true", help="runs find their programs compiled by one before"
+        "--warm", action="store_true", help="compile the programs in an earlier run"
     )
     parser.add_argument("flags", nargs="*", help="flags of the run, after --")
     arguments = parser.parse_args()
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def one_round(flags: list[str], arguments: argparse.Namespace, warm: Path) -> dict[str, Any]:
-    """Return the forecasts and what the run took, in seconds."""
+    """Return the forecasts and the times of one plan and run, in seconds."""
     with tempfile.TemporaryDirectory() as name:
         folder, found = Path(name), {}
         if not arguments.runs_only:
@@ -107,14 +107,14 @@ def one_plan(flags: list[str], folder: Path) -> dict[str, Any]:
 
 
 def one_run(flags: list[str], folder: Path, cache: Path) -> dict[str, Any]:
-    """Run, and return the report."""
+    """Do one run; return its report."""
     output = folder / "submission.csv"
     call([*flags, "--resume", "never"], output, cache)
     return json.loads(output.with_name(f"{output.name}.report.json").read_text())
 
 
 def during(report: dict[str, Any]) -> dict[str, float]:
-    """Return the first forecast after a tenth of the time in which a run predicted."""
+    """Return the first forecast after a tenth of predicting."""
     stood_s, predict_s = report["deadline"]["finished_s"], report["seconds"]["predict"]
     later = [pair for pair in report["forecasts"] if pair[0] >= stood_s - 0.9 * predict_s]
     at_s, forecast_s = later[0]
@@ -128,7 +128,7 @@ def during(report: dict[str, Any]) -> dict[str, float]:
 
 
 def call(flags: list[str], output: Path, cache: Path) -> None:
-    """Run the command with a cache folder that holds the demo, if there is one, and no program."""
+    """Run the command with a cache folder that holds the demo if it exists, and no programs."""
     usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "arena-runner"
     (cache / "arena-runner").mkdir(parents=True, exist_ok=True)
     for demo in usual.glob("demo-*"):

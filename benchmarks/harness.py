@@ -1,4 +1,4 @@
-"""Starts contenders as processes, checks them against the reference, times them in turns.
+"""Starts contenders as processes, checks them against the reference, and times them in turn.
 
 Does not know what a contender computes: `rivals/` does.
 """
@@ -23,14 +23,14 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 # Seconds between looks at a contender's memory.
 LOOK_S = 0.2
-# Which worker compiles what is chance: a round may leave one without a batch that counts.
+# Which worker compiles what is random: a round may leave one without a batch that counts.
 TRIES = 3
 
 
 @dataclass(frozen=True)
 class Contender:
-    """rival: a module of `rivals/`. tolerance: largest difference allowed in a probability. cores:
-    those it may use, None for all. reference: the contender whose answers it must give."""
+    """rival: a module of `rivals/`. tolerance: largest allowed difference in a probability. cores:
+    the ones it may use; None for all."""
 
     name: str
     rival: str
@@ -54,7 +54,7 @@ class Measured:
 
 
 class Running:
-    """A contender's process, stopped (not merely waiting) while others take their turn."""
+    """A contender's process, which waits while others take their turn."""
 
     def __init__(self, contender: Contender, job: dict[str, Any], folder: Path) -> None:
         self.contender, self.measured = contender, Measured()
@@ -91,7 +91,7 @@ class Running:
             self.measured.load_s = self._next()["load_s"]
 
     def predict(self) -> tuple[np.ndarray, dict[str, float]]:
-        """Do one round; return probabilities (rows, classes) and its seconds."""
+        """Do one round; return probabilities (rows, classes) and the round's seconds."""
         assert self._process.stdin is not None, "this is a bug: the process has no pipe"
         self._process.stdin.write(f"{self._answers}\n")
         self._process.stdin.flush()
@@ -101,7 +101,7 @@ class Running:
         return np.load(self._answers), seconds
 
     def check(self, expected: np.ndarray) -> None:
-        """Warm up, and end the benchmark where the answers are not the reference's."""
+        """Warm up; end the benchmark if the answers differ from the reference."""
         with self._memory_watched():
             answers, _ = self.predict()
         self.measured.difference = float(np.abs(answers - expected).max())
@@ -114,16 +114,16 @@ class Running:
             flush=True,
         )
         if not self.measured.difference <= tolerance:
-            sys.exit(f"{name} gives other answers; no speed is quoted.")
+            sys.exit(f"{name} gives different answers, so no speed is reported.")
 
     def time(self) -> None:
-        """Do one round that counts; again where batches were too few to tell the pace."""
+        """Do one round that counts; try again if there were too few batches to tell the pace."""
         for _ in range(TRIES):
             _, seconds = self.predict()
             if not isnan(seconds["steady_s"]):
                 break
         else:
-            sys.exit(f"{self.contender.name} compiled for most of its time: take more --rows.")
+            sys.exit(f"{self.contender.name} compiled for most of its time: use more --rows.")
         self.measured.steady_s.append(seconds["steady_s"])
         self.measured.total_s.append(seconds["total_s"])
 
@@ -143,9 +143,9 @@ class Running:
 
     @contextlib.contextmanager
     def _memory_watched(self) -> Iterator[None]:
-        """Keep the largest sum of the proportional set sizes of all its processes.
+        """Record the peak memory of all its processes.
 
-        Not in a round that counts: to read them takes 50 ms of a core where Ray runs.
+        Not used in a round that counts: with Ray, each look takes 50 ms of a core.
         """
         done = threading.Event()
 
@@ -164,8 +164,8 @@ class Running:
 
 
 def memory_of_tree(pid: int) -> int:
-    """Return the proportional set size of a process and its descendants, in bytes: pages that
-    several of them share count once."""
+    """Return the proportional set size of a process and its descendants, in bytes; a page that they
+    share counts once."""
     total = 0
     with contextlib.suppress(psutil.Error):
         parent = psutil.Process(pid)
@@ -176,7 +176,7 @@ def memory_of_tree(pid: int) -> int:
 
 
 def matmul_peaks(cores: tuple[int, ...]) -> dict[str, float]:
-    """Return float32 FLOP/s of the best large matmul on these cores, by library."""
+    """Return the FLOP/s of the fastest large float32 matmul on these cores, by library."""
     peaks = {}
     for library in ("jax", "numpy", "torch"):
         command = [
@@ -195,7 +195,7 @@ def matmul_peaks(cores: tuple[int, ...]) -> dict[str, float]:
 
 
 def measure_peak(library: str, size: int = 2048, seconds: float = 4.0) -> float:
-    """Return the FLOP/s of the fastest square float32 matmul within some seconds."""
+    """Return the FLOP/s of the fastest square float32 matmul in `seconds` of trying."""
     values = np.full((size, size), 1 / size, np.float32)
     if library == "jax":
         import jax
@@ -226,5 +226,5 @@ def measure_peak(library: str, size: int = 2048, seconds: float = 4.0) -> float:
 
 
 def ratio(theirs: list[float], ours: list[float]) -> float:
-    """Return how many times as long theirs took: the median over rounds of one after the other."""
+    """Return how many times as long theirs took: the median over alternating rounds."""
     return median(a / b for a, b in zip(theirs, ours, strict=True))

@@ -1,16 +1,16 @@
 """How close to the bound do runs end, and how many workers can one driver feed?
 
 Simulates runs (`benchmarks/simulated.py`): the real planner, backlog, dealer and steering, on
-simulated devices and a simulated clock. Two workers of speeds 1.0 and 0.6; and many of random
-speeds, some of which die, hang or slow down to a third. The makespan is compared with a bound that
-no scheduler can beat: all work of the plan, as a fluid over the total speed, from the time when
-each worker has its first program, without the time lost with a death. The many run once more with
+simulated devices and a simulated clock. Two workers have speeds 1.0 and 0.6; many have random
+speeds, and some of them die, hang or slow down to a third. The makespan is compared with a bound
+that no scheduler can beat: all work of the plan, as a fluid over the total speed, from the time
+when each worker has its first program, without the time lost to a death. The many run again with
 batches eight times as large: each worker then has few, and its last one matters more.
 
 Then it measures the driver (`benchmarks/driver.py`): its time per batch if replicas compute
-nothing, the number of workers at which that is all of its time, and simulated runs on both sides of
-that number. Ends with one JSON object, and with exit code 1 if a required makespan is more than 3 %
-above its bound, or if planning takes more than 30 s.
+nothing, the number of workers at which that takes all of its time, and simulated runs on both sides
+of that number. Prints one JSON object at the end; the exit code is 1 if a required makespan is more
+than 3 % above its bound, or if planning takes more than 30 s.
 
     python benchmarks/scheduling.py                     # all, about 3 minutes
     python benchmarks/scheduling.py --rows 60000 --workers 64 --no-driver
@@ -45,15 +45,15 @@ from benchmarks.simulated import (  # noqa: E402
 from sharding.batches import BatchShape  # noqa: E402
 
 MOST_ABOVE, MOST_PLANNING_S = 0.03, 30.0
-# Of many workers: so many on a node, and the parts of them that die, hang and slow down.
+# With many workers: workers per node, and the fractions that die, hang and slow down.
 ON_A_NODE = 8
 DIE, HANG, SLOW_DOWN = 0.02, 0.005, 0.05
 SPEEDS = (0.5, 1.5)
 TOKENS_PER_BATCH, LARGE = 2048, 8
-# Token lengths as of the contest's conversations: the median, and the sigma of their logarithm.
+# Token lengths like those of the contest: the median, and the sigma of the logarithm.
 MEDIAN_TOKENS, SIGMA = 400, 0.75
-# The driver is measured over so many batches, and simulated at so many times the workers that it
-# can just feed, each with about so many rows.
+# The batches over which the driver is measured; and for simulations, multiples of the number of
+# workers that it can just feed, and rows per worker.
 DRIVER_BATCHES, AROUND, ROWS_OF_A_WORKER = 4000, (0.5, 0.9, 1.5), 600
 
 
@@ -62,10 +62,10 @@ def main() -> None:
         description="Simulate the scheduler at scale, and measure its driver.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--rows", type=int, default=1_000_000, help="of the run on many workers")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows for many workers")
     parser.add_argument("--workers", type=int, default=1024)
-    parser.add_argument("--batch-s", type=float, default=1.0, help="of a batch, in the mean")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each, by other chances")
+    parser.add_argument("--batch-s", type=float, default=1.0, help="mean seconds of a batch")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each kind, by random seed")
     parser.add_argument("--no-driver", action="store_true", help="simulate only, without Ray")
     arguments = parser.parse_args()
     rows, workers, batch_s = arguments.rows, arguments.workers, arguments.batch_s
@@ -95,7 +95,7 @@ def main() -> None:
 def alone(
     simulate: Callable[..., dict[str, Any]], *arguments: Any, **options: Any
 ) -> dict[str, Any]:
-    """Return what a run came to, simulated in a process of its own: its memory is then its own."""
+    """Simulate a run in its own process, so that its memory is measured alone."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         run = process.submit(simulate, *arguments, **options).result()
     print(in_words(run), flush=True)
@@ -108,7 +108,7 @@ def lengths_of(rows: int, seed: int) -> np.ndarray:
 
 
 def two_workers(seed: int) -> dict[str, Any]:
-    """25,000 rows on two workers, one of which has six tenths of the other's speed."""
+    """Simulate 25,000 rows on two workers, one at 0.6 of the other's speed."""
     replicas = [Replica(0, speed=FLOPS_PER_S), Replica(1, speed=0.6 * FLOPS_PER_S)]
     run = one_run("25,000 rows on speeds 1.0 and 0.6", lengths_of(25_000, seed), replicas, seed)
     return run | {"is_asked": True}
@@ -117,12 +117,12 @@ def two_workers(seed: int) -> dict[str, Any]:
 def many_workers(
     rows: int, workers: int, batch_s: float, seed: int, *, larger: int = 1, driver_s: float = 0.0
 ) -> dict[str, Any]:
-    """Workers of random speeds; some die, hang or become stragglers at some time of the run.
+    """Simulate workers of random speeds; some die, hang or become stragglers during the run.
 
     Args:
-        batch_s: of a batch of `TOKENS_PER_BATCH` on a worker of speed one.
-        larger: so many times as many tokens in a batch, which takes as much longer.
-        driver_s: that the one driver needs for every batch.
+        batch_s: seconds of a batch of `TOKENS_PER_BATCH` on a worker of speed one.
+        larger: multiplies the tokens of a batch, and so its seconds.
+        driver_s: seconds that the driver needs for every batch.
     """
     chance = random.Random(seed)
     lengths = lengths_of(rows, seed)
@@ -156,7 +156,7 @@ def many_workers(
 def one_run(
     name: str, lengths: np.ndarray, replicas: Sequence[Replica], seed: int, **options: Any
 ) -> dict[str, Any]:
-    """Simulate a run; return its makespan beside the bound, and what it took of this machine."""
+    """Simulate a run; return its makespan and bound, and what it cost on this machine."""
     began = time.perf_counter()
     run = Simulated(lengths, replicas, seed=seed, **options)
     batches = len(run.first_plan.batches)
@@ -187,7 +187,7 @@ def one_run(
 
 
 def lower_bound_s(work: float, replicas: Sequence[Replica]) -> float:
-    """Return the seconds before which no scheduler can end: `work` FLOPs as a fluid."""
+    """Return the earliest time at which any scheduler can end: `work` FLOPs as a fluid."""
     in_cache_at: dict[str, float] = defaultdict(lambda: float("inf"))
     for one in replicas:
         first_at = one.starts_in_s + one.compiles_in_s
@@ -206,10 +206,10 @@ def lower_bound_s(work: float, replicas: Sequence[Replica]) -> float:
 
 
 def useful_s(replica: Replica, until: float, in_cache_at: float = float("inf")) -> float:
-    """Return the seconds at full speed that a replica has until then. A death or a hang costs it
-    its start and its first program again, and no more: the bound knows of it at once.
+    """Return the full-speed seconds that a replica has up to `until`. A death or a hang costs only
+    another start and first program: the bound knows of it at once.
 
-    in_cache_at: when another of its node may have left it a program in the cache.
+    in_cache_at: when another replica of its node may have left a program in the cache.
     """
     from_s = min(
         replica.starts_in_s + replica.compiles_in_s,
@@ -226,8 +226,8 @@ def useful_s(replica: Replica, until: float, in_cache_at: float = float("inf")) 
 
 
 def driver_limit(batch_s: float) -> dict[str, Any]:
-    """Measure what a batch takes of the driver, say how many workers that feeds, and simulate runs
-    on fewer and on more."""
+    """Measure the driver's time per batch, say how many workers it can feed, and simulate runs on
+    fewer and on more."""
     from benchmarks.driver import measure
 
     found = measure(DRIVER_BATCHES)

@@ -1,4 +1,4 @@
-"""Names -> Gemma 2 backbones of known sizes, and their files with random weights on disk.
+"""A name -> a Gemma 2 backbone of known size, and files of it with random weights.
 
 python -m benchmarks.shapes SHAPE VOCABULARY.spm FOLDER
 """
@@ -18,7 +18,7 @@ GEMMA_2 = {
 
 
 def _shape(layers: int, hidden: int, heads: int, head_dim: int, intermediate: int) -> dict:
-    """intermediate: as KerasHub counts, both gated projections together."""
+    """intermediate: as in KerasHub, both gated projections together."""
     return {
         "num_layers": layers,
         "hidden_dim": hidden,
@@ -41,7 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def save(shape: str, vocabulary: Path, folder: Path) -> None:
-    """Write preset, LoRA file and head of a shape."""
+    """Write a preset, LoRA file and head of a shape."""
     import sentencepiece
 
     from runner.demo import save_model

@@ -1,8 +1,8 @@
 """A run on simulated devices and a simulated clock: its decisions, in milliseconds.
 
-The planning of batches, the backlog, rates, dealer, steering and deadline are the real ones.
-Replicas start, compile, compute, slow down, die and hang, as the executors would see it. Used by
-`benchmarks/scheduling.py` and the tests.
+Planning, backlog, rates, dealer, steering and deadline are the real ones. Replicas start, compile,
+compute, slow down, die and hang as executors would see it. Used by `benchmarks/scheduling.py` and
+the tests.
 """
 
 import heapq
@@ -11,6 +11,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -35,9 +36,9 @@ from sharding.rates import COMPILING_TAKES, Rates
 
 # Seconds between the dispatcher's looks at the clock.
 WAIT_S = 0.2
-# A shape that another compiled on this node, from its cache.
+# Seconds to read a program from the node's cache.
 FROM_CACHE_S = 0.2
-# The demo's backbone, on a core of a machine that was measured.
+# The demo's backbone, and the speed of a core that was measured.
 SHAPE = ModelShape(
     vocabulary_size=2048,
     num_layers=4,
@@ -52,13 +53,13 @@ KIND, FLOPS_PER_S = "cpu", 1.3e11
 
 @dataclass(eq=False)
 class Replica(ReplicaState):
-    """One device. What it can do to a run is set before.
+    """One device. Its fate is set before the run.
 
-    speed: FLOP/s while it does nothing else. starts_in_s, restarts_in_s: until it is loaded, at
-    first and after it was lost. compiles_in_s: a shape that its node has not compiled. first_s:
-    more for the first batch of a shape. compiling_takes: part of the device that a compiler takes.
-    noise: sigma of the lognormal factor of each batch, whose mean is one. slows_to: of its speed,
-    from `slows_at` on.
+    speed: FLOP/s if it does nothing else. starts_in_s, restarts_in_s: until it has loaded, at first
+    and after it was lost. compiles_in_s: for a shape that its node has not compiled. first_s: added
+    to the first batch of a shape. compiling_takes: fraction of the device that a compiler takes.
+    noise: sigma of the lognormal factor of each batch, whose mean is one. slows_to: the fraction of
+    its speed that is left from `slows_at` on.
     """
 
     speed: float = FLOPS_PER_S
@@ -72,7 +73,7 @@ class Replica(ReplicaState):
     hangs_at: float = float("inf")
     slows_at: float = float("inf")
     slows_to: float = 1 / 3
-    # The device: what is in its line, and of the first the seconds that it still needs undisturbed.
+    # The device's queue, and the undisturbed seconds that its first batch still needs.
     is_loaded: bool = False
     is_hung: bool = False
     line: deque[Batch] = field(default_factory=deque)
@@ -83,7 +84,7 @@ class Replica(ReplicaState):
 
     @property
     def pace(self) -> float:
-        """Its part of its speed, now."""
+        """The fraction of its speed that it has now."""
         beside = 1.0 - self.compiling_takes * (self.compiling is not None)
         return beside * (self.slows_to if self.since >= self.slows_at else 1.0)
 
@@ -93,11 +94,11 @@ class Simulated:
 
     Args:
         lengths: (rows,) tokens.
-        driver_s: seconds of the one driver that every batch takes.
+        driver_s: seconds of the driver that every batch takes.
 
     Attributes:
-        time: of the simulated clock. deciding_s, decisions: what the dealer took of this
-            machine's time, and how often it was asked for what a replica does next.
+        time: the simulated clock. deciding_s, decisions: real seconds that the dealer took, and how
+            often it was asked what a replica does next.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class Simulated:
         self._is_over = False
         self._cached: dict[str, set[BatchShape]] = defaultdict(set)
         self._compiled_s: list[float] = []
-        config = _Fields(
+        config = SimpleNamespace(
             pooling=pooling,
             sequence_length=sequence_length,
             max_tokens_per_batch=max_tokens_per_batch,
@@ -135,7 +136,7 @@ class Simulated:
             return plan_run(
                 self.lengths,
                 cast(RunConfig, config),
-                cast(Preset, _Fields(shape=SHAPE)),
+                cast(Preset, SimpleNamespace(shape=SHAPE)),
                 kind=KIND,
                 replicas=len(replicas),
                 rows=rows,
@@ -154,8 +155,8 @@ class Simulated:
         self.merger = Merger([str(row) for row in range(len(lengths))], 3)
         self.notes: list[str] = []
         top = sequence_length if pooling == "padded-mean" else int(self.lengths.max())
-        journal = _Fields(add=lambda *args, **kwargs: None)
-        progress = _Fields(
+        journal = SimpleNamespace(add=lambda *args, **kwargs: None)
+        progress = SimpleNamespace(
             note=self.notes.append, advance=lambda **_: None, forecast=lambda **_: None
         )
         self.steering = Steering(
@@ -183,7 +184,7 @@ class Simulated:
         """FLOPs of the plan."""
         return sum(SHAPE.batch_flops(batch.shape) for batch in self.first_plan.batches)
 
-    # What steering asks of an executor.
+    # What steering asks an executor for.
 
     def warm(self) -> set[BatchShape]:
         return {shape for replica in self.members for shape in replica.warm}
@@ -206,13 +207,13 @@ class Simulated:
     # The run.
 
     def run(self) -> float:
-        """Return when it ended, in simulated seconds."""
+        """Do the run; return when it ended, in simulated seconds."""
         for replica in self.members:
             self._later(replica.starts_in_s, self._load, replica, replica.life)
             for at, happens in (
                 (replica.dies_at, self._die),
                 (replica.hangs_at, self._hang),
-                (replica.slows_at, self._slow),
+                (replica.slows_at, self._reckon),
             ):
                 if at < float("inf"):
                     self._later(at, happens, replica)
@@ -227,7 +228,8 @@ class Simulated:
         heapq.heappush(self._events, (self.time + seconds, self._order, happens, subject))
 
     def _look(self) -> None:
-        """What the dispatcher does when nothing arrived: hung replicas, and those with room."""
+        """Do what the dispatcher does when nothing arrived: find hung replicas, and serve those
+        with room."""
         left_s = self.deadline.left_s(self.time)
         for replica in self.members:
             if replica.in_flight:
@@ -250,7 +252,7 @@ class Simulated:
             self._serve(replica)
 
     def _serve(self, replica: Replica) -> None:
-        """Give a replica what the dealer has for it."""
+        """Give a replica the batches and the shape that the dealer has for it."""
         if not replica.is_loaded:
             return
         is_idle, began = not replica.line, time.perf_counter()
@@ -286,7 +288,7 @@ class Simulated:
         self._serve(replica)
 
     def _begin(self, replica: Replica) -> None:
-        """A replica begins the batch that is first in its line."""
+        """Begin the first batch in a replica's queue."""
         shape = replica.line[0].shape
         noise = self._chance.lognormvariate(-(replica.noise**2) / 2, replica.noise)
         replica.needs_s = SHAPE.batch_flops(shape) / replica.speed * noise
@@ -295,7 +297,7 @@ class Simulated:
         self._reckon(replica)
 
     def _reckon(self, replica: Replica) -> None:
-        """Bring what a replica has done up to now, and foresee when its batch ends at this pace."""
+        """Update what a replica has done until now, and schedule the end of its batch."""
         if not replica.line or replica.is_hung:
             replica.since = self.time
             return
@@ -305,7 +307,7 @@ class Simulated:
         self._later(replica.needs_s / replica.pace, self._end, replica, replica.schedule)
 
     def _end(self, replica: Replica, schedule: int) -> None:
-        """A replica has computed a batch: its answer goes to the driver, one after the other."""
+        """Send the answer of a computed batch to the driver, which takes one at a time."""
         if schedule != replica.schedule or replica.is_hung:
             return
         batch = replica.line.popleft()
@@ -337,7 +339,7 @@ class Simulated:
 
     def _die(self, replica: Replica) -> None:
         if not replica.is_ready:
-            self._later(1.0, self._die, replica)  # it dies when it has begun to work
+            self._later(1.0, self._die, replica)  # it dies only after it has begun to work
             return
         self._lose(replica)
 
@@ -345,11 +347,8 @@ class Simulated:
         self._reckon(replica)
         replica.is_hung = True
 
-    def _slow(self, replica: Replica) -> None:
-        self._reckon(replica)
-
     def _lose(self, replica: Replica, harmless: Sequence[Batch] = ()) -> None:
-        """A replica's process is gone, and what it had in flight goes back; it starts again."""
+        """Put back what a lost replica had in flight, and restart it."""
         for batch in replica.in_flight:
             if batch in harmless:
                 self.backlog.put_back(batch, replica.number)
@@ -363,10 +362,3 @@ class Simulated:
         replica.schedule += 1
         replica.spawned_at = self.time
         self._later(replica.restarts_in_s, self._load, replica, replica.life)
-
-
-class _Fields:
-    """An object of these attributes, in the place of one of which nothing else is asked."""
-
-    def __init__(self, **fields: Any) -> None:
-        self.__dict__.update(fields)

@@ -56,7 +56,7 @@ MODES = {
     "tensor": ("--mode", "model-parallel", "--strategy", "tensor"),
     "single": ("--mode", "single"),
 }
-# What is done, how often of a hundred times.
+# What is done to a run, and how often in a hundred times.
 BLOWS = {
     "worker killed": 64,
     "two workers killed": 8,
@@ -74,22 +74,22 @@ SIGNALS_TO_THE_DRIVER = {
     "driver interrupted": signal.SIGINT,
     "driver terminated": signal.SIGTERM,
 }
-# In `single` only the driver can be struck: not all the time.
+# Pauses are longer in `single`, where every blow hits the driver.
 SLOWER_IN_SINGLE = 4.0
-# Batches take so many times as long, without work: there is time to strike.
+# Batches sleep until they have taken this many times as long, so that there is time to strike.
 SLOW = 4.0
 OF_THE_DRIVER = tuple(name for name in BLOWS if "worker" not in name and "server" not in name
                       and "raylet" not in name)  # fmt: skip
 GONE_WITHIN_S = 30
-# An undisturbed run takes half a minute; a worker stopped at a batch is ended after four minutes at
-# most. (One stopped at a load or a compile is given ten and thirty: not here.)
+# An undisturbed run takes half a minute; a worker stopped at a batch is killed after at most four
+# minutes. (At a load or a compile it would have ten and thirty, so workers are not stopped there.)
 RUN_WITHIN_S = 330
-# Until then a signal may find no handler of ours: it ends the process, which has begun nothing.
+# Before that, the handlers may not be installed: a signal ends the process, which has done nothing.
 PYTHON_STARTS_WITHIN_S = 3
 AT_A_BATCH = (".predict", ".begin", ".carry_on", ".finish")
-# Blows to one run, so that most runs come to an end of their own now and then.
+# The most blows to one run, so that some runs complete.
 MOST_BLOWS = 9
-# Half of the runs are struck from the start, the others when rows come, or after so long.
+# Half of the runs are struck from the start, the others when rows arrive or after this time.
 ROWS_WITHIN_S = 60
 CLASSES = len(CONTEST.label_columns)
 
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="until the last blow")
     parser.add_argument("--pace", type=float, default=2.5, help="mean seconds between blows")
     parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES))
-    parser.add_argument("--keep", type=Path, help="a folder for the runs' files, kept")
+    parser.add_argument("--keep", type=Path, help="folder in which to keep the runs' files")
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}, a blow every {arguments.pace} s", flush=True)
     with tempfile.TemporaryDirectory(prefix="soak-") as temporary:
@@ -173,7 +173,7 @@ class Soak:
         self._jobs += 1
         stands = False
         while not stands:
-            # Past the end, the last runs are left in peace.
+            # After the end, the last runs are left alone.
             stands = self.do_run(strike=time.monotonic() < end)
         try:
             self.compare()
@@ -218,7 +218,7 @@ class Soak:
         return code == 0
 
     def _wait_for_rows(self, run: "Run") -> None:
-        """Wait until rows come: else most runs would end before they have begun."""
+        """Wait until rows arrive; otherwise most runs would end before they predict."""
         while not run.ends_within(0.2):
             with contextlib.suppress(OSError):
                 written_at = self._journal.with_name(self._journal.name + "-wal").stat().st_mtime
@@ -275,7 +275,7 @@ class Soak:
         print(f"VIOLATION: {what}", flush=True)
 
     def _strike(self, run: "Run", mode: str) -> str | None:
-        """Do something bad to a run; return what, None where there was nothing to do it to."""
+        """Do something bad to a run; return what, or None if it had no such process."""
         names = [name for name in BLOWS if mode != "single" or name in OF_THE_DRIVER]
         blow = self._rng.choices(names, [BLOWS[name] for name in names])[0]
         driver = run.process
@@ -297,7 +297,7 @@ class Soak:
         elif blow in SIGNALS_TO_THE_DRIVER:
             send(driver.pid, SIGNALS_TO_THE_DRIVER[blow])
         elif blow == "all terminated":
-            # As a batch system or a terminal does: to each process of the group.
+            # To each process of the group, as a batch system or a terminal does.
             for process in run.family():
                 send(process.pid, signal.SIGTERM)
         else:
@@ -308,13 +308,15 @@ class Soak:
         return blow
 
     def _check_end(self, code: int, said: str, done: list[str]) -> None:
-        """Raises:
-        Violation: a run ended otherwise than it may after what was done to it.
+        """Check exit code and message against what was done to the run.
+
+        Raises:
+            Violation: they do not fit.
         """
         if code == 0:
             return
         if not done:
-            raise Violation(f"exit code {code} of a run that was left alone: {said[-1500:]}")
+            raise Violation(f"exit code {code} of an undisturbed run: {said[-1500:]}")
         if done[0].endswith(" early") and code in (-signal.SIGTERM, -signal.SIGINT):
             return
         done = [blow.removesuffix(" early") for blow in done]
@@ -325,30 +327,32 @@ class Soak:
                  "interrupted twice": {130}}  # fmt: skip
         allowed = set().union(*(asked.get(name, {1}) for name in done))
         if sum(name in ("driver terminated", "all terminated") for name in done) > 1:
-            # Ray gives SIGTERM back to the kernel on its way out: a second one ends the process,
-            # at once as it should, but by the signal.
+            # Ray restores the default SIGTERM handler on its way out: a second SIGTERM ends the
+            # process at once, as it should, but by the signal.
             allowed.add(-signal.SIGTERM)
         if code not in allowed:
             raise Violation(f"exit code {code}; allowed are {sorted(allowed)}: {said[-1500:]}")
-        if code == 1 and not re.search("the same command goes on|did not start", said):
-            # Ray's own code has ended the driver: its raylet said goodbye, or was gone before Ray
-            # had started, or it found no GCS for a minute. No journal was open or it is whole.
+        if code == 1 and not re.search("the same command (goes on|resumes)|did not start", said):
+            # Ray's own code ended the driver: its raylet left, or was gone before Ray had started,
+            # or there was no GCS for a minute. No journal was open, or it is intact.
             self._without_a_word += 1
             starting = not re.search("loading|tokenizing|resuming", said)
             struck = {"raylet killed", "gcs_server killed"} & set(done)
             if "all terminated" not in done and not (struck and starting):
-                raise Violation(f"nothing says how to go on: {said[-1500:]}")
+                raise Violation(f"nothing says how to resume: {said[-1500:]}")
 
     def _check_journal(self) -> None:
-        """Raises:
-        Violation: the journal cannot be read, or a row of it is gone or changed.
+        """Check the journal against the reference and the rows it had before.
+
+        Raises:
+            Violation: it cannot be read, or a row is gone or changed.
         """
         rows = read_journal(self._journal)
         if gone := self._rows.keys() - rows.keys():
             raise Violation(f"{len(gone)} rows are gone from the journal")
         for row, values in rows.items():
             if np.abs(values - self._by_row[row]).max() > TOLERANCE:
-                raise Violation(f"row {row} of the journal is not the reference's")
+                raise Violation(f"row {row} of the journal differs from the reference")
         self._rows = rows
 
 
@@ -363,7 +367,7 @@ class Run:
             for name, value in os.environ.items()
             if not name.startswith(("RAY_", "JAX_", "XLA_"))
         }
-        # Not a pipe, which fills.
+        # Not a pipe, which could fill up.
         self._said = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "run.py"), *flags],
@@ -401,18 +405,20 @@ class Run:
         return True
 
     def finish(self, timeout_s: float) -> tuple[int, str]:
-        """Return the exit code and what was said on standard error.
+        """Return the exit code and the text on standard error.
 
         Raises:
-            Violation: it does not end.
+            Violation: the run does not end.
         """
         if not self.ends_within(timeout_s):
-            raise Violation(f"it stands still: {self._text()[-1500:]}")
+            raise Violation(f"it does not end: {self._text()[-1500:]}")
         return self.process.returncode, self._text()
 
     def check_nothing_is_left(self) -> None:
-        """Raises:
-        Violation: processes are there 30 s after the driver's end.
+        """Check that no process is left.
+
+        Raises:
+            Violation: some are still there 30 s after the driver's end.
         """
         deadline = time.monotonic() + GONE_WITHIN_S
         while left := self.family():
@@ -456,7 +462,7 @@ def read_submission(path: Path) -> tuple[list[str], np.ndarray]:
 
 
 def read_journal(path: Path) -> dict[int, np.ndarray]:
-    """Return the probabilities of each row of a journal, of a copy: the journal stays as it is.
+    """Return the probabilities of each row of a journal, read from a copy to leave it unchanged.
 
     Raises:
         Violation: it cannot be read.
@@ -473,7 +479,7 @@ def read_journal(path: Path) -> dict[int, np.ndarray]:
             connection = sqlite3.connect(copy)
             try:
                 if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                    return {}  # killed before it had made its tables
+                    return {}  # killed before the tables were made
                 found = connection.execute("SELECT row, probabilities FROM rows").fetchall()
             finally:
                 connection.close()

@@ -1,8 +1,7 @@
-"""The times of contenders -> a table on the terminal, a JSON line, a Markdown report and a plot."""
+"""Contenders' times -> a table on the terminal, a JSON line, a Markdown report and a plot."""
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -17,10 +16,11 @@ import numpy as np
 
 from benchmarks.harness import ROOT, Contender, Measured, ratio
 from benchmarks.rivals.ours import COPIES
+from runner.common.versions import installed
 from runner.preset.families import model_shape
 
 PACKAGES = ("jax", "keras", "keras-hub", "numpy", "ray", "tensorflow", "torch", "transformers")
-# Whose speed the others' is a multiple of, by pooling.
+# The contender that the others are compared with, by pooling.
 YARDSTICKS = {"padded-mean": "ours, 2 workers", "mean": "ours, 2 workers, mean"}
 
 
@@ -34,11 +34,11 @@ def write_results(
     config: dict[str, Any],
     tuned: dict[str, Any],
 ) -> None:
-    """Print all and write the files.
+    """Print the results and write the files.
 
     Args:
         peaks: FLOP/s by cores and library.
-        lengths: (rows,) token counts, cut at the sequence length.
+        lengths: (rows,) token counts, truncated at the sequence length.
         config: the preset's config.json.
     """
     best = {cores: max(rates.values()) for cores, rates in peaks.items()}
@@ -124,7 +124,7 @@ def summarize(
 
 
 def as_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the lines of a Markdown table, which reads well on a terminal too."""
+    """Return the lines of a Markdown table that is also readable on a terminal."""
     head = (
         "contender", "steady s (min-max)", "x ours", "rows/s", "real tok/s", "GFLOP/s", "MFU",
         "largest diff.", "load s", "first compile s", "start to end s", "peak MB", "journal",
@@ -174,17 +174,18 @@ def as_markdown(facts: dict[str, Any], table: list[str], picture: str) -> str:
 `{facts["command"]}`, commit {facts["commit"]}, {facts["hardware"]}, no accelerator. {versions_}.
 
 {lengths["rows"]} rows, {lengths["mean"]:.0f} real tokens on average (quartiles \
-{lengths["quartiles"]}, {lengths["cut"]:.0%} cut at {facts["sequence_length"]}), \
+{lengths["quartiles"]}, {lengths["cut"]:.0%} truncated at {facts["sequence_length"]}), \
 {facts["model_gflop"]:,.0f} GFLOP for the real tokens. Large float32 matmul on the same cores, \
-GFLOP/s: {peaks}; MFU is against the largest, float32's also where a contender rounds.
+GFLOP/s: {peaks}; MFU is relative to the largest, also for contenders that round below float32.
 
-Medians of {facts["rounds"]} alternating rounds. "Steady" is predicting alone, of ours at the pace \
-of a run over {COPIES} copies of the rows, each worker's first batch of a shape left out; "x ours" \
-how many times as long as our two workers with the same pooling; "load" and "first compile" stand \
-apart (rivals compile while they load); "start to end" is a whole round: of our contenders a run \
-of the command over all copies, from start to submission, of the others predicting once. "Peak" is \
-the proportional set size of all processes of a contender, while it loads and in its first round, \
-which does not count; "journal" what keeping rows on disk took of predicting. Options: {tuned}.
+Medians of {facts["rounds"]} alternating rounds. "Steady" is predicting alone; for ours, at the \
+pace of a run over {COPIES} copies of the rows, without each worker's first batch of a shape. "x \
+ours" is how many times as long it took as our two workers with the same pooling. "Load" and \
+"first compile" are separate (rivals compile while they load). "Start to end" is a whole round: \
+for ours, a run of the command over all copies, from start to submission; for others, predicting \
+once. "Peak" is the proportional set size of all processes of a contender, while it loads and in \
+its first round, which does not count. "Journal" is the share of predicting spent on saving rows. \
+Options: {tuned}.
 
 {chr(10).join(table)}
 
@@ -193,7 +194,7 @@ which does not count; "journal" what keeping rows on disk took of predicting. Op
 
 
 def plot(rows: list[dict[str, Any]], peaks: dict[str, float], path: Path) -> None:
-    """Draw model GFLOP/s of each contender, with the matmul peak as the limit."""
+    """Draw each contender's model GFLOP/s, with the matmul peak as the limit."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -233,13 +234,7 @@ def describe_lengths(lengths: np.ndarray, sequence_length: int) -> dict[str, Any
 
 
 def versions() -> dict[str, str]:
-    found = {"Python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"Python": platform.python_version()} | installed(PACKAGES)
 
 
 def commit() -> str:

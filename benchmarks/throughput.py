@@ -1,9 +1,9 @@
 """How fast is this runner compared with other ways to do the job, on the same cores and rows?
 
 Contenders are the notebook's eager loop, Keras `predict`, transformers on PyTorch, Ray Data, and
-our modes: one file each under `rivals/`. Before a speed is reported, each contender's probabilities
+our modes: one file each in `rivals/`. Before a speed is reported, each contender's probabilities
 are compared with the notebook's loop on the same rows. Rounds then alternate between contenders, so
-that a drift of the machine's speed affects all alike. Load, compile and steady state are reported
+that a drift of the machine's speed affects all of them. Load, compile and steady state are reported
 separately. The ceiling is the fastest large float32 matmul of three libraries on the same cores in
 the same run. The last line is one JSON object; a Markdown report with a plot goes to `results/`.
 
@@ -48,7 +48,7 @@ SWEPT_AS = {
     "transformers float32": "transformers float32, mean",
     "transformers bfloat16": "transformers bfloat16, mean",
 }
-# What `--quick` has time for: each of ours starts twice.
+# Contenders of `--quick`: each of ours starts twice, which takes time.
 QUICK = (
     "notebook",
     "Keras predict",
@@ -59,7 +59,7 @@ QUICK = (
     "ours, 2 workers, mean",
     "ours, 2 workers, int8, mean",
 )
-# bfloat16 keeps 8 bits of mantissa; int8 is as far as its report says.
+# Tolerance for bfloat16, with 8 bits of mantissa, and int8.
 ROUNDED = 0.1
 DATA_PARALLEL = ("--mode", "data-parallel", "--num-workers")
 
@@ -68,16 +68,16 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare ways to run a classifier over a table.")
     add = parser.add_argument
     add("--preset-shape", default="small", help="a key of shapes.SHAPES (default: small)")
-    add("--rows", type=int, help="a random sample of so many (default: 64, with --quick 16)")
+    add("--rows", type=int, help="size of the random sample (default: 64, with --quick 16)")
     add("--rounds", type=int, help="rounds that count (default: 3, with --quick 1)")
     add("--sequence-length", type=int, default=512)
-    add("--rows-from", type=Path, help="CSV (default: arena_dev.csv where it is, else made up)")
+    add("--rows-from", type=Path, help="CSV (default: arena_dev.csv if present, else made up)")
     add("--quick", action="store_true", help="fewer contenders, no sweep")
-    add("--no-sweep", action="store_true", help="rivals' options as they were found before")
-    add("--only", default="", help="contenders whose names hold this text")
+    add("--no-sweep", action="store_true", help="use options that an earlier sweep found")
+    add("--only", default="", help="only contenders whose names contain this text")
     add("--device", choices=("cpu", "gpu"), default="cpu", help="gpu: one process, JAX alone")
     add("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    add("--name", default="throughput", help="of the files in --results")
+    add("--name", default="throughput", help="name of the files in --results")
     options = parser.parse_args()
     options.rows = options.rows or (16 if options.quick else 64)
     options.rounds = options.rounds or (1 if options.quick else 3)
@@ -115,7 +115,7 @@ def main() -> None:
         try:
             for contender in contenders(tuned, options.quick):
                 if "bfloat16" in contender.name and not multiplies_bfloat16():
-                    print(f"{contender.name}: left out, this processor has no such products")
+                    print(f"{contender.name}: left out, this processor cannot multiply bfloat16")
                 elif options.only in contender.name:
                     running.append(Running(contender, job, folder))
                     running[-1].check(references[contender.pooling])
@@ -140,7 +140,7 @@ def main() -> None:
 
 
 def contenders(tuned: dict[str, dict[str, Any]], quick: bool) -> list[Any]:
-    """Return all contenders: some with the notebook's pooling, some with `mean`."""
+    """Return the contenders, some with the notebook's pooling, some with `mean`."""
     from benchmarks.harness import Contender
 
     def ours(name: str, pooling: str, *flags: str, **named: Any) -> Contender:
@@ -188,7 +188,7 @@ def first_cores() -> tuple[int, ...]:
 
 
 def make_job(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Write rows, preset and token ids; return what every contender is told."""
+    """Write rows, preset and token ids; return the job that every contender gets."""
     test_set = folder / "test.csv"
     write_rows(test_set, options.rows_from, options.rows)
     model = folder / "model"
@@ -215,7 +215,7 @@ def make_job(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_rows(path: Path, source: Path | None, count: int) -> None:
-    """Write a seeded random sample of real rows, or of generated ones where there are none."""
+    """Write a seeded random sample of real rows; if there are none, generated rows."""
     import pandas as pd
 
     from runner.demo import SEED, make_rows, write_test_set

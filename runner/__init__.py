@@ -1,10 +1,10 @@
-"""Reads a test set, predicts every row on many devices and writes a checked submission.
+"""Reads a test set, predicts every row on many devices and writes a validated submission.
 
     from runner import RunConfig, run
 
     report = run(RunConfig(preset="gemma2", head_kernel="k.npy", head_bias="b.npy", input="a.csv"))
 
-Importing it loads nothing else: names come when they are asked for, since workers import it too.
+Importing it loads nothing else: names are loaded on first use, since workers import it too.
 """
 
 import importlib

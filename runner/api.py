@@ -1,6 +1,6 @@
-"""A run in the caller's process: a script, one of its threads, the kernel of a notebook.
+"""A run in the caller's process: a script, one of its threads, or a notebook kernel.
 
-Does what the command does, and leaves the process as it was: signal handlers, environment, warning
+Does what the command does, then restores the process: signal handlers, environment, warning
 filters, modules. Does not know the phases of a run.
 """
 
@@ -24,10 +24,9 @@ _one_at_a_time = threading.Lock()
 def run(config: RunConfig) -> dict[str, Any]:
     """Do what `config` asks for and return the run's report, or with `plan=True` the plan.
 
-    Prints what the command prints, and writes the same files. May be called again, and from any
-    thread; Ray is shut down before it returns. In one case the process does not survive: if the
-    time limit passes while the run hangs in a call that does not return, the submission is written
-    and the process is ended.
+    Prints what the command prints, and writes the same files. It may be called again, from any
+    thread; Ray is shut down before it returns. If the time limit passes while the run hangs in a
+    call that does not return, the submission is written and the process is ended.
 
     Raises:
         ConfigError, DataError: a value or an input is wrong; nothing was written.

@@ -1,7 +1,7 @@
 """The command line: flags -> RunConfig -> a run -> an exit code.
 
 Exit codes: 0, --output is a complete, validated submission; 2, bad usage or input, reported in one
-or two lines with nothing written; 3, the deadline passed with --on-deadline fail; 130, interrupted,
+or two lines, nothing written; 3, the deadline passed with --on-deadline fail; 130, interrupted,
 journal kept; 1, anything else.
 """
 
@@ -42,12 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     Args:
-        argv: None for the process' own arguments. The process then ends here if a thread would
-            keep it from ending by itself.
+        argv: None for the process' own arguments. The process then exits here if a thread would
+            keep it from exiting by itself.
     """
     code = _main(argv)
     if argv is None and any(thread.name == BUSY_THREAD for thread in threading.enumerate()):
-        # The thread is in native code that nothing interrupts: the process would wait for it.
+        # The thread is in native code that nothing can interrupt: exiting would wait for it.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -75,7 +75,7 @@ def _main(argv: Sequence[str] | None) -> int:  # noqa: PLR0911 - one return per 
 
             plan(config, started=started)
             return 0
-        from runner.driver.run import run  # takes half a second, which --help need not wait
+        from runner.driver.run import run  # takes half a second, which --help should not
 
         fail.log = config.log_folder / DRIVER_LOG
         run(config, started=started, on_signals_taken=interrupts.install, owns_process=True)
@@ -96,7 +96,7 @@ def _main(argv: Sequence[str] | None) -> int:  # noqa: PLR0911 - one return per 
         where = f"{fail.log} says" if fail.log and fail.log.is_file() else "--verbose shows"
         return fail(
             f"error: {type(error).__name__}: {first_line(error)}\n"
-            f"This is a bug or a fault of the machine: {where} where it happened.",
+            f"This is a bug or a machine fault: {where} where it happened.",
             EXIT_FAILED,
         )
     finally:
@@ -104,7 +104,7 @@ def _main(argv: Sequence[str] | None) -> int:  # noqa: PLR0911 - one return per 
 
 
 def process_age_s() -> float:
-    """Return how long this process has been running, in seconds; 0 if the system does not tell."""
+    """Return how many seconds this process has been running; 0 if the system does not say."""
     try:
         # Field 22 of proc(5), in ticks since boot; the name before it may contain spaces.
         stat = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
@@ -118,8 +118,8 @@ class _Interrupts:
     """SIGINT and SIGTERM: the first unwinds the run, the second ends the process at once.
 
     Ray and others replace handlers when they start, so `install` is called again after that.
-    Python runs a handler only once the main thread leaves native code, and Ray may stay there long
-    while it shuts down. A thread that reads the wakeup pipe sees the second signal without delay.
+    Python runs a handler only when the main thread leaves native code, where Ray may stay long
+    while it shuts down. A thread that reads the wakeup pipe sees the second signal at once.
     """
 
     def __init__(self) -> None:
@@ -142,7 +142,7 @@ class _Interrupts:
             threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
 
     def stop_watching(self) -> None:
-        """Restore what a process has only one of; the handlers stay."""
+        """Restore the wakeup pipe and the hook; the handlers stay."""
         if self._wakeup is not None:
             sys.unraisablehook = self._others_hook
             signal.set_wakeup_fd(-1)
@@ -163,8 +163,8 @@ class _Interrupts:
         raise KeyboardInterrupt
 
     def _take_ignored(self, ignored: "sys.UnraisableHookArgs") -> None:
-        """Raise a signal again a moment later if it came inside a destructor or JAX's callback of
-        the garbage collector, which drop exceptions."""
+        """Raise a signal again a moment later if it arrived in a destructor or in JAX's garbage
+        collection callback, which drop exceptions."""
         if not issubclass(ignored.exc_type, KeyboardInterrupt):
             self._others_hook(ignored)
             return
@@ -180,7 +180,7 @@ class _Failure:
 
     Attributes:
         is_json: taken from the arguments until there is a config.
-        log: of a run that got as far as writing one.
+        log: path of the run's log, once there is a config.
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:

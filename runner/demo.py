@@ -1,7 +1,7 @@
-"""A seed -> the demo: a small Gemma 2 preset with random weights and an arena-like test set.
+"""A seed -> the demo: a small Gemma 2 preset with random weights, and an arena-like test set.
 
-It is made on first use and kept in the cache folder. The driver makes texts and tokenizer; the
-preset needs Keras, so another process saves it (`python -m runner.demo DIR`).
+Made on first use and kept in the cache folder. The driver makes texts and tokenizer; the preset
+needs Keras, so another process saves it (`python -m runner.demo DIR`).
 """
 
 import json
@@ -46,7 +46,7 @@ BACKBONE = {
 
 @dataclass(frozen=True, slots=True)
 class DemoFiles:
-    """The paths of the demo, as a user would name those of a real run."""
+    """The demo's files, named like those of a real run."""
 
     folder: Path
 
@@ -65,7 +65,7 @@ class DemoFiles:
 
 
 def stand_in(config: RunConfig, progress: Progress) -> dict[str, Path]:
-    """Return field name -> demo file for what a config does not name: model, test set or both.
+    """Return field name -> demo file for what a config leaves out: model, test set or both.
 
     Raises:
         ConfigError, WorkerError: as `ensure_demo`.
@@ -78,10 +78,10 @@ def stand_in(config: RunConfig, progress: Progress) -> dict[str, Path]:
 
 
 def ensure_demo(cache: Path, progress: Progress) -> DemoFiles:
-    """Return the demo's files under a cache folder, after making them if this is their first use.
+    """Return the demo's files under a cache folder; make them on first use.
 
     Raises:
-        ConfigError: the cache folder cannot be written to.
+        ConfigError: the cache folder is not writable.
         WorkerError: the process that saves the preset failed.
     """
     folder = cache / f"demo-{VERSION}"
@@ -92,8 +92,8 @@ def ensure_demo(cache: Path, progress: Progress) -> DemoFiles:
     except OSError as error:
         if not folder.is_dir():  # else another run was faster
             raise ConfigError(
-                f"The demo is kept in {cache}, which cannot be written to ({error.strerror}). "
-                "Set XDG_CACHE_HOME to another folder, or name --preset and --input."
+                f"The demo is kept in {cache}, which is not writable ({error.strerror}). "
+                "Set XDG_CACHE_HOME to another folder, or pass --preset and --input."
             ) from None
     return DemoFiles(folder)
 
@@ -121,8 +121,8 @@ def _make(folder: Path, progress: Progress) -> None:
 def make_rows(count: int, seed: int) -> list[tuple[str, str, str, str]]:
     """Return rows (id, prompt, response_a, response_b), each text a JSON list of turns.
 
-    They resemble the arena's: Zipf's word frequencies, log-normal lengths (a median near 300 words
-    a row, a long tail), some rows of two turns, some with a null turn, code or other scripts.
+    They resemble the arena's: Zipf word frequencies; log-normal lengths (a median near 300 words
+    per row, a long tail); some rows with two turns, a null turn, code or other scripts.
     """
     rng = random.Random(seed)
     words = _make_words(rng, 3000)
@@ -159,8 +159,8 @@ def train_tokenizer(
     start: str = "<bos>",
     end: str = "<eos>",
 ) -> None:
-    """Write a SentencePiece model trained on texts, with byte fallback and Gemma's ids for its
-    special tokens."""
+    """Train a SentencePiece model on texts and write it: byte fallback, Gemma's ids for special
+    tokens."""
     import sentencepiece
 
     with open(path, "wb") as file:
@@ -188,7 +188,7 @@ def save_model(
 ) -> None:
     """Save a random Gemma preset, a LoRA file and a head in the formats of real ones.
 
-    The LoRA update and the head are large enough that every row gets different probabilities.
+    The LoRA update and the head are large enough to give every row different probabilities.
     """
     import keras
     import keras_hub

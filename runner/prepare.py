@@ -1,8 +1,8 @@
 """A float preset or checkpoint, and a LoRA file -> a merged and quantized preset directory.
 
-The result is an ordinary KerasHub preset, which appears under its name when it is complete. The
-work is done in this process, on the CPU, with one layer in float at a time. A checkpoint of Hugging
-Face transformers is converted to a preset first. Does not know how a preset is used in a run.
+The result is an ordinary KerasHub preset, which appears under its name when it is complete. This
+process does the work on the CPU, with one layer in float at a time. A Hugging Face transformers
+checkpoint is first converted to a preset. Does not know how a run uses a preset.
 """
 
 import json
@@ -26,12 +26,12 @@ from runner.preset.reader import ACCURACY_FILE, Preset, check_lora, checkpoint_t
 from runner.preset.resolve import check_head, settle
 from runner.telemetry.progress import Progress
 
-# What is copied from the float preset, beside the weights and the backbone's config that are made.
+# Copied from the float preset; the weights and the backbone's config are written anew.
 COPIED = ("tokenizer.json", "preprocessor.json", "assets", TASK, TASK_WEIGHTS)
 
 
 def prepare(config: PrepareConfig, *, started: float | None = None) -> Preset:
-    """Write the preset that `config` asks for, print a summary, and return what it holds.
+    """Write the preset that `config` asks for, print a summary, and return the preset.
 
     Raises:
         ConfigError, DataError: the user can fix it; nothing was written.
@@ -90,7 +90,7 @@ def prepare(config: PrepareConfig, *, started: float | None = None) -> Preset:
 
 
 def _convert(config: PrepareConfig, started: float) -> Preset:
-    """Convert a checkpoint to a preset, and prepare that one if more is asked for."""
+    """Convert a checkpoint to a preset; merge and quantize that if asked to."""
     is_all = config.quantization == "none" and config.lora_weights is None
     made = config.output
     if not is_all:
@@ -119,18 +119,18 @@ def _convert(config: PrepareConfig, started: float) -> Preset:
 
 def _check_output(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output must be a new or an empty folder. Received: {output}")
+        raise ConfigError(f"--output must be a new or empty folder. Received: {output}")
     if not output.resolve().parent.is_dir():
         raise ConfigError(f"--output must be in a folder that exists. Received: {output}")
 
 
 def _check(config: PrepareConfig) -> Preset:
-    """Check the files before the work; return what the float preset holds."""
+    """Check the files before the work starts; return the float preset."""
     preset = read_preset(config.preset)
     if preset.quantization is not None:
         raise ConfigError(
             f"--preset must hold float weights. Received: {preset.path}, "
-            f"which is {preset.quantization} already"
+            f"which is already {preset.quantization}"
         )
     if config.lora_weights is not None:
         check_lora(config.lora_weights, preset.shape)
@@ -141,7 +141,7 @@ def _check(config: PrepareConfig) -> Preset:
 
 
 def _start_keras() -> None:
-    """Start Keras on the CPU, with the programs that earlier runs compiled."""
+    """Start Keras on the CPU, with the cache of compiled programs."""
     from runner.model.process import prepare_process, start_jax
     from sharding.topology import WorkerSlot
 
@@ -152,7 +152,7 @@ def _start_keras() -> None:
 def _measure(
     config: PrepareConfig, spec: ModelSpec, preset: Preset, backbone: Any
 ) -> dict[str, Any]:
-    """Compare the quantized model with float32 on a few rows; return what `compare` does."""
+    """Compare the quantized model with float32 on a few rows; return the figures of `compare`."""
     from runner.data.inputs import read_rows, render, to_tokens
     from runner.model.predictor import Predictor
     from runner.model.worker import load_head, predict_in_float
@@ -178,7 +178,7 @@ def _measure(
 
 
 def _made_up(task: Task) -> Examples:
-    """Return a few rows of the demo's kind under a task's column names."""
+    """Return a few rows like the demo's, under a task's column names."""
     from runner.demo import make_rows
 
     ids, *columns = zip(*make_rows(8, seed=0), strict=True)

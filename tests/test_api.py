@@ -289,10 +289,10 @@ class TestHelp:
                 with pytest.raises(ConfigError, match=f"^{flag(row.name)} is for --mode"):
                     RunConfig(**{row.name: value, "mode": mode})
         if RUN not in row.commands:
-            with pytest.raises(ConfigError, match=f"^{flag(row.name)} goes with --plan"):
+            with pytest.raises(ConfigError, match=f"^{flag(row.name)} needs --plan"):
                 RunConfig(**{row.name: value})
         if PLAN not in row.commands:
-            with pytest.raises(ConfigError, match=f"^{flag(row.name)} does not go with --plan"):
+            with pytest.raises(ConfigError, match=f"^{flag(row.name)} cannot be used with --plan"):
                 RunConfig(**{row.name: value, "plan": True})
 
     def test_it_fits_and_reads_well(self, capsys, monkeypatch):
@@ -311,7 +311,7 @@ class TestHelp:
         ]
         assert places == sorted(places)
         assert "\n  --sequence-length TOKENS\n" in text
-        for whole in ("data-parallel: Ray", "--num-workers of another device"):
+        for whole in ("data-parallel: Ray", "--num-workers devices of another kind"):
             assert whole in re.sub(r"\s+", " ", text)
 
 

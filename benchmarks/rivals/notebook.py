@@ -1,6 +1,6 @@
 """The contest notebook's loop: eager calls, batch by batch, every row padded to the full length.
 
-Also the reference of all others' outputs. Options: batch_size.
+Its outputs are also the reference for all others. Options: batch_size.
 """
 
 import numpy as np

@@ -1,9 +1,9 @@
-"""This runner, by its command line: each round is a run of its own, from start to submission.
+"""This runner, by its command line: each round is a whole run, from start to submission.
 
-A run starts its workers anew and works while they compile. Rivals stay loaded: they compile, and
-run a first batch of each shape, before their first round. So a run gets several copies of the rows,
-and its steady state is the time of one copy at the pace of the later batches. All copies must give
-the same answers. Options: flags.
+A run starts new workers and predicts while they compile. Rivals stay loaded: they compile, and run
+a first batch of each shape, before their first round. So a run gets several copies of the rows, and
+its steady state is the time of one copy at the pace of the later batches. All copies must give the
+same answers. Options: flags.
 """
 
 import json
@@ -22,7 +22,7 @@ from runner.preset.families import model_shape
 from sharding.batches import BatchShape
 
 COPIES = 4
-# Copies of a row may lie in batches of another shape; where a run rounds, nothing is promised.
+# Copies of a row may be in batches of different shapes; not checked if the run rounds.
 TOLERANCE = 1e-5
 ROUNDING = ("--dtype", "--quantization")
 
@@ -67,15 +67,15 @@ def load(job: Job) -> Round:
 
 
 def steady_seconds(events: list[dict[str, Any]], cost: Callable[[BatchShape], float]) -> float:
-    """Return the seconds that all batches take at the pace of those that nothing held up; NaN where
-    a worker had none.
+    """Return the seconds that all batches take at the pace of those that nothing held up; NaN if a
+    worker had none.
 
-    A batch counts from the answer before it, so dispatch and waiting are in it; left out is a
-    worker's first one of each shape (XLA prepares a program's parts when it first runs) and those
-    beside which it compiled. What a worker waits at the end, while others still work, counts too.
+    A batch counts from the answer before it, so it includes dispatch and waiting. Left out are a
+    worker's first batch of each shape (XLA prepares a program's parts when it first runs) and those
+    during which it compiled. Waiting at the end, while others still work, counts too.
 
     Args:
-        events: of a trace, as `runner/report/trace.py` makes it.
+        events: the events of a trace, as `runner/report/trace.py` makes it.
     """
     spans = [event for event in events if event["ph"] == "X"]
     compiles = [one for one in spans if "from_cache" in one["args"]]
@@ -109,7 +109,7 @@ def _end(span: dict[str, Any]) -> float:
 
 
 def write_copies(source: Path, target: Path) -> None:
-    """Write the rows several times over, each copy under an id of its own."""
+    """Write `COPIES` copies of the rows, each with its own ids."""
     table = pd.read_csv(source, dtype=str, keep_default_na=False)
     copies = [table.assign(id=table["id"] + f"-{number}") for number in range(COPIES)]
     pd.concat(copies).to_csv(target, index=False)

@@ -1,9 +1,8 @@
 """A contender as a process: it loads once, then predicts whenever it is told to.
 
-The argument is a JSON object with the job. A line on standard input starts a round, a JSON line on
-standard output ends it. So contenders can alternate, and the costs of loading and compiling are
-separate from that of predicting. Rivals share this file and `tokens.py`, and nothing with the
-runner.
+The argument is a JSON object with the job. A line on standard input starts a round; a JSON line on
+standard output ends it. So contenders can alternate, and loading and compiling are timed separately
+from predicting. Rivals share this file and `tokens.py`, but nothing with the runner.
 """
 
 import json
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-# A round: -> probabilities (rows, classes) and the seconds of its steady state, None for all of it.
+# Returns probabilities (rows, classes) and the seconds of the steady state; None if that is all.
 Round = Callable[[], tuple[np.ndarray, float | None]]
 
 
@@ -40,7 +39,7 @@ class Job:
 
 
 def serve(load: Callable[[Job], Round]) -> None:
-    """Load, say so, and predict once for each line that comes."""
+    """Load, report it, and predict once for each line on standard input."""
     # What libraries print must not come between the lines of the protocol.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -1,6 +1,6 @@
 """Ray Data: `map_batches` over an actor pool, a compiled Keras model in each actor.
 
-One actor a core. Every row is padded to the full length, since `map_batches` counts rows and not
+One actor per core. Every row is padded to the full length, since `map_batches` counts rows, not
 tokens. Each actor compiles before its first batch. Ray Data starts its actors with every run of a
 dataset, so a round's steady state lasts from the first batch to the last, by the actors' own
 clocks. Options: batch_size, actors.

@@ -51,7 +51,7 @@ def make_batches(job: Job, tokens: int) -> list[tuple[np.ndarray, int]]:
 
 
 def convert(job: Job) -> Gemma2Model:
-    """Return the preset's weights as transformers keeps them, LoRA merged, in float32."""
+    """Return a transformers model with the preset's weights, LoRA merged, in float32."""
     import json
     from pathlib import Path
 

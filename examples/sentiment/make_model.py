@@ -1,6 +1,6 @@
-"""python examples/sentiment/make_model.py: a preset and a head of two classes, weights random.
+"""python examples/sentiment/make_model.py: a preset and a head of two classes, random weights.
 
-They stand for your own: the same files that a real job names.
+They stand in for your own model: the same files as in a real job.
 """
 
 import csv
@@ -21,7 +21,7 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with open(HERE / "reviews.csv", encoding="utf-8", newline="") as file:
         texts = [f"{row['title']}\n{row['body']}" for row in csv.DictReader(file)]
-    # A few reviews are too little for so many tokens.
+    # A few reviews are too little text for so many tokens.
     texts += [cell for row in make_rows(60, seed=1) for cell in row[1:]]
     vocabulary = folder / "vocabulary.spm"
     train_tokenizer(vocabulary, texts, VOCABULARY_SIZE)

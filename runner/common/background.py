@@ -1,4 +1,4 @@
-"""Work -> its result, from a thread that does not keep this process alive, or another Python."""
+"""A function -> a Future of its result, from a daemon thread; the environment for a new Python."""
 
 import os
 import threading
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def in_background(work: Callable[[], T], name: str) -> "Future[T]":
-    """Run `work` in a daemon thread of this name; return a Future of its result or error."""
+    """Run `work` in a daemon thread; return a Future of its result or error."""
     future: Future[T] = Future()
 
     def target() -> None:

@@ -18,10 +18,10 @@ from contextlib import contextmanager
 
 # Exit codes other than 0.
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_DEADLINE, EXIT_INTERRUPTED = 1, 2, 3, 130
-# The name of a thread that may be inside native code. Nothing can interrupt it, so a process with
-# such a thread does not end by itself.
+# The name of a thread that may be in native code, which nothing can interrupt. A process with such
+# a thread does not exit by itself.
 BUSY_THREAD = "replica"
-# Messages on the screen are cut to this length; only quoted text makes one longer.
+# Messages on the screen are truncated to this length; only quoted text makes one longer.
 MOST_CHARACTERS = 1500
 
 
@@ -58,9 +58,9 @@ class MergeError(ArenaRunnerError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a library's error, to quote in one of our messages.
+    """Return the first line of a library's error, to quote in a message.
 
-    Keras puts a line about the layer before it and ANSI colours around it; both are removed.
+    Keras puts a line about the layer before it, and ANSI colours around it; both are removed.
     """
     lines = re.sub(r"\x1b\[\d*m", "", str(error)).strip().splitlines()
     if lines and lines[0].startswith("Exception encountered when calling"):
@@ -70,12 +70,12 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def readable(path: object, part: str = "") -> Iterator[None]:
-    """Within, any error but a DataError becomes a DataError: the file at `path` is damaged.
+    """Turn any error inside the block into a DataError that says the file at `path` is damaged.
 
-    What h5py raises for a damaged file has no narrower class than Exception.
+    Catches Exception, since h5py has no narrower class for damaged files.
 
     Args:
-        part: what of the file cannot be read, such as `layers/x cannot be read: `.
+        part: which part of the file cannot be read, such as `layers/x cannot be read: `.
     """
     try:
         yield
@@ -83,8 +83,8 @@ def readable(path: object, part: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         raise DataError(
-            f"{path} is damaged or cut short: {part}{first_line(error)}. Copy it again from where "
-            "it came from."
+            f"{path} is damaged or truncated: {part}{first_line(error)}. Copy it again from its "
+            "source."
         ) from error
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from runner.common.errors import ConfigError
 
-# Temporary files have the process id in their name. If that process does not run here and the file
-# has not been written to for this long, no process on another machine is writing it either.
+# Temporary files have the process id in their name. If no such process runs here, and the file has
+# not been written to for this long, no process on another machine is writing it either.
 ASIDE = re.compile(r"\.(\d+)\.(?:partial|rehearsal)")
 LEFT_AFTER_S = 120.0
 
@@ -40,15 +40,14 @@ def check_writable(flag: str, path: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(
-            f"{flag} must be in a folder that can be written to. Received: {path} "
-            f"({error.strerror or error})"
+            f"{flag} must be in a writable folder. Received: {path} ({error.strerror or error})"
         ) from None
     _sweep(path)
 
 
 def _sweep(path: Path) -> None:
-    """Remove temporary files that processes now gone have left beside an output file."""
-    own = tuple(f"{dots}{path.stem}." for dots in (".", ".."))  # a rehearsal has one of its own
+    """Remove temporary files that dead processes left beside an output file."""
+    own = tuple(f"{dots}{path.stem}." for dots in (".", ".."))  # a rehearsal has its own
     with suppress(OSError):
         for entry in os.scandir(path.resolve().parent):
             number = ASIDE.search(entry.name)
@@ -72,16 +71,16 @@ def _is_gone(process: int) -> bool:
 
 
 def write_whole(path: Path, content: str | bytes, *, private: bool = False) -> None:
-    """Write a file so that readers see either the old one or all of the new one.
+    """Write a file so that readers see either the old content or all of the new.
 
     Args:
         private: whether only its owner may read it.
 
     Raises:
-        OSError: it cannot be written; the old one stays.
+        OSError: it cannot be written; the old file stays.
     """
     aside = _aside(path)
-    # A killed process with the same id may have left one with another mode.
+    # A killed process with the same id may have left a file with another mode.
     aside.unlink(missing_ok=True)
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
@@ -100,7 +99,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a new folder that is renamed to `path` at the end, or removed after an error.
 
     Raises:
-        OSError: it cannot be made, or `path` is there and is not an empty folder.
+        OSError: it cannot be made, or `path` exists and is not an empty folder.
     """
     aside = _aside(path.resolve())
     shutil.rmtree(aside, ignore_errors=True)

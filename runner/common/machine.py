@@ -1,7 +1,7 @@
 """This machine, or the name of a device -> the devices that workers compute on.
 
 Reads nvidia-smi, /dev, /proc and the control group, and times a matmul on one CPU core. Starts
-neither Ray nor JAX. Does not know models.
+neither Ray nor JAX, since the driver must not take device memory. Does not know models.
 """
 
 import functools
@@ -42,9 +42,9 @@ print(2 * 1024**3 / best)
 class Devices:
     """The devices of a run: `count` of one kind; on a CPU, the `cores` to divide among workers.
 
-    model: its entry in `sharding.devices`, None on a CPU or if the table has none.
+    model: the device's entry in `sharding.devices`; None on a CPU or if there is no entry.
     memory_bytes: of one GPU or TPU; on a CPU, of the machine.
-    host_bytes: memory of the machine, None if the devices are not here.
+    host_bytes: memory of the machine; None if the devices are not here.
     core_flops_per_s: float32 matmul rate of one CPU core, as measured now.
     """
 
@@ -73,9 +73,9 @@ class Devices:
         return KINDS[self.kind].auto_dtype or "bfloat16"
 
     def rate(self, dtype: str, quantization: str) -> float | None:
-        """Return the FLOP/s of a large matmul on one device or core, None if not known.
+        """Return the FLOP/s of a large matmul on one device or core; None if it is not known.
 
-        int8 counts as fast as `dtype` unless it was measured to be faster; int4 always does, since
+        int8 counts as no faster than `dtype` unless it was measured to be. int4 never does, since
         it is unpacked first.
         """
         if self.is_host:
@@ -97,7 +97,7 @@ def named_devices(name: str, count: int | None) -> Devices:
     """Return devices of the table in `sharding.devices`, which need not be here.
 
     Args:
-        count: None for the usual number of them in one machine.
+        count: None for the usual number in one machine.
 
     Raises:
         ConfigError: the table has no such device.
@@ -108,7 +108,7 @@ def named_devices(name: str, count: int | None) -> Devices:
         raise ConfigError(str(error)) from None
     notes = (model.note,) if model.note else ()
     if count is None:
-        notes = (f"{model.usual_count} of them are assumed; --num-workers N sets another number.",
+        notes = (f"Assumes {model.usual_count} devices; --num-workers N sets another number.",
                  *notes)  # fmt: skip
     return Devices(
         kind=model.kind,
@@ -125,7 +125,7 @@ def named_devices(name: str, count: int | None) -> Devices:
 def devices_here() -> Devices:
     """Return the devices that a run on this machine would use.
 
-    JAX_PLATFORMS decides the kind if it is set, as it does for a run.
+    If JAX_PLATFORMS is set, it decides the kind, as in a run.
 
     Raises:
         ConfigError: there is no device of that kind.
@@ -201,7 +201,7 @@ def cores_here() -> tuple[int, ...]:
 
 
 def ask_nvidia_smi(fields: str) -> list[str]:
-    """Return a line of comma-separated fields for each NVIDIA GPU; none if nvidia-smi fails."""
+    """Return a line of comma-separated fields for each NVIDIA GPU; no lines if it fails."""
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
@@ -223,7 +223,7 @@ def _gpus() -> list[tuple[str, float]]:
     named = [number.strip() for number in visible.split(",") if number.strip()]
     if all(number.isdigit() for number in named):
         return [found[int(number)] for number in named if int(number) < len(found)]
-    return found[: len(named)]  # by their unique names
+    return found[: len(named)]  # named by UUID
 
 
 def _tpu_chips() -> int:
@@ -253,7 +253,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def _core_rate() -> float:
-    """Return the FLOP/s of a float32 matmul on one core, by NumPy in a single-threaded process."""
+    """Measure the FLOP/s of a float32 matmul on one core: NumPy in a single-threaded process."""
     threads = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     command = [sys.executable, "-c", MEASURE_RATE]
     done = subprocess.run(
@@ -263,10 +263,7 @@ def _core_rate() -> float:
 
 
 def device_memory_bytes() -> int | None:
-    """Return the memory of the smallest NVIDIA GPU here, None if there is none.
-
-    By nvidia-smi, since the driver must not start JAX.
-    """
+    """Return the memory of the smallest NVIDIA GPU here; None if there is none."""
     if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         return None
     found = _numbers_of_gpus("memory.total")
@@ -274,7 +271,7 @@ def device_memory_bytes() -> int | None:
 
 
 def _numbers_of_gpus(field: str) -> list[str]:
-    """Return a number for each NVIDIA GPU, as text; none if nvidia-smi does not know one."""
+    """Return a number for each NVIDIA GPU, as text; none if one of them is not known."""
     numbers = [line.strip() for line in ask_nvidia_smi(field)]
     try:
         return numbers if all(float(number) >= 0 for number in numbers) else []
@@ -283,10 +280,7 @@ def _numbers_of_gpus(field: str) -> list[str]:
 
 
 def gpu_dtype() -> str | None:
-    """Return what --dtype auto means on the oldest NVIDIA GPU here, None if there is none.
-
-    By nvidia-smi, since the driver must not start JAX.
-    """
+    """Return what --dtype auto means on the oldest NVIDIA GPU here; None if there is none."""
     capabilities = _numbers_of_gpus("compute_cap")
     if not capabilities:
         return None

@@ -1,7 +1,7 @@
 """The table of poolings: their functions, whether they see padding, which backbones have them.
 
-A pooling is one entry here, which flags, families, the plan and the compiled programs read. No
-framework is imported, since the driver reads the table too: a function is given its array library.
+A pooling is one entry here; flags, families, the plan and the compiled programs read it. The driver
+reads it too, so it imports no framework: each function receives its array library.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,10 @@ DECODER, ENCODER = "decoder", "encoder"
 class Pooling:
     """One way to turn a row's hidden states into a vector.
 
-    pool: (jax.numpy, float32 (rows, length, hidden), token counts (rows,)) -> (rows, hidden). None
-    stands for the backbone's own layer over its first token.
+    pool: (jax.numpy, float32 (rows, length, hidden), token counts (rows,)) -> (rows, hidden). None:
+    the backbone's own layer over its first token.
     sees_padding: padding changes the result, so every row is padded to the sequence length.
-    of: the kinds of backbones that have it. If empty, only a backbone whose TextClassifier names it
-    has it.
+    of: the kinds of backbones that have it. If empty, only backbones whose TextClassifier uses it.
     """
 
     pool: Callable[[Any, Any, Any], Any] | None
@@ -28,8 +27,8 @@ class Pooling:
 
 
 def mean_over_all_positions(xp: Any, hidden: Any, lengths: Any) -> Any:
-    """Mean over all positions, padding too: Keras' GlobalAveragePooling1D without a mask, with
-    which the notebook's head was trained."""
+    """Mean over all positions, padding included: Keras' GlobalAveragePooling1D without a mask, as
+    the notebook's head was trained."""
     return hidden.mean(axis=1)
 
 
@@ -66,5 +65,5 @@ def poolings_of(kind: str, own: str | None = None) -> tuple[str, ...]:
 
 
 def padded_length(pooling: str, longest: int, sequence_length: int) -> int:
-    """Return the length to which rows of at most `longest` tokens are padded outside of buckets."""
+    """Return the padded length of rows of at most `longest` tokens, if there are no buckets."""
     return sequence_length if POOLINGS[pooling].sees_padding else max(1, longest)

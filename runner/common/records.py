@@ -1,4 +1,4 @@
-"""The records that the rooms hand to each other, and the estimate of a compile."""
+"""The records that rooms pass to each other, and the estimate of compile time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,8 +8,8 @@ import numpy as np
 
 from sharding.batches import Batch
 
-# Seconds to compile a few layers on a CPU, and how many times as long compiling takes as reading
-# the program from the cache (measured on a CPU: 1.6 s and 0.2 s).
+# Seconds to compile a few layers on a CPU; and the ratio of that to reading the program from the
+# cache (measured on a CPU: 1.6 s and 0.2 s).
 USUAL_COMPILE_S = 3.0
 COMPILING_TO_READING = 8.0
 
@@ -18,8 +18,8 @@ COMPILING_TO_READING = 8.0
 class Examples:
     """The test set: ids as the file spells them, and a tuple of cells for each text column.
 
-    kept: columns to copy to the output, as the file has them: text, JSON values or an Arrow column.
-    The id column is among them if its ids are numbers.
+    kept: columns to copy to the output, as stored in the file: text, JSON values or an Arrow
+    column. They include the id column if its ids are numbers.
     """
 
     ids: tuple[str, ...]
@@ -35,8 +35,8 @@ class TokenTable:
     """Token ids of all rows end to end: row r is `values[offsets[r]:offsets[r + 1]]`.
 
     values: int32 (tokens,). offsets: int64 (rows + 1,). Two flat arrays, so that workers on one
-    machine read one copy from shared memory. pad_id: the padding token of the model's training,
-    which `padded-mean` sees. end_id: the token that a truncated row ends in, None for its own.
+    machine read one copy from shared memory. pad_id: the padding token that the model was trained
+    with; `padded-mean` sees it. end_id: the token that ends a truncated row; None keeps its own.
     """
 
     values: np.ndarray
@@ -76,7 +76,7 @@ class Head:
     """The weights that turn pooled vectors into classes, all float32.
 
     kernel: (hidden, classes). bias: (classes,). dense: kernel (hidden, hidden) and bias (hidden,)
-    of a layer before them, if there is one. activation: of that layer, a key of
+    of a layer before them, if there is one. activation: that layer's, a key of
     `program.ACTIVATIONS`.
     """
 
@@ -92,8 +92,9 @@ class ModelSpec:
 
     head_kernel, head_bias: None if the preset is a classifier with a head of its own.
     quantization: how to quantize a float preset while it is loaded; None loads it as stored.
-    stored_bytes: of its weight files. head: a key of `program.OUTPUTS`; or none, without head
-    files: a row gets its pooled states, `classes` numbers. is_int8: the loaded weights are int8.
+    stored_bytes: size of its weight files. is_int8: the loaded weights are int8. head: a key of
+    `program.OUTPUTS`; or "none", without head files: the answer to a row is its pooled hidden
+    state, `classes` numbers.
     """
 
     preset: str
@@ -112,7 +113,7 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """What a worker reports once it is loaded.
+    """What a worker reports once it has loaded its model.
 
     rss_after_imports_bytes: peak resident memory before the first weight is loaded. attention: a
     key of `attention.WAYS`. notes: sentences for the user.
@@ -141,7 +142,7 @@ class CompileInfo:
 class Work:
     """What one worker spent on one batch, and how much it sent to the next stage.
 
-    ended_at: `time.time()` on the worker's machine, 0 if it was not recorded.
+    ended_at: `time.time()` on the worker's machine; 0 if it was not recorded.
     """
 
     seconds: float
@@ -189,8 +190,8 @@ class Activations:
 class WorkerStats:
     """One entry of the report's `workers`.
 
-    node: the name of its machine in a cluster, else empty. cached_s: the part of compile_s in which
-    programs were read from the cache on disk.
+    node: the name of its machine in a cluster, else empty. cached_s: the part of compile_s spent on
+    reading programs from the cache on disk.
     """
 
     replica: int
@@ -228,7 +229,7 @@ class WorkerStats:
         self.compiled_shapes += not info.cached
 
     def introduce(self, info: WorkerInfo) -> None:
-        """Copy what a worker reported when it was loaded."""
+        """Copy what a worker reported after loading."""
         self.device = info.device
         self.weight_bytes = info.weight_bytes
         self.rss_after_imports_bytes = info.rss_after_imports_bytes
@@ -236,13 +237,13 @@ class WorkerStats:
 
 
 def seconds_to_compile(workers: list[WorkerStats], *, is_new: bool, replicas: int = 1) -> float:
-    """Estimate the mean seconds a replica takes to have the program of one more shape.
+    """Estimate the mean seconds a replica takes to get the program for one more shape.
 
-    One replica compiles it, the others read it from the cache on disk. Without measurements it is
-    `USUAL_COMPILE_S`.
+    One replica compiles it; the others read it from the cache on disk. Without measurements, a
+    compile counts as `USUAL_COMPILE_S`.
 
     Args:
-        is_new: whether no earlier run can have cached it; else as for the shapes so far.
+        is_new: whether no earlier run can have cached it; if not, it is like the shapes so far.
     """
     read = sum(worker.cached_shapes for worker in workers)
     compiled = sum(worker.compiled_shapes for worker in workers)
@@ -275,9 +276,9 @@ class Faults:
 class Computed:
     """What an executor has done so far; it changes while the executor works.
 
-    info: of a worker that has loaded, None before one has. stats: one a worker. copied_batches:
-    that two replicas computed. start_workers_s: until the last process was up. predict_s: from the
-    first replica that was ready to the last answer.
+    info: from a worker that has loaded; None before. stats: one per worker.
+    copied_batches: batches that two replicas computed. start_workers_s: until the last process was
+    up. predict_s: from the time when the first replica was ready to the last answer.
     """
 
     info: WorkerInfo | None = None
@@ -293,9 +294,8 @@ class Tally:
     """Counts over the answers so far.
 
     answered: number of rows with a finite answer. broken: rows whose answer is NaN or infinite.
-    lengths: for each batch, the tokens computed of each row, int64 (rows,). journal_s: seconds
-    spent on saving answers. forecasts: pairs of seconds since the start, and the total seconds
-    forecast at that time.
+    lengths: for each batch, the tokens computed per row, int64 (rows,). journal_s: seconds spent on
+    saving answers. forecasts: pairs (seconds since the start, total seconds forecast then).
     """
 
     answered: int = 0

@@ -1,8 +1,8 @@
-"""Durations, FLOPs, bytes and counts -> short text for a reader."""
+"""Durations, FLOPs, bytes and counts -> short text for users."""
 
 
 def duration(seconds: float) -> str:
-    """Return seconds in the unit that suits them: 2.5 s, 40 s, 2.5 min, 3.1 h."""
+    """Return seconds in a suitable unit: 2.5 s, 40 s, 2.5 min, 3.1 h."""
     if seconds < 100:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     if seconds < 100 * 60:
@@ -11,12 +11,12 @@ def duration(seconds: float) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """Return seconds in whole ones, or with a decimal below ten: 8.5 s, 1,234 s."""
+    """Return whole seconds, or with one decimal below ten: 8.5 s, 1,234 s."""
     return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:,.0f} s"
 
 
 def clock(seconds: float) -> str:
-    """Return seconds as on a clock: 73 -> 1:13, 3700 -> 1:01:40, less than 0 -> 0:00."""
+    """Return seconds as on a clock: 73 -> 1:13, 3700 -> 1:01:40, below zero -> 0:00."""
     minutes, second = divmod(round(max(0.0, seconds)), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -16,7 +16,7 @@ def versions() -> dict[str, str]:
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:
-    """Return the versions of those packages that are installed, by name."""
+    """Return the version of each package that is installed, by name."""
     found = {}
     for package in packages:
         try:

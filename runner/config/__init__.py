@@ -1,1 +1,1 @@
-"""Flags, a TOML file or Python arguments -> one checked RunConfig. Reads no model and no rows."""
+"""Flags, a TOML file or Python arguments -> one checked RunConfig. Reads neither model nor rows."""

@@ -1,4 +1,4 @@
-"""A RunConfig -> the flags that make its run."""
+"""A RunConfig -> the flags that start the same run."""
 
 from typing import Any
 
@@ -7,16 +7,17 @@ from runner.config.run_config import RunConfig
 
 
 def command_flags(config: RunConfig, *, calibrates: bool = False, **changes: Any) -> list[str]:
-    """Return the flags that make a config's run, the mode first.
+    """Return the flags that start a config's run, the mode first.
 
     Args:
-        calibrates: leave out the flags that the run of --calibrate does not take.
-        changes: setting -> another value than the config's; None leaves the flag out.
+        calibrates: leave out the flags that --calibrate's run does not take.
+        changes: setting -> a value that replaces the config's; None leaves the flag out.
     """
     flags: list[str] = []
     for row in sorted(FLAGS, key=lambda row: row.group != "devices"):
         value = changes.get(row.name, getattr(config, row.name))
-        # A default that the user named is not `DefaultLength`: a preset may bring another.
+        # A default value that the user passed is not a `DefaultLength`: keep it, since a preset may
+        # bring another.
         is_default = value == row.default and type(value) is type(row.default)
         if value is None or (is_default and row.name != "mode"):
             continue

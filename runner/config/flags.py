@@ -1,8 +1,8 @@
-"""The flags: each is one row of one table, and all that is known of it is in that row.
+"""The flags: one table, with everything about a flag in its row.
 
-The parser, `--help`, the TOML keys, the conversion of values, the fields' defaults, the checks of
-where a flag applies and the command that a plan prints are made of these rows. To add a flag, add a
-row here and a field to `RunConfig`. Longer than other files, since the table is kept in one piece.
+The parser, `--help`, TOML keys, conversions, defaults, checks of where a flag applies, and the
+command that a plan prints all come from these rows. To add a flag, add a row here and a field to
+`RunConfig`. Longer than other files, to keep the table in one piece.
 """
 
 import argparse
@@ -27,17 +27,17 @@ from runner.config.readers import (
 from runner.config.suffixes import USUAL_SUFFIXES, either
 
 DATA_PARALLEL, MODEL_PARALLEL, SINGLE = MODES = ("data-parallel", "model-parallel", "single")
-# What may take a flag: a run, and --plan.
+# Where a flag may apply.
 RUN, PLAN = "a run", "--plan"
 DEFAULT_GROUP_SIZE = 2
 
 
 class DefaultLength(int):
-    """A sequence length that the user did not name: a preset may bring its own (`settle`)."""
+    """A sequence length that the user did not set: a preset may bring its own (`settle`)."""
 
 
 class DefaultPooling(str):
-    """A pooling that the user did not name: a preset may bring its own (`settle`)."""
+    """A pooling that the user did not set: a preset may bring its own (`settle`)."""
 
     __slots__ = ()
 
@@ -46,17 +46,17 @@ class DefaultPooling(str):
 class Flag:
     """A flag and the setting of the same name.
 
-    name: of the field of `RunConfig`; the flag has - for _.
-    group: the heading of `--help` that lists it.
+    name: the field of `RunConfig`; the flag has - for _.
+    group: its heading in `--help`.
     default: None: decided later, or the demo's file.
-    default_note: what `--help` says of the default after its value.
-    choices: the only values; empty for any.
-    read: turns a given value into the setting's, or raises ConfigError.
+    default_note: what `--help` adds after the default.
+    choices: the allowed values; empty for any.
+    read: converts a given value, or raises ConfigError.
     modes, commands: where it applies; elsewhere only the default is accepted.
-    bare: the value of the flag without one; None if it must have a value.
-    calibrates: whether the run of --calibrate takes it too. The command that --plan prints takes
-    every flag of a run.
-    prepare: what of this row differs in `run.py prepare`; None if that does not take the flag.
+    bare: the value if the flag is passed without one; None if it needs a value.
+    calibrates: whether --calibrate's run takes it too. The command that --plan prints takes every
+    flag of a run.
+    prepare: the fields that differ in `run.py prepare`; None if it does not take the flag.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Flag:
         """Return the setting's value.
 
         Raises:
-            ConfigError: `given` is of another type, outside the range or not among the choices.
+            ConfigError: `given` has the wrong type, is out of range or is not a choice.
         """
         if given is None and self.default is None and not self.required:
             return None
@@ -88,13 +88,13 @@ class Flag:
         return value
 
     def help_text(self) -> str:
-        """Return what `--help` says."""
+        """Return what `--help` says about the flag."""
         default = "" if self.default is None else str(self.default)
         default = ("off" if self.default is False else default) + self.default_note
         return f"{self.help} (default: {default})" if default else self.help
 
     def add_to(self, parser: argparse._ActionsContainer) -> None:
-        """Add the flag to a parser, which reads it as text, or as True."""
+        """Add the flag to a parser; its value is text, or True."""
         options: dict[str, Any] = {"metavar": self.metavar}
         if self.read is read_switch:
             options = {"action": "store_true"}
@@ -114,7 +114,7 @@ FLAGS: tuple[Flag, ...] = (
         "response_b, or those that [task] in --config names",
         default_note="the demo set",
         prepare={
-            "help": "its first rows are used to measure accuracy",
+            "help": "test set whose first rows are used to measure accuracy",
             "default_note": "made-up rows",
         },
     ),
@@ -246,7 +246,7 @@ FLAGS: tuple[Flag, ...] = (
         group="devices",
         read=read_count_or_auto,
         metavar="TOKENS|auto",
-        help="most rows x padded length in a batch",
+        help="largest rows x padded length in a batch",
         default_note="auto, by device",
     ),
     Flag(
@@ -257,8 +257,8 @@ FLAGS: tuple[Flag, ...] = (
         "float32 with int8 weights",
         default="auto",
         prepare={
-            "help": "dtype to load weights in, and of those that are not quantized; name the dtype "
-            "of the run to get exactly the numbers of its --quantization",
+            "help": "dtype to load weights in, and to store those that are not quantized; pass the "
+            "run's dtype to get exactly the numbers of its --quantization",
             "default_note": ", float32",
         },
     ),
@@ -305,8 +305,8 @@ FLAGS: tuple[Flag, ...] = (
         group="deadline",
         read=read_numbers,
         metavar="A,B,C",
-        help="one number per label, for rows that the model does not answer",
-        default_note="the mean of the rows that it does",
+        help="one number per label, for rows without an answer from the model",
+        default_note="the mean of the predicted rows",
         calibrates=False,
     ),
     Flag(
@@ -322,8 +322,8 @@ FLAGS: tuple[Flag, ...] = (
         name="resume",
         group="resuming",
         choices=("auto", "never", "require"),
-        help="auto: resume from the journal if it is of the same test set, model and settings, "
-        "else start again; require: resume or end with exit code 2; never: start again",
+        help="auto: resume if the journal belongs to the same test set, model and settings, else "
+        "start afresh; require: resume or end with exit code 2; never: start afresh",
         default="auto",
         calibrates=False,
     ),
@@ -348,8 +348,8 @@ FLAGS: tuple[Flag, ...] = (
         name="device",
         group="plan",
         metavar="NAME",
-        help="with --plan: forecast for --num-workers of another device (t4, l4, a100, a100-80gb, "
-        "h100, h200, v5e, v3-8)",
+        help="with --plan: forecast for --num-workers devices of another kind (t4, l4, a100, "
+        "a100-80gb, h100, h200, v5e, v3-8)",
         default_note="the devices here",
         commands=(PLAN,),
     ),
@@ -367,9 +367,9 @@ FLAGS: tuple[Flag, ...] = (
         group="plan",
         choices=("largest", "all"),
         bare="largest",
-        help="with --plan: compile the programs of the recommended way and of those beside it for "
-        "the device, which need not be here, for the largest shape or for all: XLA's own account "
-        "of memory; needs an extra, compile-cuda or compile-tpu",
+        help="with --plan: compile the programs of the recommended way and its alternatives for "
+        "the device, which need not be here, for the largest shape or for all shapes, and show "
+        "XLA's own account of memory; needs the extra compile-cuda or compile-tpu",
         default_note="nothing; largest if no value is given",
         commands=(PLAN,),
     ),
@@ -404,8 +404,8 @@ FLAGS: tuple[Flag, ...] = (
         group="reports and logs",
         read=read_port,
         metavar="PORT",
-        help="serve metrics of the run to Prometheus on 127.0.0.1 while it lasts; 0 takes any free "
-        "port and prints which",
+        help="serve the run's metrics to Prometheus on 127.0.0.1; 0 takes any free port and prints "
+        "it",
         default_note="none",
         calibrates=False,
     ),
@@ -418,14 +418,14 @@ FLAGS: tuple[Flag, ...] = (
         calibrates=False,
     ),
 )
-# Names a file of settings, and is none itself.
+# Names a file of settings, and is not a setting itself.
 CONFIG = Flag(
     name="config",
     group="other",
     read=read_path,
     metavar="FILE.toml",
-    help="read flags from a TOML file, by the same names; flags win. Its [task] table names "
-    "columns, text, labels and kind of head other than the contest's",
+    help="read flags from a TOML file, by the same names; flags win. Its [task] table sets "
+    "columns, text, labels and head if they are not the contest's",
     default_note="none",
     prepare={"help": "the TOML file of a run; only its [task] is used", "default_note": ""},
 )

@@ -1,6 +1,6 @@
 """A command line -> RunConfig or PrepareConfig, and --help.
 
-Does not know which flags there are, nor what a value means: that is `flags.py`.
+Does not know the flags or what their values mean: `flags.py` does.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from runner.common.errors import ConfigError
 from runner.config.flags import CONFIG, FLAGS, PREPARE_FLAGS, Flag, flag
 from runner.config.run_config import PrepareConfig, RunConfig, make_config, read_task
 
-# The most columns of --help, and the column where its texts begin.
+# The maximum width of --help, and the column where its texts begin.
 HELP_WIDTH, HELP_INDENT = 96, 26
 
 
@@ -51,12 +51,13 @@ def parse_prepare_arguments(argv: Sequence[str]) -> PrepareConfig:
         (*PREPARE_FLAGS, replace(CONFIG, **CONFIG.prepare or {})),
         prog=f"{program_name()} prepare",
         usage="%(prog)s --preset DIR --output DIR [FLAGS]",
-        description="Write a preset with LoRA merged and weights quantized, once. A run that loads "
-        "it gives the same numbers as a run that does both while loading, and starts faster.",
+        description="Merge LoRA, quantize weights and write the result as a preset, once. A run "
+        "that loads it gives the same numbers as one that does both while loading, and starts "
+        "faster.",
     )
     flags, config_file = parser.read(argv)
     if missing := [
-        # What it reads before what it writes.
+        # Inputs before outputs.
         flag(row.name)
         for row in reversed(PREPARE_FLAGS)
         if row.required and row.name not in flags
@@ -68,7 +69,7 @@ def parse_prepare_arguments(argv: Sequence[str]) -> PrepareConfig:
 
 
 def program_name() -> str:
-    """Return how the command was called, to be quoted in messages."""
+    """Return how the command was called, to quote in messages."""
     name = Path(sys.argv[0]).name
     if name in ("__main__.py", "-m"):
         return "python -m runner"
@@ -76,19 +77,19 @@ def program_name() -> str:
 
 
 class _Layout(argparse.HelpFormatter):
-    """Help no wider than is easy to read."""
+    """Help that is no wider than is easy to read."""
 
     def __init__(self, prog: str) -> None:
         width = min(HELP_WIDTH, shutil.get_terminal_size().columns - 2)
         super().__init__(prog, max_help_position=HELP_INDENT, width=width)
 
     def _split_lines(self, text: str, width: int) -> list[str]:
-        # Names of flags and modes stay whole.
+        # Do not split names of flags and modes.
         return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes rows of flags, and reports an error in one line instead of the whole usage."""
+    """Reads flags from their rows; reports an error in one line, without the usage."""
 
     def __init__(self, rows: Iterable[Flag], **texts: str) -> None:
         super().__init__(
@@ -108,7 +109,7 @@ class _Parser(argparse.ArgumentParser):
         other.add_argument("-h", "--help", action="help", help="show this help and exit")
 
     def read(self, argv: Sequence[str]) -> tuple[dict[str, Any], Path | None]:
-        """Return the flags that were given, by their names, and the file of --config.
+        """Return the given flags by name, and the file of --config.
 
         Raises:
             ConfigError: they cannot be parsed.

@@ -1,7 +1,7 @@
 """A value from the command line, TOML or Python -> the value of a setting.
 
-A reader takes the name of a setting and the given value, and raises ConfigError if it cannot be
-used. Does not know which settings there are: that is `flags.py`.
+A reader takes a setting's name and the given value, and raises ConfigError if the value cannot be
+used. Does not know the settings: `flags.py` does.
 """
 
 import math

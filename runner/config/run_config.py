@@ -1,6 +1,6 @@
 """Flags, a TOML file of the same names, or Python values -> one frozen, checked RunConfig.
 
-Does not open the files it names (the stage that reads a file checks it), and knows no devices.
+Does not open the files it names: the phase that reads a file checks it. Knows no devices.
 """
 
 import tomllib
@@ -31,9 +31,9 @@ from sharding.kinds import dtype_beside
 
 # Without --min-sequence-length a row keeps at least this part of the sequence length.
 FLOOR_DIVISOR = 4
-# Of the demo model's head.
+# Classes of the demo model's head.
 DEMO_CLASSES = 3
-# Of float32, in which the head computes.
+# The largest float32: the head computes in float32.
 MOST_VALUE = 3.4e38
 SUM_TOLERANCE = 1e-6
 
@@ -42,8 +42,8 @@ SUM_TOLERANCE = 1e-6
 class RunConfig:
     """What the user asked for: a field for each row of `flags.FLAGS`, and the task.
 
-    `None` means the demo's file, or decided later. Values may also be as on the command line: a
-    path, a time limit or a count as a string.
+    `None` means the demo's file, or decided later. Values may also be given as on the command line:
+    a path, a time limit or a count as a string.
 
     Raises:
         ConfigError: a value is outside its choices, or values contradict each other.
@@ -93,8 +93,8 @@ class RunConfig:
         check_dtype(self.dtype, self.quantization)
         if self.device is not None and self.calibrate:
             raise ConfigError(
-                "--calibrate measures the devices here, and --device names one that is elsewhere: "
-                f"choose one. Received: --device {self.device} --calibrate"
+                "--calibrate measures the devices here, and --device names one elsewhere: pass "
+                f"only one of them. Received: --device {self.device} --calibrate"
             )
         if self.time_limit is not None and not self.time_limit > 0:
             raise ConfigError(
@@ -114,12 +114,12 @@ class RunConfig:
 
     @property
     def rows_path(self) -> Path:
-        """The table of how each row was computed, beside the report."""
+        """The table of how each row was predicted, beside the report."""
         return self._beside_report(".rows.csv")
 
     @property
     def page_path(self) -> Path:
-        """The report as a page, beside it."""
+        """The report as an HTML page, beside the JSON."""
         return self.report_path.with_name(self.report_path.name.removesuffix(".json") + ".html")
 
     @property
@@ -137,7 +137,7 @@ class RunConfig:
 
     @property
     def floor_length(self) -> int:
-        """The fewest tokens that a row is truncated to if time is short."""
+        """The length below which no row is truncated for lack of time."""
         return self.min_sequence_length or max(1, self.sequence_length // FLOOR_DIVISOR)
 
     @property
@@ -163,11 +163,11 @@ class RunConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareConfig:
     """What the user asked `prepare` for: a field for each row of `flags.PREPARE_FLAGS`, and the
-    task. The head and the input serve to measure the accuracy that quantization costs; without a
-    head it is not measured.
+    task. Head and input serve to measure the accuracy that quantization costs; without a head, it
+    is not measured.
 
     Raises:
-        ConfigError: a value is outside its choices, or a file is missing.
+        ConfigError: a value is outside its choices, or values contradict each other.
     """
 
     preset: Path
@@ -193,20 +193,20 @@ def make_config(flags: Mapping[str, Any], config_file: Path | None = None) -> Ru
     """Return the config that a TOML file and flags make together; flags win.
 
     Args:
-        flags: setting -> value, only of flags that the user gave.
-        config_file: a TOML table of the flags' names, with - or _, and `[task]` (see
+        flags: setting -> value, only for flags that the user passed.
+        config_file: a TOML table with the flags' names, with - or _, and `[task]` (see
             `task.make_task`). Paths in it are relative to the working directory, as on the command
             line.
 
     Raises:
-        ConfigError: the file cannot be read, or has an unknown key or a value of another type.
+        ConfigError: the file cannot be read, or has an unknown key or a value of the wrong type.
     """
     values = _read_toml(config_file) if config_file is not None else {}
     return RunConfig(**{**values, **flags})
 
 
 def read_task(config_file: Path) -> Task:
-    """Return the task of a run's TOML file, whatever else is in it.
+    """Return the task in a run's TOML file.
 
     Raises:
         ConfigError: as `make_config`.
@@ -216,11 +216,11 @@ def read_task(config_file: Path) -> Task:
 
 
 def check_dtype(dtype: str, quantization: str | None) -> None:
-    """Raise ConfigError if layers with weights of this quantization cannot compute in a dtype."""
+    """Raise ConfigError if layers with this quantization cannot compute in this dtype."""
     if dtype_beside(quantization, dtype) != dtype:
         raise ConfigError(
-            f"{quantization} weights do not go with --dtype {dtype}, which overflows in the sums "
-            "of their products: use auto, float32 or bfloat16. "
+            f"{quantization} weights cannot be used with --dtype {dtype}, which overflows in the "
+            "sums of their products: use auto, float32 or bfloat16. "
             f"Received: --dtype {dtype}"
         )
 
@@ -240,7 +240,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
             continue
         if name not in BY_NAME:
             raise ConfigError(
-                f"{path} has an unknown key; the names of flags and [task] are known. "
+                f"{path} has an unknown key; it takes the names of flags, and [task]. "
                 f"Received: {key} = {given!r}"
             )
         try:
@@ -251,7 +251,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _read_values(config: RunConfig | PrepareConfig, flags: Iterable[Flag]) -> None:
-    """Turn the given values into the settings' own, while a config is made."""
+    """Convert the values that a new config was given."""
     values = {row.name: row.value(getattr(config, row.name)) for row in flags}
     for name, value in {**values, "task": make_task(config.task)}.items():
         object.__setattr__(config, name, value)  # frozen from here on
@@ -272,11 +272,11 @@ def _check_applies(config: RunConfig) -> None:
             )
         if command not in row.commands and config.plan:
             raise ConfigError(
-                f"{flag(row.name)} does not go with --plan, which looks at this machine, or with "
-                f"--device NAME --num-workers N at others. Received: --plan {said}"
+                f"{flag(row.name)} cannot be used with --plan, which plans for this machine, or "
+                f"for others with --device NAME --num-workers N. Received: --plan {said}"
             )
         if command not in row.commands:
-            raise ConfigError(f"{flag(row.name)} goes with --plan. Received: {said} alone")
+            raise ConfigError(f"{flag(row.name)} needs --plan. Received: {said} alone")
 
 
 def _check_workers(config: RunConfig) -> None:
@@ -301,12 +301,12 @@ def _check_workers(config: RunConfig) -> None:
 
 def _check_model_files(config: RunConfig) -> None:
     if config.preset is not None:
-        # Whether the preset has a head of its own is known once it is read.
+        # Whether the preset has its own head is known only when it is read.
         _check_head(config)
     elif stray := _given(config, "head_kernel", "head_bias", "lora_weights"):
         verb = "needs" if len(stray) == 1 else "need"
         raise ConfigError(
-            f"{' and '.join(stray)} {verb} --preset DIR: without it the demo model runs."
+            f"{' and '.join(stray)} {verb} --preset DIR: without it, the demo model runs."
         )
 
 
@@ -329,11 +329,11 @@ def _given(config: RunConfig | PrepareConfig, *names: str) -> list[str]:
 
 
 def _check_task(config: RunConfig) -> None:
-    """Check what the demo's files and the flags ask of a task."""
+    """Check the task against the demo's files and the flags."""
     task = config.task
     if config.preset is None and task.head != "none" and len(task.label_columns) != DEMO_CLASSES:
         raise ConfigError(
-            "[task] needs --preset and a head of its own: that of the demo model has "
+            "[task] needs --preset and its own head: the demo model's has "
             f"{DEMO_CLASSES} classes. Received: {len(task.label_columns)} labels"
         )
     missing = [name for name in task.input_columns if name not in CONTEST.input_columns]
@@ -344,8 +344,8 @@ def _check_task(config: RunConfig) -> None:
         )
     if config.extra_passes == "swap" and not task.swap:
         raise ConfigError(
-            "--extra-passes swap needs two text columns that may be swapped: name them as swap in "
-            "[task], and labels that swap with them as swap_labels. "
+            "--extra-passes swap needs two text columns that may be swapped: set swap in [task] to "
+            "them, and swap_labels to the labels that swap with them. "
             "Received: --extra-passes swap and a task without swap"
         )
 
@@ -356,8 +356,8 @@ def _check_fallback(config: RunConfig) -> None:
         return
     if head == "none":
         raise ConfigError(
-            "--fallback-probabilities is for a head; without one, rows that the model does not "
-            "answer get the mean of the rows that it does. Received: [task] head none"
+            "--fallback-probabilities needs a head; without one, rows without an answer get the "
+            "mean of the others. Received: [task] head none"
         )
     count = len(config.task.label_columns)
     least, most = (-MOST_VALUE, MOST_VALUE) if head == "regression" else (0, 1)
@@ -374,14 +374,15 @@ def _check_fallback(config: RunConfig) -> None:
 
 
 def _check_paths(config: RunConfig) -> None:
-    """Refuse outputs without a name, of an unknown kind, or of the same name."""
+    """Refuse outputs without a file name, in an unknown format, or with the same path."""
     for name in ("output", "report", "journal", "log_dir"):
         path = getattr(config, name)
         if path is not None and not path.name:
             raise ConfigError(f"{flag(name)} must name a file. Received: {flag(name)} {path}")
     if config.output.suffix.lower() == ".json":
         raise ConfigError(
-            f"--output is written as {either([*FORMATS])}: name it {either(USUAL_SUFFIXES)}. "
+            f"--output is written as {either([*FORMATS])}: use the suffix "
+            f"{either(USUAL_SUFFIXES)}. "
             f"Received: --output {config.output}"
         )
     beside_report = (config.rows_path, config.page_path, config.trace_path)

@@ -1,4 +1,4 @@
-"""The suffix of a test set or submission -> its format. `data/` reads and writes each."""
+"""The suffix of a test set or submission -> its format. `data/` reads and writes the formats."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,5 +19,5 @@ def format_of(path: Path) -> str:
 
 
 def either(names: Sequence[str]) -> str:
-    """Return names as in a sentence: a, b or c."""
+    """Join names as in a sentence: a, b or c."""
     return f"{', '.join(names[:-1])} or {names[-1]}"

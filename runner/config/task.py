@@ -1,6 +1,6 @@
 """What a row is and what to predict for it: columns, template, labels and the kind of head.
 
-The default is the contest's task; a `[task]` table in the TOML file describes another. Pure data
+The default is the contest's task; a `[task]` table in the TOML file describes another. Only data
 and checks: knows no file, no model and no row.
 """
 
@@ -13,15 +13,15 @@ from typing import Any
 
 from runner.common.errors import ConfigError, shown
 
-# What the head's outputs become. softmax: probabilities of classes that exclude each other;
-# sigmoid: an independent probability per label; regression: the numbers as they are. none: there
-# is no head, and the pooled hidden states are written.
+# What the head's outputs become. softmax: probabilities of mutually exclusive classes; sigmoid: an
+# independent probability per label; regression: the numbers, unchanged. none: there is no head, and
+# the pooled hidden states are written.
 HEADS = ("softmax", "sigmoid", "regression", "none")
-# Without a head: a column of lists, or in a CSV one column per number, embedding_0 and so on.
+# The output without a head: a column of lists; in a CSV one column per number, embedding_0 etc.
 EMBEDDING = "embedding"
 # Between the text columns if there is no template.
 BETWEEN = "\n\n"
-# More must be a typing error: each class is a column.
+# More must be a typo: each class is a column.
 MOST_CLASSES = 100_000
 
 
@@ -29,11 +29,11 @@ MOST_CLASSES = 100_000
 class Task:
     """A task, checked when it is made.
 
-    template: the text of a row, with each of `text_columns` in braces; {{ and }} are braces.
-    label_columns: one per output of the head, in its order; none without a head.
+    template: the text of a row, with each of `text_columns` in braces; {{ and }} are literal.
+    label_columns: one per output of the head, in its order; empty without a head.
     keep_columns: columns of the input that are copied to the output unchanged.
     swap: two text columns that may be swapped, for --extra-passes swap.
-    swap_labels: the two labels that are swapped with them; none if the labels stay.
+    swap_labels: the two labels that are swapped with them; empty if the labels stay.
 
     Raises:
         ConfigError: the parts contradict each other.
@@ -64,7 +64,7 @@ class Task:
 
     @property
     def input_columns(self) -> tuple[str, ...]:
-        """The columns that a test set must have, each once, the id column first."""
+        """The columns that a test set must have, without repetition, the id column first."""
         return tuple(dict.fromkeys((self.id_column, *self.text_columns, *self.keep_columns)))
 
     @property
@@ -74,12 +74,12 @@ class Task:
 
     @property
     def pieces(self) -> list[tuple[str, str | None]]:
-        """The template in parts: a literal and the column after it, None after the last."""
+        """The template as pairs: a literal and the column after it; None after the last one."""
         return _parse(self.template)
 
     @property
     def swapped_columns(self) -> dict[str, str]:
-        """Text column -> the column whose cells it gets when the two are swapped."""
+        """Text column -> the column whose cells replace its own in the swap."""
         return dict(zip(self.swap, self.swap[::-1], strict=True))
 
     @property
@@ -89,7 +89,7 @@ class Task:
         return [self.label_columns.index(back.get(name, name)) for name in self.label_columns]
 
     def width(self, hidden_dim: int) -> int:
-        """Return how many numbers are predicted per row."""
+        """Return the number of values predicted per row."""
         return hidden_dim if self.head == "none" else len(self.label_columns)
 
     def as_toml(self) -> str:
@@ -106,16 +106,16 @@ class Task:
 def make_task(table: Any) -> Task:
     """Return the task that a `[task]` table describes.
 
-    What the table leaves out is as in the contest; but a table with other text columns must name
-    its labels too. Columns are found from the template if only that is given, and a template is
-    made from the columns if only those are given.
+    Keys that are left out have the contest's values, but a table with other text columns must also
+    name its labels. If only a template is given, its columns are used; if only columns are given, a
+    template is made from them.
 
     Args:
-        table: a `Task`, which is returned, or the keys of one with - or _, and `classes = N` for
+        table: a `Task`, which is returned unchanged, or its keys with - or _, and `classes = N` for
             labels class_0 to class_N-1.
 
     Raises:
-        ConfigError: an unknown key, a value of another type, or parts that contradict each other.
+        ConfigError: an unknown key, a value of the wrong type, or parts that contradict each other.
     """
     if isinstance(table, Task):
         return table
@@ -181,7 +181,7 @@ def _check_template(task: Task) -> None:
     used = {name for _, name in parsed if name is not None}
     if not task.text_columns:
         raise ConfigError(
-            "[task] needs a text column: text_columns, or a template that names one in braces. "
+            "[task] needs a text column: set text_columns, or name one in template in braces. "
             f"Received: template = {shown(task.template)}"
         )
     if used != set(task.text_columns):
@@ -190,23 +190,24 @@ def _check_template(task: Task) -> None:
         what = f"{{{unknown[0]}}} is none of them" if unknown else f"{{{unused[0]}}} is not in it"
         raise ConfigError(
             f"[task] template must name each of text_columns ({', '.join(task.text_columns)}): "
-            f"{what}; double braces that are text. Received: template = {shown(task.template)}"
+            f"{what}; write {{{{ and }}}} for literal braces. "
+            f"Received: template = {shown(task.template)}"
         )
 
 
 def _parse(template: str) -> list[tuple[str, str | None]]:
-    """Return literals and the names after them; braces may contain plain names only."""
+    """Return pairs of a literal and the name after it; braces may contain only plain names."""
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ConfigError(
-            f"[task] template has braces that do not match ({error}); double braces that are "
-            f"text, {{{{ and }}}}. Received: template = {shown(template)}"
+            f"[task] template has unmatched braces ({error}); write {{{{ and }}}} for literal "
+            f"braces. Received: template = {shown(template)}"
         ) from None
     for _, name, spec, conversion in parsed:
         if name is not None and (not name or spec or conversion):
             raise ConfigError(
-                "[task] template takes only names of columns in braces, such as {prompt}. "
+                "[task] template takes only column names in braces, such as {prompt}. "
                 f"Received: {{{name}{'!' + conversion if conversion else ''}"
                 f"{':' + spec if spec else ''}}}"
             )
@@ -218,8 +219,8 @@ def _check_labels(task: Task) -> None:
     count = len(task.label_columns)
     if task.head == "none" and count:
         raise ConfigError(
-            "[task] head none has no labels: it writes the pooled hidden states, as "
-            f"{EMBEDDING!r}. Received: label_columns = {shown(list(task.label_columns))}"
+            f"[task] head none has no labels: it writes the pooled hidden states as {EMBEDDING!r}. "
+            f"Received: label_columns = {shown(list(task.label_columns))}"
         )
     if count < least:
         raise ConfigError(
@@ -242,8 +243,8 @@ def _check_embedding(task: Task) -> None:
     for name in (task.id_column, *task.keep_columns):
         if task.head == "none" and re.fullmatch(rf"{EMBEDDING}_\d+", name):
             raise ConfigError(
-                f"[task] head none may write columns {EMBEDDING}_0, {EMBEDDING}_1 and so on: no "
-                f"other column of the output may have such a name. Received: {name}"
+                f"[task] head none may write columns {EMBEDDING}_0, {EMBEDDING}_1 and so on: do "
+                f"not use such a name for another output column. Received: {name}"
             )
 
 
@@ -257,7 +258,7 @@ def _check_swap(task: Task) -> None:
             )
     if task.swap_labels and not task.swap:
         raise ConfigError(
-            "[task] swap_labels goes with swap, the two text columns to swap. "
+            "[task] swap_labels needs swap, the two text columns to swap. "
             f"Received: swap_labels = {shown(list(task.swap_labels))} alone"
         )
 

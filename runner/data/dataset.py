@@ -1,6 +1,6 @@
 """A CSV, Parquet or JSON lines file -> Examples: ids and cells as spelled, in the file's order.
 
-Does not know what the cells mean: a task names the columns.
+Does not know what cells mean: a task names the columns.
 """
 
 import csv
@@ -22,7 +22,7 @@ def read_examples(path: Path, task: Task = CONTEST) -> Examples:
     """Return all rows of a test set, with the columns that a task names.
 
     Ids stay text, so numbers above 2^31, leading zeros and strings survive. Empty and missing text
-    cells become empty text. Other columns are ignored. The suffix gives the format.
+    cells become empty text. Other columns are ignored. The suffix decides the format.
 
     Raises:
         DataError: the file does not have that format, a column is missing or repeated, or an id is
@@ -30,7 +30,7 @@ def read_examples(path: Path, task: Task = CONTEST) -> Examples:
     """
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise DataError(
-            f"--input must be a CSV, Parquet or JSON lines file that exists. Received: {path}"
+            f"--input must be an existing CSV, Parquet or JSON lines file. Received: {path}"
         )
     read = READERS.get(format_of(path), _read_csv)
     try:
@@ -43,8 +43,8 @@ def read_examples(path: Path, task: Task = CONTEST) -> Examples:
 
 def _read_csv(path: Path, task: Task) -> Examples:
     wanted, text = task.input_columns, _read_text(path)
-    # Not pandas: it cannot pass surrogates through, and by default accepts an unclosed quote and a
-    # row that is too long.
+    # Not pandas: it cannot pass surrogates through, and by default accepts unclosed quotes and rows
+    # that are too long.
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
@@ -63,7 +63,7 @@ def _read_csv(path: Path, task: Task) -> Examples:
                 f"{path} is not a well-formed CSV: expected {len(header)} cells a row. "
                 f"Received: {len(row)} in row {number}"
             )
-    # The missing cells of a row that ends early are empty.
+    # In a row that ends early, the missing cells are empty.
     cells = {
         name: tuple(row[place] if place < len(row) else "" for row in rows)
         for name in wanted
@@ -118,7 +118,7 @@ def _check_json_cell(path: Path, name: str, value: Any, number: int, *, is_id: b
 def _read_text(path: Path) -> str:
     data = path.read_bytes()
     try:
-        # Surrogates are kept here and removed from the prompts, as in the notebook.
+        # Keep surrogates here; they are removed from the prompts, as in the notebook.
         return data.decode("utf-8-sig", errors="surrogatepass")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
@@ -149,7 +149,7 @@ def _read_parquet(path: Path, task: Task) -> Examples:
         raise DataError(f"{path} is not a readable Parquet file: {first_line(error)}") from None
 
 
-# A format, as `config/suffixes.py` calls it -> its reader. Any other file is read as CSV.
+# A format's name in `config/suffixes.py` -> its reader. Any other file is read as CSV.
 READERS = {"Parquet": _read_parquet, "JSON lines": _read_json_lines}
 
 
@@ -191,7 +191,7 @@ def _check_columns(path: Path, wanted: Sequence[str], received: Sequence[str]) -
 
 
 def _check_ids(path: Path, id_column: str, ids: Sequence[str]) -> None:
-    """Messages count rows from 1, without the header."""
+    """Check that ids are present, unique and valid; messages count rows from 1, header excluded."""
     first_seen: dict[str, int] = {}
     for number, value in enumerate(ids, start=1):
         if value == "":

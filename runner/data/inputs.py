@@ -16,20 +16,20 @@ from runner.preset.reader import Preset
 
 
 def read_rows(test_set: Path, config: RunConfig | PrepareConfig) -> tuple[Examples, list[str]]:
-    """Return the rows of a file and the text of each.
+    """Return the rows of a file and their texts.
 
     Raises:
-        DataError: the file is not a valid test set, or a cell does not have the --text-format.
+        DataError: the file is not a valid test set, or a cell does not match --text-format.
     """
     examples = read_examples(test_set, config.task)
     return examples, render(examples, config)
 
 
 def render(examples: Examples, config: RunConfig | PrepareConfig) -> list[str]:
-    """Return one text a row, by the task's template and --text-format.
+    """Return one text per row, by the task's template and --text-format.
 
     Raises:
-        DataError: a cell does not have the --text-format.
+        DataError: a cell does not match --text-format.
     """
     return render_prompts(examples, text_format=config.text_format, task=config.task)
 

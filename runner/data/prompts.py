@@ -11,7 +11,7 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def render_prompts(examples: Examples, *, text_format: str, task: Task = CONTEST) -> list[str]:
-    """Return one text a row: the task's template with the row's cells filled in.
+    """Return one text per row: the task's template with the row's cells filled in.
 
     Surrogates are removed, since no tokenizer accepts them. The contest's template is the
     notebook's.
@@ -21,7 +21,7 @@ def render_prompts(examples: Examples, *, text_format: str, task: Task = CONTEST
             strings and nulls, and joins its turns with newlines; nulls and empty cells are empty.
 
     Raises:
-        DataError: with `turns`, a cell is not such a list; names its row and column.
+        DataError: with `turns`, a cell is not such a list; the message names its row and column.
     """
     columns = examples.columns
     if text_format == "turns":

@@ -1,4 +1,4 @@
-"""A checked table -> a submission file, and a rehearsal that checks early if there is room for it.
+"""A validated table -> a submission file; and a rehearsal that checks early if there is room.
 
 Does not know the formats, which are in `formats.py`.
 """
@@ -27,9 +27,9 @@ def write_submission(
     task: Task = CONTEST,
     kept: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write ids, copied columns, and a column for each label or else the embeddings.
+    """Write ids, copied columns, and a column for each label, or the embeddings.
 
-    Rows keep their order; the suffix gives the format.
+    Rows keep their order; the suffix decides the format.
 
     Args:
         values: (rows, labels), or (rows, hidden).
@@ -39,7 +39,7 @@ def write_submission(
         OSError: the file cannot be written.
     """
     kept, write = kept or {}, WRITERS[format_of(path)]
-    # Numeric ids stay numbers if the format has numbers.
+    # Numeric ids stay numbers if the format has number types.
     keys = ids if write is csv_text else kept.get(task.id_column, ids)
     copied = {name: kept[name] for name in task.keep_columns}
     write_whole(path, write({task.id_column: keys, **copied}, values, task.label_columns))
@@ -56,7 +56,7 @@ def rehearse(
     """Write a table of this size beside an output file and remove it; return the seconds it took.
 
     Args:
-        width: numbers a row. kept: as in `Examples.kept`.
+        width: numbers per row. kept: as in `Examples.kept`.
 
     Raises:
         ConfigError: it cannot be written, for example on a full disk.
@@ -69,7 +69,7 @@ def rehearse(
         write_submission(rehearsal, ids, values, task=task, kept=kept)
     except OSError as error:
         raise ConfigError(
-            f"--output needs room for {len(ids):,} rows in {path.resolve().parent}. "
+            f"--output needs space for {len(ids):,} rows in {path.resolve().parent}. "
             f"Received: {error.strerror or error}"
         ) from None
     finally:

@@ -20,14 +20,14 @@ from runner.common.records import TokenTable
 from runner.data.words import byte_pair_words, bytes_as_letters, word_piece_words
 from runner.preset.tokenizer_files import BytePairOptions, TokenizerFiles, WordPieceOptions
 
-# Texts a call: enough to keep all cores busy, few enough to show progress and handle an interrupt
+# Texts per call: enough to keep all cores busy, few enough to show progress and handle interrupts
 # about every second.
 CHUNK_ROWS = 256
 # Tokens go to the model as int32.
 MOST_TOKEN_ID = 2**31 - 1
-# Words whose tokens are cached, since texts repeat words.
+# Size of the cache of words' tokens.
 KEPT_WORDS = 1 << 18
-# For WordPiece, words of more UTF-8 bytes become the unknown token.
+# In WordPiece, a word of more UTF-8 bytes becomes the unknown token.
 MOST_WORD_BYTES = 100
 
 
@@ -48,11 +48,11 @@ def tokenize(
 ) -> TokenTable:
     """Return the token ids of each text, truncated to `sequence_length`.
 
-    Like KerasHub's `CausalLMPreprocessor`, it packs start token, tokens and end token into
-    `sequence_length + 1` positions and drops the last, so a text of at least `sequence_length - 1`
-    tokens loses its end token. Gemma 3's preprocessor takes a prompt and a response: a text is the
-    prompt, the response is empty. Like `TextClassifierPreprocessor`, for encoders it truncates the
-    text, its one segment, so that start and end token fit.
+    For decoders, it packs start token, tokens and end token into `sequence_length + 1` positions
+    and drops the last, like KerasHub's `CausalLMPreprocessor`. So a text of at least
+    `sequence_length - 1` tokens loses its end token. Gemma 3's preprocessor takes a prompt and a
+    response: the text is the prompt, the response is empty. For encoders, it truncates the text,
+    which is one segment, so that start and end token fit, like `TextClassifierPreprocessor`.
 
     Args:
         on_progress: called with the number of rows done so far.
@@ -95,13 +95,13 @@ class _SentencePiece:
     def __init__(self, vocabulary: Path) -> None:
         try:
             proto = vocabulary.read_bytes()
-            if not proto:  # an empty model would load, and give 0 for every piece
+            if not proto:  # an empty model would load and give 0 for every piece
                 raise ValueError("the file is empty")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except (RuntimeError, OSError, ValueError) as error:
             raise DataError(
                 f"{vocabulary} is not a SentencePiece model: {first_line(error)}. Copy it again "
-                "from where the preset came from."
+                "from the preset's source."
             ) from None
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -112,7 +112,7 @@ class _SentencePiece:
         try:
             found = self._processor.id_to_piece(number)
         except IndexError:
-            return None  # a damaged vocabulary may lack even the piece for unknown tokens
+            return None  # a damaged vocabulary may lack even the unknown token
         return number if found == token else None
 
 
@@ -120,8 +120,8 @@ class _BytePairs:
     """Byte-level BPE, like KerasHub's `BytePairTokenizer` outside of tf.data.
 
     That class tries to split a text into words first, but passes its regex to `Split` as a plain
-    string, which `tokenizers` searches for literally and never finds (keras-hub 0.32). So merges
-    span the whole text between two special tokens, and do so here.
+    string, which `tokenizers` searches for literally and never finds (keras-hub 0.32). So its
+    merges span the whole text between two special tokens, and so do these.
     """
 
     def __init__(self, vocabulary: Path, options: BytePairOptions) -> None:
@@ -140,7 +140,7 @@ class _BytePairs:
 
 
 class _OfWords:
-    """Tokens within words, such as byte-level BPE and WordPiece; those of frequent words are kept.
+    """Tokenizes within words, as byte-level BPE and WordPiece do; caches the tokens of words.
 
     Args:
         ids: token -> id. split: text -> words. ids_of: word -> ids of its tokens.
@@ -165,8 +165,8 @@ class _OfWords:
 def _byte_pairs_of_words(vocabulary: Path, options: BytePairOptions) -> _OfWords:
     """Return byte-level BPE within words, like KerasHub's `BytePairTokenizer` inside of tf.data.
 
-    `fit` and `predict` of a TextClassifier tokenize there, and RoBERTa was trained so. Outside of
-    tf.data the same class does not split words (`_BytePairs`).
+    `fit` and `predict` of a TextClassifier tokenize there, and RoBERTa was trained that way.
+    Outside of tf.data, the same class does not split words (`_BytePairs`).
     """
     ids, model = _read_byte_pairs(vocabulary, options)
     kept, prefix = options.unsplittable_tokens, " " if options.add_prefix_space else ""
@@ -187,10 +187,10 @@ def _word_pieces(vocabulary: Path, options: WordPieceOptions) -> _OfWords:
         lines = vocabulary.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{vocabulary} is not a list of tokens: {first_line(error)}. Copy it again from where "
-            "the preset came from."
+            f"{vocabulary} is not a list of tokens: {first_line(error)}. Copy it again from the "
+            "preset's source."
         ) from None
-    # If a token is repeated, its last line counts.
+    # If a token is repeated, its last line wins.
     ids = {line.rstrip(): number for number, line in enumerate(lines[:-1] or lines)}
     unknown = options.unknown_token
     for token in (unknown, *options.unsplittable_tokens):

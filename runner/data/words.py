@@ -1,8 +1,8 @@
-"""A text -> the words within which a tokenizer finds tokens, split as by KerasHub.
+"""A text -> its words, as KerasHub splits them before it finds tokens in each.
 
-KerasHub has the rules of BERT's and GPT-2's original code as patterns for RE2 (TensorFlow Text).
-These are the same rules for the `regex` package. In RE2, \\s matches only ASCII spaces. Does not
-know vocabularies.
+KerasHub has the rules of BERT's and GPT-2's original code as RE2 patterns (TensorFlow Text). These
+are the same rules for the `regex` package. In RE2, \\s matches only ASCII spaces. Does not know
+vocabularies.
 """
 
 import functools
@@ -13,7 +13,7 @@ import regex
 from runner.preset.tokenizer_files import WordPieceOptions
 
 SPACE = regex.compile(r"[ \t\n\r\f]|\p{Cc}|\p{Cf}")
-# All ASCII characters but letters, digits and spaces, also those that Unicode calls symbols.
+# All ASCII characters but letters, digits and spaces, including those that Unicode calls symbols.
 PUNCTUATION = r"[!-/]|[:-@]|[\[-`]|[{-~]|\p{P}"
 # https://github.com/google-research/bert/blob/master/tokenization.py, _is_chinese_char
 CJK = (
@@ -40,7 +40,7 @@ LAST_SPACES = f" \t\r\f\v{MARK}\u00a0\u2009\u202f\u3000"
 
 
 def word_piece_words(text: str, options: WordPieceOptions) -> list[str]:
-    """Return the words of a text; each punctuation mark and CJK character is a word of its own."""
+    """Return the words of a text; each punctuation mark and CJK character is its own word."""
     if options.strip_accents:
         decomposed = unicodedata.normalize("NFD", text)
         text = "".join(sign for sign in decomposed if unicodedata.category(sign) != "Mn")
@@ -66,7 +66,7 @@ def _fold(word: str) -> str:
 
 
 def byte_pair_words(text: str, kept: tuple[str, ...]) -> list[str]:
-    """Return the words of a text, each with the space before it, and the tokens in `kept` whole.
+    """Return the words of a text, each with the space before it; tokens in `kept` stay whole.
 
     The steps are those of KerasHub's `split_strings_for_bpe`.
     """
@@ -78,7 +78,7 @@ def byte_pair_words(text: str, kept: tuple[str, ...]) -> list[str]:
             words.append(piece)
             continue
         for word in _pieces(GPT_2_WORDS, piece):
-            # A space that ends a word becomes a word of its own.
+            # A space that ends a word becomes its own word.
             parts = (word[:-1], word[-1]) if word[-1] in LAST_SPACES else (word,)
             words += [part for part in parts if part and part != MARK]
     return words

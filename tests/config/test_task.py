@@ -69,10 +69,10 @@ class TestTable:
             ({**OWN, "template": "{title}"}, r"\{body\} is not in it"),
             ({**OWN, "template": "{title}{body}{bodi}"}, r"\{bodi\} is none of them"),
             ({**OWN, "template": "{title}{body.x}"}, r"\{body.x\} is none of them"),
-            ({**OWN, "template": "{title}{body"}, "braces that do not match"),
-            ({**OWN, "template": "{title}{body!r}"}, r"only names of columns.*\{body!r\}"),
-            ({**OWN, "template": "{title:>9}{body}"}, r"only names of columns.*\{title:>9\}"),
-            ({**OWN, "template": "{title}{body}{}"}, r"only names of columns.*\{\}"),
+            ({**OWN, "template": "{title}{body"}, "unmatched braces"),
+            ({**OWN, "template": "{title}{body!r}"}, r"only column names.*\{body!r\}"),
+            ({**OWN, "template": "{title:>9}{body}"}, r"only column names.*\{title:>9\}"),
+            ({**OWN, "template": "{title}{body}{}"}, r"only column names.*\{\}"),
             ({"template": "no column", "classes": 2}, "needs a text column"),
             ({**OWN, "keep-columns": ["no"]}, "each column once. Received: 'no' twice"),
             ({**OWN, "keep-columns": ["key"]}, "each column once. Received: 'key' twice"),
@@ -83,10 +83,10 @@ class TestTable:
             ({**OWN, "label-columns": ["", "a"]}, "must be names"),
             ({**OWN, "swap": ["title", "key"]}, "swap must name two of text_columns"),
             ({**OWN, "swap": ["title"]}, "swap must name two"),
-            ({**OWN, "swap-labels": ["no", "yes"]}, "swap_labels goes with swap"),
+            ({**OWN, "swap-labels": ["no", "yes"]}, "swap_labels needs swap"),
             (
                 {"template": "{a}", "head": "none", "id_column": "embedding_0"},
-                "may have such a name",
+                "do not use such a name",
             ),
         ],
     )
@@ -133,7 +133,7 @@ class TestConfig:
         assert self.config(table, **none).task.width(48) == 48
         with pytest.raises(ConfigError, match=r"takes no head.*--head-kernel and --head-bias"):
             self.config(table)
-        with pytest.raises(ConfigError, match="is for a head"):
+        with pytest.raises(ConfigError, match="needs a head"):
             self.config(table, **none, fallback_probabilities=(1,))
         with pytest.raises(ConfigError, match="takes no head"):
             PrepareConfig(

@@ -33,7 +33,7 @@ def test_int8_is_never_beside_float16():
         assert resolve_dtype("auto", device, is_int8=True) == found
     t4 = SimpleNamespace(platform="gpu", compute_capability="7.5")
     assert resolve_dtype("auto", t4) == "float16"
-    with pytest.raises(ConfigError, match="int8 weights do not go with --dtype float16"):
+    with pytest.raises(ConfigError, match="int8 weights cannot be used with --dtype float16"):
         PrepareConfig(preset=Path("p"), output=Path("o"), dtype="float16")
 
 
@@ -147,10 +147,10 @@ def test_what_cannot_be_quantized_is_said_at_once(models, cli, test_set, prepare
         "goes with --strategy pipeline": (
             *(*ready, "--mode", "model-parallel", "--strategy", "tensor"),
         ),
-        "must be a new or an empty folder": (
+        "must be a new or empty folder": (
             *("prepare", "--preset", str(model.preset), "--output", str(folder)),
         ),
-        "which is int8 already": (
+        "which is already int8": (
             *("prepare", "--preset", str(folder), "--output", str(tmp_path / "new")),
         ),
         "prepare needs --preset and --output": ("prepare",),

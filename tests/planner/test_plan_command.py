@@ -213,8 +213,8 @@ class TestCommand:
         assert done.stdout.isascii()
 
     @pytest.mark.parametrize(("flags", "said"), [
-        (("--device", "t4"), "--device goes with --plan"),
-        (("--calibrate",), "--calibrate goes with --plan"),
+        (("--device", "t4"), "--device needs --plan"),
+        (("--calibrate",), "--calibrate needs --plan"),
         (("--plan", "--device", "t4", "--calibrate"), "devices here"),
         (("--plan", "--device", "gtx"), "Expected one of t4, l4, a100"),
         (("--plan", "--input", "nowhere.csv"), "nowhere.csv"),

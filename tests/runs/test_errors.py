@@ -198,7 +198,7 @@ def test_bad_presets(refuse, models, rows, tmp_path):
         weights = preset / "model.weights.h5"
         weights.write_bytes(weights.read_bytes()[:50_000])
 
-    refuse(damaged("cut", cut), "model.weights.h5", "damaged or cut short")
+    refuse(damaged("cut", cut), "model.weights.h5", "damaged or truncated")
 
     def lose_a_part(preset):
         sorted(preset.glob("*_0*.weights.h5"))[0].unlink()
@@ -242,7 +242,7 @@ def test_bad_flags(refuse, models, rows, tmp_path):
         [*flags, "--mode", "fastest"], "--mode", "data-parallel, model-parallel, single", "fastest"
     )
     int8_in_half = ("--quantization", "int8", "--dtype", "float16")
-    refuse([*flags, *int8_in_half], "int8 weights do not go with --dtype float16", "float32")
+    refuse([*flags, *int8_in_half], "int8 weights cannot be used with --dtype float16", "float32")
     refuse([*flags, "--pooling", "max"], "--pooling", "padded-mean")
     refuse([*flags, "--sequence-length", "0"], "--sequence-length", "at least 1")
     refuse([*flags, "--sequence-length", "long"], "--sequence-length", "long")
