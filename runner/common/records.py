@@ -93,7 +93,7 @@ class ModelSpec:
     head_kernel, head_bias: None if the preset is a classifier with a head of its own.
     quantization: how to quantize a float preset while it is loaded; None loads it as stored.
     stored_bytes: of its weight files. head: a key of `program.OUTPUTS`; or none, without head
-    files: a row gets its pooled states, `classes` numbers. is_int8: the loaded weights are int8.
+    files: a row gets its pooled states, `classes` numbers.
     """
 
     preset: str
@@ -106,7 +106,6 @@ class ModelSpec:
     quantization: str | None
     compilation_cache: str | None
     stored_bytes: int = 0
-    is_int8: bool = False
     head: str = "softmax"
 
 
