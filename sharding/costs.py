@@ -18,6 +18,19 @@ from sharding.kinds import KINDS
 COMPILE_S_PER_LAYER = 0.3
 
 
+@dataclass(frozen=True, slots=True)
+class Values:
+    """The bytes of one value in a layer.
+
+    item_bytes: of a hidden state. sum_bytes: of a product of a weight, before it is scaled and
+    rounded. activated_bytes: of the input of the last feed-forward product.
+    """
+
+    item_bytes: int
+    sum_bytes: int
+    activated_bytes: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """The dimensions of a backbone that determine its cost.
@@ -25,7 +38,8 @@ class ModelShape:
     intermediate_dim: the width of the feed-forward part; if it is gated, of one projection.
     is_gated: two up projections and one down, as in decoders, instead of one of each.
     is_causal: a token attends only to itself and earlier ones. relative_positions: in DeBERTa, the
-    number of embedded distances with which every query and key is compared.
+    number of embedded distances with which every query and key is compared. has_soft_cap: attention
+    scores are capped by a tanh, as in Gemma 2.
     """
 
     vocabulary_size: int
@@ -38,6 +52,7 @@ class ModelShape:
     is_gated: bool = True
     is_causal: bool = True
     relative_positions: int = 0
+    has_soft_cap: bool = False
 
     @property
     def layer_parameters(self) -> int:
@@ -85,26 +100,47 @@ class ModelShape:
         embedding = self.vocabulary_size * self.hidden_dim
         return (embedding + self.num_layers * self.layer_parameters) * item_bytes
 
-    def working_bytes_per_token(self, length: int, item_bytes: int) -> float:
-        """Return the peak bytes per token of a batch, not counting weights.
+    def working_bytes_per_token(self, length: int, values: Values, slices: int = 1) -> float:
+        """Return the bytes that one token of a batch needs beside the weights, at the peak.
 
-        Counts activations, and attention scores in float32 twice; decoders hold the scores of an
-        eighth of the queries at a time. Adds half of that for what the compiler keeps.
+        That is while a layer attends, or in its feed-forward part. Fitted to XLA's own figures for
+        a T4, which they match within 4 % (decoders of six families' dimensions, 2 layers, 256 to
+        4,096 tokens; benchmarks/results/2026-11-28-temporaries.jsonl). On an H100, XLA fuses more:
+        these are 18 % too high there.
+
+        Args:
+            values: of the layers. slices: members of a tensor group.
         """
-        part = 1 / 8 if self.is_causal else 1
-        scores = 2 * 4 * self.num_query_heads * (length + self.relative_positions) * part
-        return 1.5 * (self.activation_bytes_per_token(item_bytes) + scores)
+        feed_forward = self.activation_bytes_per_token(values, slices)
+        return max(feed_forward, self._attending_bytes_per_token(length, values, slices))
 
-    def activation_bytes_per_token(self, item_bytes: int) -> int:
-        """Return the bytes per token of a layer's activations.
+    def activation_bytes_per_token(self, values: Values, slices: int = 1) -> float:
+        """Return the bytes of a token in the feed-forward part: projections, their product, the
+        hidden state, and the rotary embedding. In DeBERTa, every token has its own copy of the
+        embedded distances, in the layers' dtype and in float32."""
+        projections = (1 + self.is_gated) * values.sum_bytes + values.activated_bytes
+        distances = self.relative_positions * self.hidden_dim * (values.item_bytes + 4)
+        return (
+            self.intermediate_dim / slices * projections
+            + (self.hidden_dim + 2 * self.head_dim) * values.item_bytes
+            + distances
+        )
 
-        These are hidden states and their norms, queries, keys and values, the feed-forward
-        projections and their product.
+    def _attending_bytes_per_token(self, length: int, values: Values, slices: int) -> float:
+        """Return the bytes of a token while a layer attends: scores in float32 and their weights,
+        queries and keys before and after the rotary embedding, values, the output.
+
+        A soft cap keeps float32 scores twice. Decoders have the scores of a chunk of queries at a
+        time, an eighth of a long row (`runner/model/attention.py`).
         """
-        heads = self.num_query_heads + 2 * self.num_key_value_heads
-        projected = (2 + self.is_gated) * self.intermediate_dim
-        values = 6 * self.hidden_dim + 2 * heads * self.head_dim + projected
-        return values * item_bytes
+        queries = max(64, length / 8) if self.is_causal else length
+        scores = self.num_query_heads * min(queries, length) / slices
+        weights = 4 if self.has_soft_cap else values.item_bytes
+        heads = 2 * self.num_query_heads + 4 * self.num_key_value_heads
+        return (
+            scores * (4 + weights)
+            + (heads * self.head_dim / slices + self.hidden_dim) * values.item_bytes
+        )
 
     def compile_flops(self, kind: str, replicas: int) -> float:
         """Return the FLOPs that all replicas could compute while each compiles one shape."""
@@ -151,4 +187,5 @@ def _decoder(config: Mapping[str, Any], *, head_dim: int, intermediate: int) -> 
         num_key_value_heads=int(config["num_key_value_heads"]),
         head_dim=int(head_dim),
         intermediate_dim=int(intermediate),
+        has_soft_cap=bool(config.get("attention_logit_soft_cap")),
     )

@@ -18,14 +18,18 @@ SUSTAINED_SHARE = 0.78
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Matmul FLOP/s in one dtype; `measured` is None if no measurement is known."""
+    """Matmul FLOP/s in one dtype.
+
+    measured: None if no measurement is known. share: of `nominal`, which is then assumed.
+    """
 
     nominal: float
     measured: float | None = None
+    share: float = SUSTAINED_SHARE
 
     @property
     def sustained(self) -> float:
-        return self.measured if self.measured is not None else SUSTAINED_SHARE * self.nominal
+        return self.measured if self.measured is not None else self.share * self.nominal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +70,8 @@ def _rates(
         "float32": Rate(single * TERA),
         "float16": half,
         "bfloat16": bfloat16 or half,
-        "int8": Rate(int8 * TERA),
+        # No measurement is known: int8 products share float16's limits of power and memory.
+        "int8": Rate(int8 * TERA, share=half.sustained / half.nominal),
     }
 
 

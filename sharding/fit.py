@@ -18,7 +18,7 @@ from sharding.memory import (
     cut_layers,
     host_bytes,
     need,
-    value_item_bytes,
+    values_of,
     weight_item_bytes,
 )
 from sharding.strategies import tensor_bytes_per_token
@@ -74,6 +74,11 @@ class Way:
         return max(1, self.workers // self.members)
 
     @property
+    def slices(self) -> int:
+        """Return over how many members each weight is sliced."""
+        return self.members if self.strategy == "tensor" else 1
+
+    @property
     def name(self) -> tuple[str, str | None, str, str]:
         """Mode, strategy, dtype and quantization."""
         return self.mode, self.strategy, self.dtype, self.quantization
@@ -124,7 +129,8 @@ def fit(
             shape,
             memory_bytes=room.memory_bytes,
             held_bytes=weights.held_bytes,
-            value_bytes=value_item_bytes(way.dtype, way.quantization),
+            values=values_of(way.dtype, way.quantization),
+            slices=way.slices,
             sequence_length=sequence_length,
             most=budget,
         )
@@ -152,6 +158,9 @@ def fit(
 def _largest_need(shape: ModelShape, way: Way, batches: Plan, held_bytes: float) -> Need:
     """Return what the fullest device needs for the batches that need the most."""
     largest_weight = max(shape.vocabulary_size, shape.intermediate_dim) * shape.hidden_dim
+    # As `product_dtype` in `runner/model/quantization.py`.
+    is_wide = (way.quantization, way.dtype) == ("int8", "float16")
+    loaded = 4 if is_wide else ITEM_BYTES[way.dtype]
     return max(
         (
             need(
@@ -159,8 +168,9 @@ def _largest_need(shape: ModelShape, way: Way, batches: Plan, held_bytes: float)
                 held_bytes=held_bytes,
                 tokens=batch.tokens,
                 length=batch.length,
-                value_bytes=value_item_bytes(way.dtype, way.quantization),
-                loading_bytes=largest_weight * ITEM_BYTES[way.dtype] if way.quantizes else 0.0,
+                values=values_of(way.dtype, way.quantization),
+                slices=way.slices,
+                loading_bytes=largest_weight * loaded if way.quantizes else 0.0,
             )
             for batch in batches.shapes
         ),

@@ -98,15 +98,6 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in (CPU, GPU, TPU)}
 FIRST_WITH_BFLOAT16 = 8.0
 
 
-def dtype_beside(quantization: str | None, dtype: str) -> str:
-    """Return what --dtype auto means with quantized weights if it means `dtype` with float weights.
-
-    An int8 matmul sums integers up to 127 x 127 x columns, but float16 ends at 65,504. Keras has no
-    int8 layer that computes in float16.
-    """
-    return "float32" if (quantization, dtype) == ("int8", "float16") else dtype
-
-
 def named_by_jax(platforms: str) -> str:
     """Return the kind of the first platform in JAX_PLATFORMS, or that platform if it is unknown."""
     wanted = platforms.partition(",")[0]

@@ -7,7 +7,7 @@ devices there are.
 from dataclasses import dataclass
 
 from sharding.batches import BatchShape
-from sharding.costs import ModelShape
+from sharding.costs import ModelShape, Values
 from sharding.kinds import KINDS
 from sharding.stages import StageLayers, cut_stages
 
@@ -45,9 +45,16 @@ def weight_item_bytes(dtype: str, quantization: str) -> float:
     return QUANTIZED_BYTES.get(quantization, float(ITEM_BYTES[dtype]))
 
 
-def value_item_bytes(dtype: str, quantization: str) -> int:
-    """Return the bytes of one activation. Products of quantized weights have 32 bits."""
-    return 4 if quantization != "none" else ITEM_BYTES[dtype]
+def values_of(dtype: str, quantization: str) -> Values:
+    """Return the bytes of values in layers that compute in a dtype.
+
+    Sums of int8 products have 32 bits. In float32, the input of the next product is rounded to int8
+    as soon as it is computed.
+    """
+    item = ITEM_BYTES[dtype]
+    if quantization != "int8":
+        return Values(item, item, item)
+    return Values(item, 4, 1 if item == 4 else item)
 
 
 def cut_layers(
@@ -97,7 +104,8 @@ def batch_budget(
     *,
     memory_bytes: float,
     held_bytes: float,
-    value_bytes: int,
+    values: Values,
+    slices: int,
     sequence_length: int,
     most: int,
 ) -> int:
@@ -107,10 +115,10 @@ def batch_budget(
 
     Args:
         held_bytes: of weights, on the fullest device.
-        value_bytes: of an activation.
+        slices: members of a tensor group, else 1.
     """
     free = memory_bytes * SHARE_IN_USE - held_bytes
-    fit = free / shape.working_bytes_per_token(sequence_length, value_bytes)
+    fit = free / shape.working_bytes_per_token(sequence_length, values, slices)
     return int(max(sequence_length, min(most, fit)))
 
 
@@ -120,16 +128,18 @@ def need(
     held_bytes: float,
     tokens: int,
     length: int,
-    value_bytes: int,
+    values: Values,
+    slices: int = 1,
     loading_bytes: float = 0.0,
 ) -> Need:
     """Return what a device needs for batches of `tokens` padded tokens, in rows of `length`.
 
     Args:
-        loading_bytes: needed besides the weights while they are loaded, before any batch.
+        slices: members of a tensor group, else 1.
+        loading_bytes: needed beside the weights while they are loaded, before any batch.
     """
-    activations = tokens * shape.activation_bytes_per_token(value_bytes)
-    working = tokens * shape.working_bytes_per_token(length, value_bytes)
+    activations = tokens * shape.activation_bytes_per_token(values, slices)
+    working = tokens * shape.working_bytes_per_token(length, values, slices)
     return Need(held_bytes, activations, max(working, loading_bytes) - activations)
 
 

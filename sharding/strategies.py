@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 from sharding.costs import ModelShape
 from sharding.kinds import KINDS
-from sharding.memory import ITEM_BYTES, QUANTIZED_BYTES, batch_budget, cut_layers, fullest_bytes
+from sharding.memory import (
+    ITEM_BYTES,
+    QUANTIZED_BYTES,
+    batch_budget,
+    cut_layers,
+    fullest_bytes,
+    values_of,
+)
 from sharding.stages import StageLayers
 
 
@@ -133,7 +140,8 @@ def batch_tokens(
         shape,
         memory_bytes=memory_bytes,
         held_bytes=held,
-        value_bytes=4 if quantization != "none" else item_bytes,  # as `value_item_bytes`
+        values=values_of(dtype if dtype in ITEM_BYTES else "float16", quantization),
+        slices=1 if is_cut else members,
         sequence_length=sequence_length,
         most=default,
     )

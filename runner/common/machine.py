@@ -75,8 +75,8 @@ class Devices:
     def rate(self, dtype: str, quantization: str) -> float | None:
         """Return the FLOP/s of a large matmul on one device or core; None if it is not known.
 
-        int8 counts as no faster than `dtype` unless it was measured to be. int4 never does, since
-        it is unpacked first.
+        On a CPU, int8 counts as fast as `dtype` unless it was measured to be faster. int4 is as
+        fast as `dtype` everywhere, since it is unpacked first.
         """
         if self.is_host:
             form = (dtype, "none" if quantization == "int4" else quantization)
@@ -84,6 +84,14 @@ class Devices:
             if speedup is None or (speedup != 1 and not self.is_fast_in_16_bits):
                 return None
             return self.core_flops_per_s * speedup
+        return self._sustained(dtype)
+
+    @property
+    def integer_rate(self) -> float | None:
+        """Operations per second of a large int8 matmul on a GPU or TPU, None if not known."""
+        return None if self.is_host else self._sustained("int8")
+
+    def _sustained(self, dtype: str) -> float | None:
         rate = self.model.rates.get(dtype) if self.model else None
         return rate.sustained if rate else None
 

@@ -92,9 +92,8 @@ class ModelSpec:
 
     head_kernel, head_bias: None if the preset is a classifier with a head of its own.
     quantization: how to quantize a float preset while it is loaded; None loads it as stored.
-    stored_bytes: size of its weight files. is_int8: the loaded weights are int8. head: a key of
-    `program.OUTPUTS`; or "none", without head files: the answer to a row is its pooled hidden
-    state, `classes` numbers.
+    stored_bytes: size of its weight files. head: a key of `program.OUTPUTS`; or "none", without
+    head files: the answer to a row is its pooled hidden state, `classes` numbers.
     """
 
     preset: str
@@ -107,7 +106,6 @@ class ModelSpec:
     quantization: str | None
     compilation_cache: str | None
     stored_bytes: int = 0
-    is_int8: bool = False
     head: str = "softmax"
 
 

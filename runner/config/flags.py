@@ -253,8 +253,7 @@ FLAGS: tuple[Flag, ...] = (
         name="dtype",
         group="precision",
         choices=("auto", "float32", "float16", "bfloat16"),
-        help="auto: float32 on a CPU; elsewhere bfloat16 if the device has it, else float16, or "
-        "float32 with int8 weights",
+        help="auto: float32 on a CPU; elsewhere bfloat16 if the device has it, else float16",
         default="auto",
         prepare={
             "help": "dtype to load weights in, and to store those that are not quantized; pass the "

@@ -27,7 +27,6 @@ from runner.config.flags import (
 )
 from runner.config.suffixes import FORMATS, USUAL_SUFFIXES, either
 from runner.config.task import CONTEST, Task, make_task
-from sharding.kinds import dtype_beside
 
 # Without --min-sequence-length a row keeps at least this part of the sequence length.
 FLOOR_DIVISOR = 4
@@ -90,7 +89,6 @@ class RunConfig:
         _check_workers(self)
         _check_model_files(self)
         _check_task(self)
-        check_dtype(self.dtype, self.quantization)
         if self.device is not None and self.calibrate:
             raise ConfigError(
                 "--calibrate measures the devices here, and --device names one elsewhere: pass "
@@ -185,7 +183,6 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         _read_values(self, PREPARE_FLAGS)
-        check_dtype(self.dtype, self.quantization)
         _check_head(self)
 
 
@@ -213,16 +210,6 @@ def read_task(config_file: Path) -> Task:
     """
     task: Task = _read_toml(config_file).get("task", CONTEST)
     return task
-
-
-def check_dtype(dtype: str, quantization: str | None) -> None:
-    """Raise ConfigError if layers with this quantization cannot compute in this dtype."""
-    if dtype_beside(quantization, dtype) != dtype:
-        raise ConfigError(
-            f"{quantization} weights cannot be used with --dtype {dtype}, which overflows in the "
-            "sums of their products: use auto, float32 or bfloat16. "
-            f"Received: --dtype {dtype}"
-        )
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -94,7 +94,6 @@ def _run(
     ):
         metrics.watch(lambda: reports.figures(executor.computed))
         dtype = executor.open(config.dtype) if rows.examples else ""
-        dtype = job.dtype(config, dtype)
         if config.address is not None and rows.examples:
             # The memory of the nodes' devices was unknown until now.
             strategy = _choose_strategy(config, job, progress, executor.memory_bytes)

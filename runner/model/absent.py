@@ -7,7 +7,8 @@ config.json; weights are shapes, never arrays. The environment must be that of
 The request is JSON on standard input:
     device: a key of `GPU_TARGETS` or `TPU_TOPOLOGIES`. preset: its folder. dtype, quantization,
     pooling, head: as in `ModelSpec`. classes: columns of the head. layers: [start, stop] of a
-    stage, null for the whole model. shapes: [[rows, length], ...].
+    stage, null for the whole model. shapes: [[rows, length], ...]. way: how to attend, a key of
+    `attention.WAYS`; without it, in the way that all devices compile.
 The answer is a line of JSON for each shape: `Compiled`, or {"error": why}.
 """
 
@@ -22,7 +23,7 @@ from runner.model.targets import GPU_TARGETS, TPU_TOPOLOGIES
 from sharding.batches import BatchShape
 from sharding.topology import WorkerSlot
 
-# How these programs attend: all devices can compile it. A worker may choose a faster way.
+# What all devices compile. A worker may choose a faster way.
 WAY = "chunked"
 
 
@@ -38,7 +39,8 @@ def main() -> None:
         return
     for rows, length in request["shapes"]:
         try:
-            _answer(_compile(program, arguments, BatchShape(rows, length), device))
+            compiled = _compile(program, arguments, BatchShape(rows, length), device)
+            _answer(compiled | {"way": request.get("way", WAY)})
         except Exception as error:
             _answer({"error": _why(error)})
 
@@ -72,17 +74,18 @@ def _program(request: dict[str, Any], device: Any) -> tuple[Any, tuple[Any, ...]
 
     from runner.model.loading import build_backbone, cut_stage
     from runner.model.program import Program
-    from runner.model.quantization import quantized_policies
 
     here = jax.sharding.SingleDeviceSharding(device)
 
     def shape_of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=here)
 
-    backbone = build_backbone(request["preset"], dtype=request["dtype"])
-    if request["quantization"] is not None:
-        policies = quantized_policies(backbone, request["quantization"], request["dtype"])
-        backbone = build_backbone(request["preset"], dtype=policies)
+    backbone = build_backbone(
+        request["preset"],
+        dtype=request["dtype"],
+        quantization=request["quantization"],
+        is_quantized=True,
+    )
     layers = request["layers"]
     model = backbone if layers is None else cut_stage(backbone, *layers)
     has_head = layers is None or layers[1] == len(backbone.transformer_layers)
@@ -96,7 +99,7 @@ def _program(request: dict[str, Any], device: Any) -> tuple[Any, tuple[Any, ...]
         model,
         pooling=request["pooling"],
         output=request["head"] if has_head else "hidden",
-        way=WAY,
+        way=request.get("way", WAY),
     )
     variables = (model.trainable_variables, model.non_trainable_variables)
     weights = ([shape_of(one.shape, one.dtype) for one in some] for some in variables)
@@ -109,7 +112,9 @@ def _compile(
     import jax
 
     started = time.perf_counter()
-    lowered = program.lower(arguments, shape, sharding=jax.sharding.SingleDeviceSharding(device))
+    here = jax.sharding.SingleDeviceSharding(device)
+    with jax.default_device(device):  # fused kernels ask for it
+        lowered = program.lower(arguments, shape, sharding=here)
     traced = time.perf_counter()
     compiled = lowered.compile()
     ended = time.perf_counter()
@@ -120,7 +125,6 @@ def _compile(
         "output_bytes": memory.output_size_in_bytes,
         "trace_s": round(traced - started, 3),
         "compile_s": round(ended - traced, 3),
-        "way": WAY,
         **read_program(compiled.as_text(), length=shape.length),
     }
 

@@ -28,6 +28,8 @@ from runner.common.errors import first_line
 MOST_CHUNKS = 8
 SMALLEST_CHUNK = 64
 MASKED = -1e30
+# Fused kernels take a multiple of so many tokens.
+TILE = 128
 # Rows and tokens for comparing a layer with Keras' own: two chunks, the last one short.
 CHECKED_SHAPE = (2, SMALLEST_CHUNK + 32)
 # The largest allowed difference, relative to the largest value; rounding stays far below.
@@ -110,29 +112,45 @@ def attend_with_tokamax(
     scale: float,
     soft_cap: float | None,
     window: int | None,
+    kernel: str,
 ) -> jax.Array:
-    """Attend by a fused kernel of https://github.com/openxla/tokamax, Mosaic or Triton."""
+    """Attend by a fused kernel of https://github.com/openxla/tokamax.
+
+    Args:
+        kernel: a key of tokamax' implementations. Without one, it would fall back to plain XLA,
+            which has the whole square of scores in float32, and say nothing.
+
+    Raises:
+        NotImplementedError: this kernel does not compute this on this device. That of TPUs has
+            neither lengths nor windows.
+    """
     import tokamax
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
         # Otherwise tokamax would parse this program's command line and fail.
         flags.FLAGS(["arena-runner"])
-    return tokamax.dot_product_attention(
-        queries,
-        keys,
-        values,
+    # Kernels take whole tiles. With a causal mask, no token attends to those after it.
+    length = queries.shape[1]
+    more = ((0, 0), (0, -length % TILE), (0, 0), (0, 0))
+    attended = tokamax.dot_product_attention(
+        *(jnp.pad(array, more) for array in (queries, keys, values)),
         scale=scale,
         is_causal=True,
         logits_soft_cap=soft_cap,
         local_window_size=(window - 1, 0) if window else None,
         key_value_seq_lengths=None if lengths is None else jnp.maximum(lengths, 1),
+        implementation=kernel,
     )
+    return attended[:, :length]
 
 
 # A new way to attend is a function above and a line here. `keras` does not change the layers.
 WAYS: dict[str, Attend | None] = {
-    "tokamax": attend_with_tokamax,
+    **{
+        f"tokamax {kernel}": functools.partial(attend_with_tokamax, kernel=kernel)
+        for kernel in ("mosaic_tpu", "mosaic_gpu", "triton")
+    },
     "chunked": attend_in_chunks,
     "keras": None,
 }
@@ -144,24 +162,36 @@ def ways_for(device: jax.Device) -> tuple[str, ...]:
     tokamax has kernels for TPUs and for compute capability 8.0 and later (not for a T4). On a CPU
     it was only as fast as chunks of 128, so it is not tried there.
     """
-    if device.platform == "cpu" or importlib.util.find_spec("tokamax") is None:
-        return ("chunked", "keras")
-    if device.platform == "gpu" and float(getattr(device, "compute_capability", "0") or 0) < 8:
-        return ("chunked", "keras")
-    return ("tokamax", "chunked", "keras")
+    kernels: tuple[str, ...] = ()
+    if importlib.util.find_spec("tokamax") is not None:
+        if device.platform == "tpu":
+            kernels = ("tokamax mosaic_tpu",)
+        elif device.platform == "gpu":
+            capability = float(getattr(device, "compute_capability", "0") or 0)
+            kernels = ("tokamax mosaic_gpu",) * (capability >= 9) + ("tokamax triton",)
+            kernels = kernels if capability >= 8 else ()
+    return (*kernels, "chunked", "keras")
 
 
 def choose_way(
-    model: keras.Model, device: jax.Device, replicated: jax.sharding.Sharding | None = None
+    model: keras.Model,
+    device: jax.Device,
+    replicated: jax.sharding.Sharding | None = None,
+    *,
+    sees_padding: bool = True,
 ) -> tuple[str, tuple[str, ...]]:
     """Return the first way that agrees with Keras' own attention on this model and device.
 
     Runs one layer of each kind (with and without a window) on a few tokens both ways.
 
+    Args:
+        sees_padding: whether the results after a row's end matter.
+
     Returns:
         The way, and a warning for each way that was rejected.
     """
-    checks = [_Check(layer, int(model.output.shape[-1])) for layer in _one_of_each_kind(model)]
+    width = int(model.output.shape[-1])
+    checks = [_Check(layer, width, sees_padding) for layer in _one_of_each_kind(model)]
     kind, tolerance = device.device_kind, _tolerance(model)
     notes: list[str] = []
     try:
@@ -180,7 +210,10 @@ def choose_way(
         except Exception as error:  # compiling a kernel can raise anything
             reason = f"{type(error).__name__}: {first_line(error)}"
         else:
-            difference = max(map(_relative_difference, answers, expected))
+            difference = max(
+                _relative_difference(check.compared(answer), check.compared(own))
+                for check, answer, own in zip(checks, answers, expected, strict=True)
+            )
             if difference <= tolerance:
                 return way, tuple(notes)
             reason = f"it differs from Keras' own by {difference:.1e}"
@@ -190,12 +223,20 @@ def choose_way(
 
 @contextmanager
 def attention(
-    model: keras.Model, way: str, rows: int, length: int, lengths: jax.Array | None
+    model: keras.Model,
+    way: str,
+    rows: int,
+    length: int,
+    lengths: jax.Array | None,
+    *,
+    is_strict: bool = False,
 ) -> Iterator[None]:
     """Let the model take tokens end to end, (rows x length, 1, ...), and attend as `way` says.
 
     Args:
         way: a key of `WAYS` other than `keras`. lengths: as in `Attend`.
+        is_strict: whether to raise NotImplementedError if the way's kernel cannot compute a layer,
+            instead of using chunks.
     """
     chosen = WAYS[way]
     assert chosen is not None, "this is a bug: Keras' own attention needs no scope"
@@ -220,15 +261,20 @@ def attention(
         is_seen = has_windows and sliding_window and sliding_window < length
         window = sliding_window if is_seen else None
         values = values.reshape(rows, length, key_value_heads, head_dim)
-        attended = attend(
+        arrays = (
             queries.reshape(rows, length, query_heads, head_dim),
             keys.reshape(rows, length, key_value_heads, head_dim),
             values,
-            lengths=lengths,
-            scale=float(scale),
-            soft_cap=soft_cap,
-            window=window,
         )
+        options = {
+            "lengths": lengths, "scale": float(scale), "soft_cap": soft_cap, "window": window
+        }  # fmt: skip
+        try:
+            attended = attend(*arrays, **options)
+        except NotImplementedError:
+            if is_strict:
+                raise
+            attended = _traced_once(attend_in_chunks)(*arrays, **options)
         if window and lengths is not None:
             # Blind positions are those whose window is entirely past the row's end.
             blind = jnp.arange(length) >= lengths[:, None] + window - 1
@@ -279,9 +325,9 @@ def _tolerance(model: keras.Model) -> float:
 class _Check:
     """A decoder layer, its width, and a small input whose second row ends early."""
 
-    def __init__(self, layer: keras.Layer, width: int) -> None:
+    def __init__(self, layer: keras.Layer, width: int, sees_padding: bool) -> None:
         rows, length = CHECKED_SHAPE
-        self._layer, self._width = layer, width
+        self._layer, self._width, self._sees_padding = layer, width, sees_padding
         named = inspect.signature(layer.call).parameters
         self._mask = "padding_mask" if "padding_mask" in named else "decoder_padding_mask"
         # Of the size that a norm outputs.
@@ -302,13 +348,21 @@ class _Check:
         output = jax.jit(call, out_shardings=replicated)(*variables)
         return np.asarray(output.addressable_data(0), np.float32)
 
+    def compared(self, output: np.ndarray) -> np.ndarray:
+        """Return the part of an output that matters."""
+        return output if self._sees_padding else output[self._real()]
+
+    def _real(self) -> np.ndarray:
+        real: np.ndarray = np.arange(CHECKED_SHAPE[1]) < self._lengths[:, None]
+        return real
+
     def _plain(self, trainable: Any, others: Any) -> jax.Array:
-        real = np.arange(CHECKED_SHAPE[1]) < self._lengths[:, None]
-        return self._call(trainable, others, self._inputs, real)
+        return self._call(trainable, others, self._inputs, self._real())
 
     def _handed_over(self, way: str, trainable: Any, others: Any) -> jax.Array:
         end_to_end = self._inputs.reshape(-1, 1, self._width)
-        with attention(self._layer, way, *CHECKED_SHAPE, jnp.asarray(self._lengths)):
+        lengths = jnp.asarray(self._lengths) if self._sees_padding else None
+        with attention(self._layer, way, *CHECKED_SHAPE, lengths, is_strict=True):
             real = np.ones(end_to_end.shape[:2], bool)
             output = self._call(trainable, others, end_to_end, real)
         return output.reshape(self._inputs.shape)

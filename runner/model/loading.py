@@ -21,7 +21,14 @@ from keras.src.saving import saving_lib
 
 from runner.common.errors import DataError, first_line, readable
 from runner.model.cpu_allocator import large_blocks_go_back
-from runner.model.quantization import policies_of, quantize_layer
+from runner.model.quantization import (
+    policies_after,
+    policies_before,
+    policies_of,
+    product_dtype,
+    quantize_layer,
+    round_outputs,
+)
 from runner.model.weights import StoredWeight, find_weights
 from runner.preset.families import FAMILIES
 
@@ -37,35 +44,52 @@ def load_backbone(
     Raises:
         DataError: as `build_backbone` and `locate_weights`.
     """
-    backbone = build_backbone(preset, dtype=dtype)
+    backbone = build_backbone(preset, dtype=dtype, quantization=quantization)
     stored = locate_weights(backbone, preset, lora_weights)
     fill(backbone, stored, place_whole, quantization=quantization)
     return backbone
 
 
-def build_backbone(preset: str, *, dtype: str) -> keras.Model:
+def build_backbone(
+    preset: str, *, dtype: str, quantization: str | None = None, is_quantized: bool = False
+) -> keras.Model:
     """Return the backbone of a KerasHub preset directory, with variables that have no values yet.
 
     Configs are deserialized in Keras' safe mode: no code is loaded from the directory.
 
+    Args:
+        quantization: how its float weights are going to be quantized, a key of
+            `quantization.CONFIGS`, or None. is_quantized: whether to build it as it is afterwards.
+
     Raises:
         DataError: the config does not describe a backbone that takes only tokens.
     """
+    backbone = _build(preset, policies_of(Path(preset), dtype))
+    if quantization is not None and is_quantized:
+        backbone = _build(preset, policies_after(backbone, quantization, dtype))
+    elif quantization is not None and product_dtype(quantization, dtype) != dtype:
+        backbone = _build(preset, policies_before(backbone, quantization, dtype))
+    round_outputs(backbone, dtype)
+    if set(backbone.input) - {"segment_ids"} != {"token_ids", "padding_mask"}:
+        raise DataError(
+            f"{preset} must be a text backbone that takes token_ids and padding_mask. "
+            f"Received: inputs {sorted(backbone.input)}"
+        )
+    return backbone
+
+
+def _build(preset: str, policies: Any) -> keras.Model:
+    """Build a preset's backbone with a dtype, or with a policy for each layer."""
     try:
         with keras.StatelessScope(initialize_variables=False):
             backbone = keras_hub.models.Backbone.from_preset(
-                preset, load_weights=False, dtype=policies_of(Path(preset), dtype)
+                preset, load_weights=False, dtype=policies
             )
     except Exception as error:  # Keras can raise anything for a damaged config
         raise DataError(f"{preset} does not load as a preset: {first_line(error)}") from error
     finally:
         # Otherwise the next scope, inside the first trace, would initialize them when it ends.
         global_state.set_global_attribute("uninitialized_variables", [])
-    if set(backbone.input) - {"segment_ids"} != {"token_ids", "padding_mask"}:
-        raise DataError(
-            f"{preset} must be a text backbone that takes token_ids and padding_mask. "
-            f"Received: inputs {sorted(backbone.input)}"
-        )
     return backbone
 
 

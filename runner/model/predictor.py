@@ -16,12 +16,13 @@ import keras
 import numpy as np
 from jax._src import distributed
 
+from runner.common.poolings import POOLINGS
 from runner.common.records import CompileInfo, Head
 from runner.model.attention import choose_way
 from runner.model.cpu_rewrites import rewritten_for_cpu
 from runner.model.program import Program, precision_of
 from sharding.batches import BatchShape
-from sharding.kinds import KINDS, auto_dtype, dtype_beside
+from sharding.kinds import KINDS, auto_dtype
 
 
 class Predictor:
@@ -65,7 +66,9 @@ class Predictor:
         self.way = way or ""
         if way is None:
             with jax.default_matmul_precision(precision_of(model)):
-                self.way, self.notes = choose_way(model, device, replicated)
+                self.way, self.notes = choose_way(
+                    model, device, replicated, sees_padding=POOLINGS[pooling].sees_padding
+                )
         self._program = Program(
             model,
             pooling=pooling,
@@ -170,17 +173,14 @@ def _cache_hits() -> _CacheHits:
     return _CacheHits()
 
 
-def resolve_dtype(requested: str, device: jax.Device, *, is_int8: bool = False) -> str:
-    """Return the dtype that `requested` means on a device.
-
-    `auto` becomes the device's own; with int8 weights, float32 if the device has no bfloat16.
-    """
+def resolve_dtype(requested: str, device: jax.Device) -> str:
+    """Return the dtype that `requested` means on a device; `auto` becomes the device's own."""
     if requested != "auto":
         return requested
     capability = float(getattr(device, "compute_capability", "0") or 0)
     dtype = auto_dtype(device.platform, capability)
     assert dtype is not None, f"this is a bug: no dtype is known for {device.platform}"
-    return dtype_beside("int8" if is_int8 else None, dtype)
+    return dtype
 
 
 def matmul_rate(dtype: str, device: jax.Device) -> float:

@@ -1,14 +1,16 @@
 """Keras layers in float -> Keras' int8 or int4 layers, one at a time.
 
 The arithmetic is Keras' own. int8 has one scale per channel, and quantizes activations to int8 as
-they arrive. int4 has one scale per block of 128 inputs, and computes in the model's dtype. Does not
-know weight files: `loading.py` fills the layers.
+they arrive. Keras has no int8 layers in a float16 model; here they compute in float32 and round
+their outputs. int4 has one scale per block of 128 inputs, and computes in the model's dtype. Does
+not know weight files: `loading.py` fills the layers.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,24 @@ def quantize_layer(layer: keras.Layer, mode: str) -> None:
 
     Its float variables are replaced, which frees their memory.
     """
-    with _in_pieces(), suppress(NotImplementedError), warnings.catch_warnings():
+    if type(layer).quantize is keras.Layer.quantize:
+        return
+    if isinstance(layer.dtype_policy, keras.dtype_policies.DTypePolicyMap):
+        # Keras derives the new policy from the layer's own, but does not look it up in the map.
+        layer._dtype_policy = layer.dtype_policy[layer.path]
+    with _in_pieces(), warnings.catch_warnings():
         # Keras converts its variables for NumPy as NumPy 1 did.
         warnings.simplefilter("ignore", DeprecationWarning)
         layer.quantize(mode, config=CONFIGS[mode]())
+
+
+def product_dtype(mode: str | None, dtype: str) -> str:
+    """Return the dtype in which a layer quantized in this mode computes, in a model of `dtype`.
+
+    A product of int8 is a sum of integers up to 127 x 127 x columns, but float16 ends at 65,504. So
+    sums are scaled in float32, and rounded to float16 once, when they leave the layer.
+    """
+    return "float32" if (mode, dtype) == ("int8", "float16") else dtype
 
 
 def policies_of(preset: Path, dtype: str) -> Any:
@@ -49,18 +65,49 @@ def policies_of(preset: Path, dtype: str) -> Any:
     saved["config"]["default_policy"] = dtype
     for policy in saved["config"]["policy_map"].values():
         name = "source_name" if "source_name" in policy["config"] else "name"
-        policy["config"][name] = dtype
+        policy["config"][name] = product_dtype(policy["config"].get("mode"), dtype)
     return keras.dtype_policies.deserialize(saved)
 
 
-def quantized_policies(backbone: keras.Model, mode: str, dtype: str) -> Any:
-    """Return the dtype argument that builds a backbone as `quantize_layer` would leave it."""
+def policies_before(backbone: keras.Model, mode: str, dtype: str) -> Any:
+    """Return the dtype argument that builds a float backbone for `quantize_layer`."""
+    return _policies(backbone, dtype, product_dtype(mode, dtype))
+
+
+def policies_after(backbone: keras.Model, mode: str, dtype: str) -> Any:
+    """Return the dtype argument that builds a float backbone as `quantize_layer` leaves it."""
+    return _policies(backbone, dtype, f"{_POLICIES[mode]}_from_{product_dtype(mode, dtype)}")
+
+
+def round_outputs(backbone: keras.Model, dtype: str) -> None:
+    """Make layers that compute in another dtype return their outputs in `dtype`."""
+    for layer in _quantizable(backbone):
+        if layer.compute_dtype != dtype:
+            layer.call = _rounded(layer.call, dtype)
+            layer.quantized_call = _rounded(layer.quantized_call, dtype)
+
+
+def _rounded(call: Callable[..., Any], dtype: str) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def rounded(*inputs: Any, **options: Any) -> Any:
+        return keras.ops.cast(call(*inputs, **options), dtype)
+
+    return rounded
+
+
+def _policies(backbone: keras.Model, dtype: str, quantizable: str) -> Any:
     policies = keras.dtype_policies.DTypePolicyMap(default_policy=dtype)
+    for layer in _quantizable(backbone):
+        policies[layer.path] = keras.dtype_policies.get(quantizable)
+    return policies
+
+
+def _quantizable(backbone: keras.Model) -> Iterator[keras.Layer]:
+    """Yield the layers that Keras knows how to quantize."""
     for layer in backbone._flatten_layers(include_self=False):
         is_leaf = len(list(layer._flatten_layers())) == 1
         if is_leaf and type(layer).quantize is not keras.Layer.quantize:
-            policies[layer.path] = keras.dtype_policies.get(f"{_POLICIES[mode]}_from_{dtype}")
-    return policies
+            yield layer
 
 
 # The names of Keras' policies for `CONFIGS`: int4 has blocks of 128 inputs.

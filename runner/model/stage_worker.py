@@ -63,7 +63,7 @@ def _stage_predictor(spec: ModelSpec, stage: StageLayers, dtype: str) -> Any:
     from runner.model.loading import build_backbone, cut_stage, fill, locate_weights, place_whole
     from runner.model.predictor import Predictor
 
-    backbone = build_backbone(spec.preset, dtype=dtype)
+    backbone = build_backbone(spec.preset, dtype=dtype, quantization=spec.quantization)
     model = cut_stage(backbone, stage.start, stage.stop)
     stored = locate_weights(backbone, spec.preset, spec.lora_weights)
     fill(model, stored, place_whole, quantization=spec.quantization)

@@ -143,7 +143,7 @@ class Replica:
         from runner.model.predictor import matmul_rate, resolve_dtype
 
         before = peak_rss_bytes()
-        dtype = resolve_dtype(spec.dtype, device, is_int8=spec.is_int8)
+        dtype = resolve_dtype(spec.dtype, device)
         self._predictor = make(dtype)
         if KINDS[device.platform].is_host:
             cpu_allocator.keep_work_space()

@@ -91,7 +91,7 @@ def _chosen(job: PlanInput, options: list[Option], best: Option | None) -> list[
         ("model-parallel", "pipeline", "none"),
     ):
         if quantization in job.quantizations:
-            way = (mode, strategy, job.dtype(quantization), quantization)
+            way = (mode, strategy, job.dtype, quantization)
             usual += [option for option in options if option.way == way]
     wanted = [*([best] if best else []), asked_option(job, options), *usual]
     # A group's members compile one program together, which is not done here yet.
@@ -148,7 +148,7 @@ def _compile(
         "layers": layers,
         "shapes": [[shape.rows, shape.length] for shape in shapes],
     }
-    answers = _ask(request, environment_for(model.name))
+    answers = ask_compiler(request, environment_for(model.name))
     limit = _room(job).memory_bytes * SHARE_IN_USE
     for shape in shapes:
         answer = next(answers)
@@ -177,7 +177,7 @@ def _fit(answer: dict[str, Any], shape: BatchShape, limit: float) -> dict[str, A
     }
 
 
-def _ask(request: dict[str, Any], environment: dict[str, str]) -> Iterator[dict[str, Any]]:
+def ask_compiler(request: dict[str, Any], environment: dict[str, str]) -> Iterator[dict[str, Any]]:
     """Yield an answer for each shape of a request; an error if the process says no more."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:

@@ -7,7 +7,6 @@ from runner.config.command import command_flags
 from runner.config.task import CONTEST
 from runner.planner.records import Option, PlanInput
 from runner.planner.ways import pipeline_over
-from sharding.kinds import dtype_beside
 
 # Ways that take at most this many times as long as the fastest, plus these seconds, count as
 # equally fast; the simplest of them is recommended.
@@ -26,7 +25,7 @@ def recommend(job: PlanInput, options: list[Option]) -> tuple[Option | None, str
     fitting = [option for option in options if option.fits]
     wanted = job.preset.quantization or job.config.quantization
     for quantization in (wanted, *(name for name in job.quantizations if name != wanted)):
-        form = (job.dtype(quantization), quantization)
+        form = (job.dtype, quantization)
         there = [option for option in fitting if option.way[2:] == form]
         times = [option.total_s for option in there if option.total_s is not None]
         limit_s = min(times, default=0.0) * AS_FAST + AS_FAST_S
@@ -45,7 +44,7 @@ def _reasons(job: PlanInput, best: Option, wanted: str, options: list[Option]) -
     """Return sentences on why `best` is recommended, and on what is faster but less precise."""
     said = []
     if best.quantization != wanted:
-        form = (job.dtype(wanted), wanted)
+        form = (job.dtype, wanted)
         without = next(option for option in options if option.way[2:] == form)
         said.append(
             f"Nothing fits with {'float' if wanted == 'none' else wanted} weights "
@@ -94,11 +93,11 @@ def _what_would_fit(job: PlanInput) -> str:
         return "Nothing fits the memory of this machine."
     quantization = job.preset.quantization or job.config.quantization
     for members in range(2, min(MOST_MEMBERS, job.preset.shape.num_layers) + 1):
-        if not pipeline_over(job, members, job.dtype(quantization), quantization).fits:
+        if not pipeline_over(job, members, job.dtype, quantization).fits:
             continue
         return (
             f"Nothing fits {job.devices.count} x {job.devices.title}. A pipeline over {members} of "
-            f"them would hold {job.dtype(quantization)} weights: --mode model-parallel "
+            f"them would hold {job.dtype} weights: --mode model-parallel "
             f"--group-size {members}."
         )
     return f"Nothing fits, not even {MOST_MEMBERS} x {job.devices.title} together."
@@ -107,7 +106,6 @@ def _what_would_fit(job: PlanInput) -> str:
 def command_of(job: PlanInput, best: Option) -> list[str]:
     """Return the flags of the recommended run."""
     config = job.config
-    auto = dtype_beside(best.quantization, job.devices.native_dtype)
     is_group = best.mode == "model-parallel"
     keeps_count = config.num_workers is not None and best.mode != "single"
     changes: dict[str, Any] = {
@@ -116,7 +114,7 @@ def command_of(job: PlanInput, best: Option) -> list[str]:
         "strategy": best.strategy if best.strategy == "tensor" else None,
         "group_size": best.group_size if is_group and best.group_size != 2 else None,
         "num_workers": best.workers if keeps_count else None,
-        "dtype": best.dtype if best.dtype != auto else "auto",
+        "dtype": best.dtype if best.dtype != job.devices.native_dtype else "auto",
         "quantization": "none" if job.preset.quantization else best.quantization,
     }
     has_head = config.task.head != "none"

@@ -14,7 +14,6 @@ from runner.preset.families import strategies
 from runner.preset.reader import Preset
 from sharding.batches import Plan
 from sharding.fit import Way
-from sharding.kinds import dtype_beside
 from sharding.memory import Need
 from sharding.strategies import auto_strategy
 from sharding.times import ONE_PROCESS_ON_A_CPU, Seconds
@@ -65,11 +64,11 @@ class PlanInput:
         """The preset's own quantization; for float weights, all of them."""
         return (self.preset.quantization,) if self.preset.quantization else QUANTIZATIONS
 
-    def dtype(self, quantization: str) -> str:
-        """Return the dtype to compute in, with weights quantized this way."""
-        if self.config.dtype != "auto":
-            return self.config.dtype
-        return dtype_beside(quantization, self.devices.native_dtype)
+    @property
+    def dtype(self) -> str:
+        """The dtype to compute in."""
+        wanted: str = self.config.dtype
+        return self.devices.native_dtype if wanted == "auto" else wanted
 
     @property
     def asked(self) -> tuple[str, str | None, str, str]:
@@ -79,7 +78,7 @@ class PlanInput:
             known = strategies(self.preset.class_name)
             strategy = auto_strategy(known, self.config.members, self.preset.shape.num_layers)
         quantization = self.preset.quantization or self.config.quantization
-        return self.config.mode, strategy, self.dtype(quantization), quantization
+        return self.config.mode, strategy, self.dtype, quantization
 
     def peak(self, way: "Way | Option") -> float | None:
         """Return the FLOP/s of large matmuls on one worker, None if not known."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from runner.common.poolings import POOLINGS
 from runner.common.units import duration, flops_text, gb, parameters_text
-from sharding.kinds import KINDS, dtype_beside
+from sharding.kinds import KINDS
 
 WIDTH = 100
 BAR_WIDTH = 46
@@ -206,13 +206,15 @@ def _caveats(plan: dict[str, Any]) -> list[str]:
         text = (
             f"Times: this program has not been measured on a {device['kind'].upper()} yet. Matmul "
             f"rates are from the sources below; the share that a model reaches, {expected:g} "
-            f"({low:g} to {high:g}), was measured on CPUs. int8 and int4 are assumed to be as fast "
-            "as float, the disk to read 0.5 GB/s, and compiling to take 0.3 s a layer and shape."
+            f"({low:g} to {high:g}), was measured on CPUs. int8 products are expected at the "
+            "integer rate and at worst at the float rate; int4 is assumed to be as fast as float. "
+            "The disk is assumed to read 0.5 GB/s, and compiling to take 0.3 s a layer and shape. "
+            "The first hundred rows will tell, and so does --calibrate on the device itself."
         )
     lines = textwrap.wrap(text, WIDTH)
     if not KINDS[device["kind"]].is_host:
         for dtype, rate in device["rates"].items():
-            if dtype in {option["dtype"] for option in _shown(plan)}:
+            if dtype == "int8" or dtype in {option["dtype"] for option in _shown(plan)}:
                 lines.append(f"- {dtype}: {flops_text(rate['used'])}/s used, {_origin(rate)}")
         for source in device["sources"]:
             lines += textwrap.wrap(source, WIDTH, initial_indent="- ", subsequent_indent="  ")
@@ -266,7 +268,7 @@ def _shown(plan: dict[str, Any]) -> list[dict[str, Any]]:
     shown = [
         option
         for option in plan["options"]
-        if option["dtype"] in {dtype_beside(option["quantization"], dtype) for dtype in dtypes}
+        if option["dtype"] in dtypes
         and not (option["strategy"] == "tensor" and option["quantization"] != "none")
     ]
     layouts = list(dict.fromkeys((option["mode"], option["strategy"]) for option in shown))

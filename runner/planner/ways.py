@@ -27,7 +27,7 @@ from sharding.fit import (
     forecast,
     plan_flops,
 )
-from sharding.kinds import KINDS, dtype_beside
+from sharding.kinds import KINDS
 from sharding.memory import SHARE_FOR_WEIGHTS, SHARE_IN_USE
 from sharding.times import START_S, Seconds, compile_seconds, load_seconds
 from sharding.topology import place_workers
@@ -242,8 +242,6 @@ def _not_sliceable(shape: ModelShape, way: Way) -> str | None:
 def _not_computable(job: PlanInput, way: Way) -> str | None:
     """Return why these devices cannot compute in this dtype."""
     devices = job.devices
-    if dtype_beside(way.quantization, way.dtype) != way.dtype:
-        return f"{way.quantization} layers do not compute in {way.dtype}"
     if devices.model is not None and way.dtype not in devices.model.rates:
         return f"{devices.title} does not multiply {way.dtype}"
     return None
@@ -255,7 +253,7 @@ def _time(
     """Return the seconds by stage, the range of their total, and how they were computed."""
     assert found.plan is not None, "this is a bug: what fits has a plan"
     shape, devices, plan = job.preset.shape, job.devices, found.plan
-    rates, rate_text = _rates(job, way)
+    rates, rate_text = _rates(job, way, plan)
     if rates is None:
         return None, None, rate_text
     before, before_text = _before(job, way, plan)
@@ -291,9 +289,13 @@ def _time(
     return middle, (fast.total, slow.total), how
 
 
-def _rates(job: PlanInput, way: Way) -> tuple[tuple[float, float, float] | None, str]:
+def _rates(job: PlanInput, way: Way, plan: Plan) -> tuple[tuple[float, float, float] | None, str]:
     """Return the FLOP/s of a worker on the model (expected, least, most) and how they were
-    computed; or None, and why they are not known."""
+    computed; or None, and why they are not known.
+
+    Nobody has measured the integer rate of these GPUs and TPUs. So the least is that of float
+    products.
+    """
     measured = job.measured
     if measured is not None and measured.way == way.name:
         rate = measured.flops_per_s
@@ -305,7 +307,18 @@ def _rates(job: PlanInput, way: Way) -> tuple[tuple[float, float, float] | None,
     expected, low, high = KINDS[job.devices.kind].efficiency
     if measured is not None and measured.efficiency is not None:
         expected, low, high = (measured.efficiency * part for part in (1.0, 0.8, 1.2))
-    return (peak * expected, peak * low, peak * high), f"{flops_text(peak)}/s x {expected:.2g}"
+    integer = job.devices.integer_rate if way.quantization == "int8" else None
+    if integer is None:
+        return (peak * expected, peak * low, peak * high), f"{flops_text(peak)}/s x {expected:.2g}"
+    flops = plan_flops(job.preset.shape, plan)
+    # Products of weights are of int8; attention's are of the way's dtype.
+    attention = 1 - plan.padded_tokens * job.preset.shape.flops_per_token / flops if flops else 0.0
+    mixed = 1 / (attention / peak + (1 - attention) / integer)
+    text = (
+        f"{flops_text(mixed)}/s x {expected:.2g} ({attention:.1%} of it in {way.dtype} at "
+        f"{flops_text(peak)}/s, the rest int8 at {flops_text(integer)}/s)"
+    )
+    return (mixed * expected, peak * low, mixed * high), text
 
 
 def _before(job: PlanInput, way: Way, plan: Plan) -> tuple[Seconds, str]:

@@ -13,11 +13,10 @@ from runner.common.files import compilation_cache
 from runner.common.records import ModelSpec
 from runner.common.versions import versions
 from runner.config.flags import DefaultLength, DefaultPooling
-from runner.config.run_config import PrepareConfig, RunConfig, check_dtype
+from runner.config.run_config import PrepareConfig, RunConfig
 from runner.config.task import CONTEST, Task
 from runner.preset.reader import Preset, check_lora, read_head, read_preset
 from runner.results.fingerprint import Fingerprint, fingerprint
-from sharding.kinds import dtype_beside
 
 # Packages whose versions may change an answer.
 ANSWERS_DEPEND_ON = ("jax", "keras", "keras-hub")
@@ -44,14 +43,6 @@ class Job:
         """Return the number of values that a row gets."""
         return task.width(self.preset.shape.hidden_dim)
 
-    def dtype(self, config: RunConfig, of_device: str) -> str:
-        """Return the dtype to compute in.
-
-        of_device: the one that config and device give without quantization.
-        """
-        quantization = self.preset.quantization or config.quantization
-        return dtype_beside(quantization, of_device) if config.dtype == "auto" else of_device
-
     def spec(self, config: RunConfig, dtype: str) -> ModelSpec:
         """Return what workers need to load the model in a dtype."""
         lora, kernel, bias = (
@@ -70,7 +61,6 @@ class Job:
             compilation_cache=compilation_cache(),
             stored_bytes=self.preset.stored_bytes,
             head=config.task.head,
-            is_int8="int8" in (self.preset.quantization, self.quantization),
         )
 
     def head_files(self, task: Task) -> tuple[Path, ...]:
@@ -128,7 +118,6 @@ def find_job(config: RunConfig, others: Mapping[str, Path]) -> Job:
     """
     files = named_files(config, others)
     preset = read_preset(files["preset"])
-    check_dtype(config.dtype, preset.quantization)
     lora = files.get("lora_weights")
     if lora is not None:
         check_lora(lora, preset.shape)

@@ -21,7 +21,7 @@ WEIGHTS = 2 * 198_000_000  # roughly, of both layers
 
 @pytest.fixture
 def compile_for(tmp_path):
-    def run(device, **request):
+    def run(device, command=COMPILER, **request):
         extra = extra_for(device)
         if not is_installed(extra):
             pytest.skip(f"needs the compiler: pip install 'arena-runner[{extra}]'")
@@ -34,7 +34,7 @@ def compile_for(tmp_path):
                  "layers": None, "shapes": [[4, 512]]} | request  # fmt: skip
         path = os.pathsep.join([str(ROOT), *sys.path])
         done = subprocess.run(
-            COMPILER,
+            command,
             input=json.dumps(asked),
             capture_output=True,
             text=True,
@@ -77,6 +77,55 @@ def test_what_does_not_compile_says_why(compile_for):
     good, bad = compile_for("t4", shapes=[[1, 64], [1, -1]])
     assert "error" not in good
     assert bad["error"]
+
+
+def test_int8_with_float16_around_it(compile_for):
+    """Attention's products are of float16, those of weights of int8."""
+    (found,) = compile_for("t4", quantization="int8")
+    products = found["products"]
+    assert products == {"library call of s8": 10, "library call of f16": 32,
+                        "library call of f32": 1}  # fmt: skip
+
+
+LOWERED = """
+import json, os, re, sys
+from runner.model.targets import environment_for
+request = json.load(sys.stdin)
+os.environ.update(environment_for(request["device"]))
+from runner.model.process import prepare_process
+from sharding.topology import WorkerSlot
+prepare_process(WorkerSlot(0, "cpu"), verbose=False)
+import jax
+from runner.model import absent
+from sharding.batches import BatchShape
+device = absent._device(request["device"])
+program, arguments = absent._program(request, device)
+for rows, length in request["shapes"]:
+    with jax.default_device(device):
+        text = program.lower(arguments, BatchShape(rows, length),
+                             sharding=jax.sharding.SingleDeviceSharding(device)).as_text()
+    kernels = len(re.findall(r"custom_call @(?:tpu_custom_call|mosaic_gpu\\w*|__gpu)", text))
+    print(json.dumps({"kernels": kernels, "squares": text.count(f"{length}x{length}xf32>")}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("device", "kernel", "pooling", "has_kernel"),
+    [
+        ("v5e", "mosaic_tpu", "mean", True),
+        ("v5e", "mosaic_tpu", "padded-mean", False),
+        ("a100", "triton", "padded-mean", True),
+        ("h100", "mosaic_gpu", "padded-mean", True),
+    ],
+)
+def test_fused_attention_is_in_the_traced_program(compile_for, device, kernel, pooling, has_kernel):
+    """Traced only, so it takes seconds; at lengths that are no multiple of a tile, too."""
+    whole, other = compile_for(
+        device, command=[sys.executable, "-c", LOWERED], dtype="bfloat16",
+        way=f"tokamax {kernel}", pooling=pooling, shapes=[[2, 512], [2, 1000]],
+    )  # fmt: skip
+    assert whole["squares"] == other["squares"] == 0
+    assert bool(whole["kernels"]) == bool(other["kernels"]) == has_kernel
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -12,8 +11,6 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import numpy as np
 import pytest
 
-from runner.common.errors import ConfigError
-from runner.config.run_config import PrepareConfig
 from tests.conftest import LENGTH, ROOT, TOLERANCE, environment
 
 
@@ -22,19 +19,59 @@ def hidden_states(backbone):
     return np.asarray(backbone({"token_ids": tokens, "padding_mask": np.ones((2, 40), bool)}))
 
 
-def test_int8_is_never_beside_float16():
+def test_auto_dtype_by_device():
     from runner.model.predictor import resolve_dtype  # imports Keras
 
     for platform, capability, found in (
-        *(("gpu", "7.5", "float32"), ("gpu", "8.0", "bfloat16")),
+        *(("gpu", "7.5", "float16"), ("gpu", "8.0", "bfloat16")),
         *(("tpu", None, "bfloat16"), ("cpu", None, "float32")),
     ):
         device = SimpleNamespace(platform=platform, compute_capability=capability)
-        assert resolve_dtype("auto", device, is_int8=True) == found
-    t4 = SimpleNamespace(platform="gpu", compute_capability="7.5")
-    assert resolve_dtype("auto", t4) == "float16"
-    with pytest.raises(ConfigError, match="int8 weights cannot be used with --dtype float16"):
-        PrepareConfig(preset=Path("p"), output=Path("o"), dtype="float16")
+        assert resolve_dtype("auto", device) == found
+
+
+def test_int8_layers_in_float16_are_those_of_float32_rounded_once(load):
+    """Keras has no such layers. The weights are the same, and so is each layer's output."""
+    wide, half = load("gemma2", "int8"), load("gemma2", "int8", dtype="float16")
+    twins = {variable.path: variable for variable in wide.variables}
+    for variable in half.variables:
+        twin = twins[variable.path]
+        if variable.dtype != "float16":
+            assert (variable.dtype, variable.shape) == (twin.dtype, twin.shape)
+            assert np.array_equal(np.asarray(variable.value), np.asarray(twin.value))
+    assert sum(v.dtype == "int8" for v in half.variables) == (
+        sum(v.dtype == "int8" for v in wide.variables)
+    )
+    layers = {layer.path: layer for layer in wide._flatten_layers()}
+    compared = 0
+    for layer in half._flatten_layers():
+        if getattr(layer, "quantization_mode", None) != "int8" or "embedding" in layer.path:
+            continue
+        kernel = layer._kernel.shape
+        width = kernel[1:2] if layer.name in ("query", "key", "value") else kernel[:-1]
+        inputs = np.random.default_rng(0).normal(size=(1, 5, *width)).astype(np.float16)
+        answer = layer(inputs)
+        assert answer.dtype == "float16"
+        assert np.array_equal(
+            np.asarray(answer), np.asarray(layers[layer.path](inputs)).astype(np.float16)
+        )
+        compared += 1
+    assert compared >= 10
+    assert hidden_states(half).dtype == np.float16
+    # An activation on the edge of two int8 becomes the other one.
+    off = np.abs(hidden_states(half).astype(np.float32) - hidden_states(wide))
+    of_int8 = np.abs(hidden_states(wide) - hidden_states(load("gemma2")))
+    assert off.mean() < of_int8.mean()
+
+
+def test_sums_beyond_float16_do_not_overflow(load):
+    """A sum over 48 columns of 127 x 127 is 774,192; float16 ends at 65,504."""
+    half = load("gemma2", "int8", dtype="float16")
+    layer = next(layer for layer in half._flatten_layers() if layer.path.endswith("ffw_gating"))
+    signs = np.sign(np.asarray(layer._kernel, np.float32)[:, 0])
+    answer = np.asarray(layer((signs * 60).astype(np.float16)[None, None]))
+    assert np.isfinite(answer).all()
+    assert np.abs(np.asarray(layer._kernel, np.float32)[:, 0]).sum() * 127 > 65_504
 
 
 @pytest.fixture

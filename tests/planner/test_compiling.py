@@ -83,7 +83,7 @@ def test_gemma_2_9b_on_two_t4(compiler, tmp_path):
     }
     assert set(ways) == {
         ("pipeline", "float16", "none", (0, 21)), ("pipeline", "float16", "none", (21, 42)),
-        ("data-parallel", "float16", "none", None), ("data-parallel", "float32", "int8", None),
+        ("data-parallel", "float16", "none", None), ("data-parallel", "float16", "int8", None),
     }  # fmt: skip
     whole = ways["data-parallel", "float16", "none", None]
     assert (whole["fits"], whole["largest_batch_tokens"]) == (False, 0)
@@ -91,7 +91,7 @@ def test_gemma_2_9b_on_two_t4(compiler, tmp_path):
     assert stage["fits"]
     # 14.4 GB, less the weights, in 90 kB a token.
     assert stage["largest_batch_tokens"] == pytest.approx((14.4e9 - 9.24e9) / 90_000, rel=0.01)
-    quantized = ways["data-parallel", "float32", "int8", None]
+    quantized = ways["data-parallel", "float16", "int8", None]
     assert quantized["fits"]
     assert quantized["asked"]["quantization"] == "int8"
     assert len(said) == 4

@@ -11,6 +11,7 @@ from runner.config.run_config import RunConfig
 from runner.preset.auto import choose_strategy, tokens_per_batch
 from runner.preset.reader import Preset
 from sharding.costs import ModelShape
+from sharding.memory import values_of
 from sharding.stages import StageLayers, cut_stages
 from sharding.strategies import tensor_bytes_per_token
 
@@ -81,16 +82,18 @@ def test_the_batch_fits_beside_the_weights(monkeypatch, tmp_path):
     preset = gemma_2_9b_on(monkeypatch, tmp_path, 15_360)
     int8 = RunConfig(quantization="int8")
     tokens = tokens_per_batch(int8, preset, "gpu")
-    working = tokens * GEMMA_2_9B.working_bytes_per_token(512, 4)
-    assert 4096 < tokens < 16_384
-    assert 9.24e9 + working == pytest.approx(0.9 * 15_360 * 2**20, rel=0.01)
+    assert tokens == 16_384, "9.2 GB of weights and 151 kB a token"
     halves = RunConfig(mode="model-parallel", dtype="float16")
-    assert tokens_per_batch(halves, preset, "gpu") > tokens
+    assert tokens_per_batch(halves, preset, "gpu") == 16_384
     assert tokens_per_batch(RunConfig(max_tokens_per_batch=77), preset, "gpu") == 77
     assert tokens_per_batch(int8, preset, "cpu") == 2048
     assert tokens_per_batch(RunConfig(), gemma_2_9b_on(monkeypatch, tmp_path, 143_000), "gpu") == (
         16_384
     )
+    tight = tokens_per_batch(int8, gemma_2_9b_on(monkeypatch, tmp_path, 11_000), "gpu")
+    working = tight * GEMMA_2_9B.working_bytes_per_token(512, values_of("float16", "int8"))
+    assert 4096 < tight < 16_384
+    assert 9.24e9 + working == pytest.approx(0.9 * 11_000 * 2**20, rel=0.01)
 
 
 def test_gemma_2_9b_on_two_t4(monkeypatch, tmp_path):

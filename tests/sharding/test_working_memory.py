@@ -1,0 +1,60 @@
+"""The bytes that the plan expects of a batch, against XLA's own account of compiled programs."""
+
+import json
+
+import pytest
+
+from benchmarks.temporaries import MODELS
+from runner.preset.families import model_shape
+from sharding.memory import values_of
+from tests.conftest import ROOT
+
+RECORDED = [
+    json.loads(line)
+    for line in (ROOT / "benchmarks/results/2026-11-28-temporaries.jsonl").read_text().splitlines()
+]
+
+
+def of(device, quantization=None, dtype=None):
+    return [
+        one
+        for one in RECORDED
+        if one["device"] == device
+        and one["quantization"] == quantization
+        and dtype in (None, one["dtype"])
+        and one["model"] in MODELS
+        # In small batches, copies of weights are as large as activations.
+        and one["shape"][0] * one["shape"][1] >= 2048
+    ]
+
+
+def error(one):
+    _, class_name, config = MODELS[one["model"]]
+    shape = model_shape(class_name, config | {"num_layers": 2})
+    rows, length = one["shape"]
+    values = values_of(one["dtype"], one["quantization"] or "none")
+    expected = rows * length * shape.working_bytes_per_token(length, values)
+    return expected / one["temporary_bytes"] - 1
+
+
+@pytest.mark.parametrize(
+    ("device", "quantization", "dtype", "least"),
+    [
+        ("t4", None, "float16", 30),
+        ("t4", "int8", "float16", 15),
+        ("t4", "int8", "float32", 25),
+        ("t4", "int4", "float16", 1),
+    ],
+)
+def test_temporaries_on_a_t4(device, quantization, dtype, least):
+    errors = {json.dumps(one): error(one) for one in of(device, quantization, dtype)}
+    assert len(errors) >= least
+    worst = max(errors, key=lambda one: abs(errors[one]))
+    assert abs(errors[worst]) < 0.15, (worst, errors[worst])
+
+
+def test_an_h100_needs_no_more_than_expected():
+    """There XLA's own kernels fuse more; which ones the card takes, only the card can tell."""
+    errors = [error(one) for one in of("h100")]
+    assert len(errors) >= 6
+    assert all(0 <= one < 0.2 for one in errors), errors
