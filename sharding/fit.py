@@ -135,7 +135,7 @@ def fit(
             most=budget,
         )
     batches = plan(budget)
-    largest = _largest_need(shape, way, batches, weights.held_bytes)
+    largest = _largest_need(shape, way, batches, weights, KINDS[room.kind].kept_values)
     host = host_bytes(
         shape,
         kind=room.kind,
@@ -155,8 +155,12 @@ def fit(
     )
 
 
-def _largest_need(shape: ModelShape, way: Way, batches: Plan, held_bytes: float) -> Need:
+def _largest_need(
+    shape: ModelShape, way: Way, batches: Plan, weights: Fit, kept_values: float
+) -> Need:
     """Return what the fullest device needs for the batches that need the most."""
+    layers = shape.num_layers * (weights.share if way.strategy == "pipeline" else 1)
+    kept_bytes = kept_values * layers * shape.hidden_dim * ITEM_BYTES[way.dtype]
     largest_weight = max(shape.vocabulary_size, shape.intermediate_dim) * shape.hidden_dim
     # As `product_dtype` in `runner/model/quantization.py`.
     is_wide = (way.quantization, way.dtype) == ("int8", "float16")
@@ -165,17 +169,18 @@ def _largest_need(shape: ModelShape, way: Way, batches: Plan, held_bytes: float)
         (
             need(
                 shape,
-                held_bytes=held_bytes,
+                held_bytes=weights.held_bytes,
                 tokens=batch.tokens,
                 length=batch.length,
                 values=values_of(way.dtype, way.quantization),
                 slices=way.slices,
+                kept_bytes=kept_bytes,
                 loading_bytes=largest_weight * loaded if way.quantizes else 0.0,
             )
             for batch in batches.shapes
         ),
         key=lambda one: one.total_bytes,
-        default=Need(held_bytes, 0.0, 0.0),
+        default=Need(weights.held_bytes, 0.0, 0.0),
     )
 
 

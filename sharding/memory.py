@@ -130,16 +130,18 @@ def need(
     length: int,
     values: Values,
     slices: int = 1,
+    kept_bytes: float = 0.0,
     loading_bytes: float = 0.0,
 ) -> Need:
     """Return what a device needs for batches of `tokens` padded tokens, in rows of `length`.
 
     Args:
         slices: members of a tensor group, else 1.
+        kept_bytes: of all layers, for each token.
         loading_bytes: needed beside the weights while they are loaded, before any batch.
     """
     activations = tokens * shape.activation_bytes_per_token(values, slices)
-    working = tokens * shape.working_bytes_per_token(length, values, slices)
+    working = tokens * (shape.working_bytes_per_token(length, values, slices) + kept_bytes)
     return Need(held_bytes, activations, max(working, loading_bytes) - activations)
 
 
