@@ -35,13 +35,18 @@ def quantize_layer(layer: keras.Layer, mode: str) -> None:
     """
     if type(layer).quantize is keras.Layer.quantize:
         return
-    if isinstance(layer.dtype_policy, keras.dtype_policies.DTypePolicyMap):
+    policies = layer.dtype_policy
+    is_mapped = isinstance(policies, keras.dtype_policies.DTypePolicyMap)
+    if is_mapped:
         # Keras derives the new policy from the layer's own, but does not look it up in the map.
-        layer._dtype_policy = layer.dtype_policy[layer.path]
+        layer._dtype_policy = policies[layer.path]
     with _in_pieces(), warnings.catch_warnings():
         # Keras converts its variables for NumPy as NumPy 1 did.
         warnings.simplefilter("ignore", DeprecationWarning)
         layer.quantize(mode, config=CONFIGS[mode]())
+    if is_mapped:  # the map is saved with the backbone
+        del policies[layer.path]
+        policies[layer.path] = layer.dtype_policy
 
 
 def product_dtype(mode: str | None, dtype: str) -> str:
