@@ -64,6 +64,15 @@ def test_int8_layers_in_float16_are_those_of_float32_rounded_once(load):
     assert off.mean() < of_int8.mean()
 
 
+def test_int8_layers_in_float16_are_saved_and_loaded(load, tmp_path):
+    from runner.model.loading import load_backbone
+
+    half = load("gemma2", "int8", dtype="float16")
+    half.save_to_preset(str(tmp_path / "preset"))
+    again = load_backbone(str(tmp_path / "preset"), None, dtype="float16")
+    assert np.array_equal(hidden_states(again), hidden_states(half))
+
+
 def test_sums_beyond_float16_do_not_overflow(load):
     """A sum over 48 columns of 127 x 127 is 774,192; float16 ends at 65,504."""
     half = load("gemma2", "int8", dtype="float16")
@@ -159,9 +168,14 @@ def test_a_prepared_preset_gives_the_numbers_of_quantizing_while_loading(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_a_quantized_pipeline_equals_single(models, test_set, predict, mode):
-    flags = (*models["gemma2"].flags(), "--input", str(test_set), *FLAGS, "--quantization", mode)
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [("int8", "float32"), ("int4", "float32"), ("int8", "float16")]
+)
+def test_a_quantized_pipeline_equals_single(models, test_set, predict, mode, dtype):
+    flags = (
+        *(*models["gemma2"].flags(), "--input", str(test_set), *FLAGS),
+        *("--quantization", mode, "--dtype", dtype),
+    )
     pipelined = predict("--mode", "model-parallel", *flags)
     single = predict("--mode", "single", *flags)
     # An int8 activation may fall on the other side of a rounding.
