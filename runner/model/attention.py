@@ -190,8 +190,10 @@ def choose_way(
     Returns:
         The way, and a warning for each way that was rejected.
     """
-    width = int(model.output.shape[-1])
-    checks = [_Check(layer, width, sees_padding) for layer in _one_of_each_kind(model)]
+    checks = [  # an encoder has no such layers
+        _Check(layer, int(model.output.shape[-1]), sees_padding)
+        for layer in _one_of_each_kind(model)
+    ]
     kind, tolerance = device.device_kind, _tolerance(model)
     notes: list[str] = []
     try:

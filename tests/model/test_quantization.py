@@ -64,6 +64,7 @@ def test_int8_layers_in_float16_are_those_of_float32_rounded_once(load):
     assert off.mean() < of_int8.mean()
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_int8_layers_in_float16_are_saved_and_loaded(load, tmp_path):
     from runner.model.loading import load_backbone
 
