@@ -214,7 +214,7 @@ def test_a_checkpoint_is_pointed_to_prepare(cli, plain, tmp_path):
     with pytest.raises(DataError, match=r"is a Hugging Face checkpoint.*run.py prepare --preset"):
         read_preset(tmp_path / "hf")
     (tmp_path / "hf" / "config.json").write_text('{"model_type": "whisper"}')
-    with pytest.raises(DataError, match=r"does not convert.*gemma, gemma2.*'whisper'"):
+    with pytest.raises(DataError, match=r"cannot convert.*gemma, gemma2.*'whisper'"):
         read_preset(tmp_path / "hf")
 
 
