@@ -371,7 +371,7 @@ class TestPage:
         report = make_report()
         report["rates"] = dict.fromkeys(report["rates"])
         html = make_page(make_story(report=report))
-        assert "this run has no rate to split it by" in html
+        assert "this run measured no rate to split it by" in html
         assert '<i style="background:var(--slower-than-that)"></i>predicting\n' in html
         assert WORKING not in html, "nor is anything compared with it"
         assert f"</i>{SLOWER}\n" in make_page(make_story())
