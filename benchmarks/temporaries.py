@@ -74,6 +74,7 @@ def measure(name: str, flags: argparse.Namespace) -> list[dict[str, Any]]:
         request = {
             "device": flags.device, "preset": folder, "dtype": flags.dtype,
             "quantization": flags.quantization, "pooling": "first" if is_encoder else "mean",
+            "heads": config["num_heads" if is_encoder else "num_query_heads"],
             "head": "softmax", "classes": 3, "layers": flags.layers, "shapes": batches,
         }  # fmt: skip
         answers = ask_compiler(request, environment_for(flags.device))

@@ -8,7 +8,8 @@ The request is JSON on standard input:
     device: a key of `GPU_TARGETS` or `TPU_TOPOLOGIES`. preset: its folder. dtype, quantization,
     pooling, head: as in `ModelSpec`. classes: columns of the head. layers: [start, stop] of a
     stage, null for the whole model. shapes: [[rows, length], ...]. way: how to attend, a key of
-    `attention.WAYS`; without it, in the way that all devices compile.
+    `attention.WAYS`; without it, in the way that all devices compile. heads: of queries, if they
+    are known.
 The answer is a line of JSON for each shape: `Compiled`, or {"error": why}.
 """
 
@@ -39,7 +40,8 @@ def main() -> None:
         return
     for rows, length in request["shapes"]:
         try:
-            compiled = _compile(program, arguments, BatchShape(rows, length), device)
+            heads, shape = request.get("heads", 0), BatchShape(rows, length)
+            compiled = _compile(program, arguments, shape, device, heads)
             _answer(compiled | {"way": request.get("way", WAY)})
         except Exception as error:
             _answer({"error": _why(error)})
@@ -107,7 +109,7 @@ def _program(request: dict[str, Any], device: Any) -> tuple[Any, tuple[Any, ...]
 
 
 def _compile(
-    program: Any, arguments: tuple[Any, ...], shape: BatchShape, device: Any
+    program: Any, arguments: tuple[Any, ...], shape: BatchShape, device: Any, heads: int
 ) -> dict[str, Any]:
     import jax
 
@@ -125,7 +127,11 @@ def _compile(
         "output_bytes": memory.output_size_in_bytes,
         "trace_s": round(traced - started, 3),
         "compile_s": round(ended - traced, 3),
-        **read_program(compiled.as_text(), length=shape.length),
+        **read_program(
+            compiled.as_text(),
+            length=shape.length,
+            scores=heads * shape.rows * shape.length**2,
+        ),
     }
 
 

@@ -60,11 +60,12 @@ class Computation:
         return next((one for one in self.instructions.values() if one.is_root), None)
 
 
-def read_program(text: str, *, length: int) -> dict[str, Any]:
+def read_program(text: str, *, length: int, scores: int = 0) -> dict[str, Any]:
     """Return an optimized program's matrix products by kind, and warnings.
 
     Args:
-        text: as `jax.stages.Compiled.as_text` returns it. length: tokens per row.
+        text: as `jax.stages.Compiled.as_text` returns it. length: tokens per row. scores: of all
+            rows and heads. An array with fewer is a chunk of them, though it may be square.
 
     Returns:
         products: "KIND of DTYPE" -> how many; KIND is library call, fused kernel, loop, or matrix
@@ -74,7 +75,7 @@ def read_program(text: str, *, length: int) -> dict[str, Any]:
     """
     computations = _parse(text)
     products = _products(computations)
-    squares = _squares(computations.values(), length)
+    squares = _squares(computations.values(), length, scores)
     made = _made_of_weights(computations)
     warnings = []
     if squares:
@@ -111,12 +112,17 @@ def _parse(text: str) -> dict[str, Computation]:
 
 def _products(computations: dict[str, Computation]) -> Counter[str]:
     """Count the matrix products by what computes them and by the dtype of the first operand."""
-    kernels = {
+    kernels: set[str] = set()
+    called = [
         one.attribute("calls")
         for computation in computations.values()
         for one in computation.instructions.values()
-        if one.what == "fusion" and "triton_gemm" in one.rest
-    }
+        if one.what == "fusion" and '"kind":"__triton' in one.rest
+    ]
+    while called:  # a kernel's parts are computations too
+        kernels.add(name := called.pop())
+        parts = computations.get(name, Computation()).instructions.values()
+        called += {one.attribute("calls") for one in parts} - kernels - {""}
     found: Counter[str] = Counter()
     for name, computation in computations.items():
         for one in computation.instructions.values():
@@ -141,17 +147,17 @@ def _operand_dtype(one: Instruction, computation: Computation) -> str:
     return known[1] if known else "unknown"
 
 
-def _squares(computations: Iterable[Computation], length: int) -> int:
+def _squares(computations: Iterable[Computation], length: int, scores: int) -> int:
     """Count the square arrays of float32 scores, outside of fusions."""
     if length < SHORTEST_SQUARE:
         return 0
     return sum(
-        dtype == "f32" and [*map(int, sizes.split(","))][-2:] == [length, length]
+        dtype == "f32" and dims[-2:] == [length, length] and math.prod(dims) >= scores
         for computation in computations
         if computation.is_entry
         for one in computation.instructions.values()
         for dtype, sizes in ARRAY.findall(one.type)
-        if sizes.count(",") > 1
+        if len(dims := [int(size) for size in sizes.split(",") if size]) > 2
     )
 
 

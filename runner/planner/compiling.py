@@ -146,6 +146,7 @@ def _compile(
         "head": config.task.head,
         "classes": config.task.width(job.preset.shape.hidden_dim),
         "layers": layers,
+        "heads": job.preset.shape.num_query_heads,
         "shapes": [[shape.rows, shape.length] for shape in shapes],
     }
     answers = ask_compiler(request, environment_for(model.name))

@@ -45,11 +45,35 @@ def test_products_are_counted_by_what_computes_them():
     }
 
 
+def test_a_product_inside_a_kernels_parts_is_the_kernels():
+    """As XLA writes those for an H100."""
+    text = """%part (p: bf16[8,8]) -> bf16[8,8] {
+  %p = bf16[8,8]{1,0} parameter(0)
+  ROOT %dot.1 = bf16[8,8]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%kernel (a: bf16[8,8]) -> bf16[8,8] {
+  %a = bf16[8,8]{1,0} parameter(0)
+  ROOT %nested = bf16[8,8]{1,0} fusion(%a), kind=kCustom, calls=%part
+}
+
+ENTRY %main (x: bf16[8,8]) -> bf16[8,8] {
+  %x = bf16[8,8]{1,0} parameter(0)
+  ROOT %f = bf16[8,8]{1,0} fusion(%x), kind=kCustom, calls=%kernel, \
+backend_config={"fusion_backend_config":{"kind":"__triton_nested_gemm_fusion"}}
+}
+"""
+    assert read_program(text, length=8)["products"] == {"fused kernel of bf16": 1}
+
+
 def test_a_square_of_scores_is_found_at_its_length_alone():
     assert read_program(GPU, length=512)["squares"] == 1
     assert read_program(GPU, length=384)["squares"] == 0
     assert read_program(GPU.replace("f32[4,2,512", "f16[4,2,512"), length=512)["squares"] == 0
     assert "512 x 512" in read_program(GPU, length=512)["warnings"][0]
+    # As many as 4 rows and 2 heads have; with 4 heads, it is a chunk of grouped queries.
+    assert read_program(GPU, length=512, scores=4 * 2 * 512**2)["squares"] == 1
+    assert read_program(GPU, length=512, scores=4 * 4 * 512**2)["squares"] == 0
 
 
 def test_what_is_made_of_weights_alone_is_found():
