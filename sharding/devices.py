@@ -204,6 +204,22 @@ DEVICES: dict[str, DeviceModel] = {
             ),
         ),
         DeviceModel(
+            name="v6e",
+            title="TPU v6e chip",
+            kind="tpu",
+            memory_bytes=32 * GIGA,
+            bandwidth_bytes_per_s=1.64e12,
+            rates=_tpu_rates(918, 1836),
+            link="inter-chip links",
+            link_bytes_per_s=220 * GIGA,
+            usual_count=8,
+            pattern=r"v6 ?(e|lite)",
+            sources=(
+                "Google Cloud TPU v6e: 918 TFLOP/s bfloat16, 1,836 TOPS int8, 32 GB at 1,640 GB/s, "
+                "3,584 Gbit/s of links a chip; no measurement known",
+            ),
+        ),
+        DeviceModel(
             name="v3-8",
             title="TPU v3 core",
             kind="tpu",
@@ -225,7 +241,15 @@ DEVICES: dict[str, DeviceModel] = {
         ),
     )
 }
-ALIASES = {"v5e-8": "v5e", "a100-40gb": "a100", "v3": "v3-8", "tpu-v5e": "v5e", "tpu-v3-8": "v3-8"}
+ALIASES = {
+    "v5e-8": "v5e",
+    "a100-40gb": "a100",
+    "v3": "v3-8",
+    "tpu-v5e": "v5e",
+    "v6e-8": "v6e",
+    "tpu-v6e": "v6e",
+    "tpu-v3-8": "v3-8",
+}
 
 
 def find_model(name: str) -> DeviceModel:

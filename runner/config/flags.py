@@ -348,7 +348,7 @@ FLAGS: tuple[Flag, ...] = (
         group="plan",
         metavar="NAME",
         help="with --plan: forecast for --num-workers devices of another kind (t4, l4, a100, "
-        "a100-80gb, h100, h200, v5e, v3-8)",
+        "a100-80gb, h100, h200, v5e, v6e, v3-8)",
         default_note="the devices here",
         commands=(PLAN,),
     ),

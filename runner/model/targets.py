@@ -8,7 +8,11 @@ from dataclasses import dataclass
 # The extras that install JAX's compilers for absent devices.
 CUDA, TPU = "compile-cuda", "compile-tpu"
 # By --device: libtpu's name of the topology, and the accelerator type that has such chips.
-TPU_TOPOLOGIES = {"v5e": ("v5e:2x2", "v5litepod-4"), "v3-8": ("v3:2x2", "v3-8")}
+TPU_TOPOLOGIES = {
+    "v5e": ("v5e:2x2", "v5litepod-4"),
+    "v6e": ("v6e:2x2", "v6e-4"),
+    "v3-8": ("v3:2x2", "v3-8"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,6 +114,7 @@ for rows, length in request["shapes"]:
     [
         ("v5e", "mosaic_tpu", "mean", True),
         ("v5e", "mosaic_tpu", "padded-mean", False),
+        pytest.param("v6e", "mosaic_tpu", "mean", True, marks=pytest.mark.slow),
         ("a100", "triton", "padded-mean", True),
         ("h100", "mosaic_gpu", "padded-mean", True),
     ],

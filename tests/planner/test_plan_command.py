@@ -403,6 +403,7 @@ class TestDevices:
         ("NVIDIA H200", "h200"),
         ("Tesla P100-PCIE-16GB", None),
         ("v5litepod-8", "v5e"),
+        ("TPU v6 lite", "v6e"),
     ])  # fmt: skip
     def test_names_that_drivers_report(self, reported, name):
         found = recognize(reported)
