@@ -18,6 +18,7 @@ from sharding.memory import (
     cut_layers,
     host_bytes,
     need,
+    product_dtype,
     values_of,
     weight_item_bytes,
 )
@@ -162,9 +163,7 @@ def _largest_need(
     layers = shape.num_layers * (weights.share if way.strategy == "pipeline" else 1)
     kept_bytes = kept_values * layers * shape.hidden_dim * ITEM_BYTES[way.dtype]
     largest_weight = max(shape.vocabulary_size, shape.intermediate_dim) * shape.hidden_dim
-    # As `product_dtype` in `runner/model/quantization.py`.
-    is_wide = (way.quantization, way.dtype) == ("int8", "float16")
-    loaded = 4 if is_wide else ITEM_BYTES[way.dtype]
+    loaded = ITEM_BYTES[product_dtype(way.quantization, way.dtype)]
     return max(
         (
             need(

@@ -45,6 +45,15 @@ def weight_item_bytes(dtype: str, quantization: str) -> float:
     return QUANTIZED_BYTES.get(quantization, float(ITEM_BYTES[dtype]))
 
 
+def product_dtype(quantization: str | None, dtype: str) -> str:
+    """Return the dtype in which a layer quantized in this way computes, in a model of `dtype`.
+
+    A product of int8 is a sum of integers up to 127 x 127 x columns, but float16 ends at 65,504. So
+    sums are scaled in float32, and rounded to float16 once, when they leave the layer.
+    """
+    return "float32" if (quantization, dtype) == ("int8", "float16") else dtype
+
+
 def values_of(dtype: str, quantization: str) -> Values:
     """Return the bytes of values in layers that compute in a dtype.
 

@@ -10,7 +10,8 @@ The request is JSON on standard input:
     stage, null for the whole model. shapes: [[rows, length], ...]. way: how to attend, a key of
     `attention.WAYS`; without it, in the way that all devices compile. heads: of queries, if they
     are known.
-The answer is a line of JSON for each shape: `Compiled`, or {"error": why}.
+The answer is a line of JSON for each shape: XLA's bytes, seconds, and what `read_program` returns;
+or {"error": why}.
 """
 
 import json

@@ -168,8 +168,10 @@ def ways_for(device: jax.Device) -> tuple[str, ...]:
             kernels = ("tokamax mosaic_tpu",)
         elif device.platform == "gpu":
             capability = float(getattr(device, "compute_capability", "0") or 0)
-            kernels = ("tokamax mosaic_gpu",) * (capability >= 9) + ("tokamax triton",)
-            kernels = kernels if capability >= 8 else ()
+            if capability >= 9:
+                kernels = ("tokamax mosaic_gpu", "tokamax triton")
+            elif capability >= 8:
+                kernels = ("tokamax triton",)
     return (*kernels, "chunked", "keras")
 
 

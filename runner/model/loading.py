@@ -25,12 +25,12 @@ from runner.model.quantization import (
     policies_after,
     policies_before,
     policies_of,
-    product_dtype,
     quantize_layer,
     round_outputs,
 )
 from runner.model.weights import StoredWeight, find_weights
 from runner.preset.families import FAMILIES
+from sharding.memory import product_dtype
 
 
 def load_backbone(

@@ -19,6 +19,7 @@ import numpy as np
 from keras.src.quantizers import quantizers
 
 from runner.preset.json_files import read_json
+from sharding.memory import product_dtype
 
 CONFIGS = {
     "int8": keras.quantizers.Int8QuantizationConfig,
@@ -47,15 +48,6 @@ def quantize_layer(layer: keras.Layer, mode: str) -> None:
     if is_mapped:  # the map is saved with the backbone
         del policies[layer.path]
         policies[layer.path] = layer.dtype_policy
-
-
-def product_dtype(mode: str | None, dtype: str) -> str:
-    """Return the dtype in which a layer quantized in this mode computes, in a model of `dtype`.
-
-    A product of int8 is a sum of integers up to 127 x 127 x columns, but float16 ends at 65,504. So
-    sums are scaled in float32, and rounded to float16 once, when they leave the layer.
-    """
-    return "float32" if (mode, dtype) == ("int8", "float16") else dtype
 
 
 def policies_of(preset: Path, dtype: str) -> Any:
